@@ -1,0 +1,1 @@
+"""shardlab: what a sharding plan costs, read from the compiled program."""

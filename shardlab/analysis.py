@@ -1,0 +1,99 @@
+"""Stages 3 + 4 + 5 on one program: the Analysis record, to and from JSON (`shardlab.analysis/1`).
+
+All byte figures are per device. `Range` is `(min, max)`; a max of None is unknown (a loop that cannot be bounded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+Range = tuple[int, int | None]
+ByteRange = tuple[Fraction, Fraction | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveRow:
+    """One collective of the compiled program. Bytes are per execution (DESIGN section 3 gives the formulas).
+
+    axes: mesh axes that vary inside a group, in mesh order, sub-axes as `fsdp:(8)8`; () for groups of one;
+        None with `axes_reason` when nothing fits.
+    executions: (min, max) per step. traffic: bytes each device sends per tier, None without a machine.
+    bound: "upper" where only a bound is known. phase: forward | backward | optimizer | other.
+    """
+
+    name: str
+    kind: str
+    axes: tuple[str, ...] | None
+    axes_reason: str | None = None
+    tier: str | None = None
+    group_size: int
+    num_groups: int
+    executions: Range
+    asynchronous: bool
+    dtypes: tuple[str, ...]
+    payload_bytes: int
+    wire_bytes: Fraction
+    fabric_bytes: Fraction
+    logical_payload_bytes: int | None = None
+    logical_wire_bytes: Fraction | None = None
+    traffic: Mapping[str, Fraction] | None = None
+    algorithm: Mapping[str, str] | None = None
+    bound: str | None = None
+    realizes: str | None = None
+    phase: str = "other"
+    recompute: bool = False
+    op_name: str = ""
+    layer: str = ""
+    source: str = ""
+    module: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerEntry:
+    """Something that was not counted, or not exactly, and why."""
+
+    what: str
+    name: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Sums over the step: executions x bytes; a conditional adds its branches' minimum and maximum.
+
+    by_*: key -> {"payload_bytes": range, "wire_bytes": range}; keys of by_axes join axes with `+`, `unknown` for None.
+    traffic: tier -> range, empty without a machine.
+    """
+
+    payload_bytes: ByteRange
+    wire_bytes: ByteRange
+    by_kind: Mapping[str, Mapping[str, ByteRange]] = field(default_factory=dict)
+    by_axes: Mapping[str, Mapping[str, ByteRange]] = field(default_factory=dict)
+    by_phase: Mapping[str, Mapping[str, ByteRange]] = field(default_factory=dict)
+    by_layer: Mapping[str, Mapping[str, ByteRange]] = field(default_factory=dict)
+    traffic: Mapping[str, ByteRange] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleFacts:
+    """The `module` member of the JSON."""
+
+    name: str
+    backend: str
+    num_devices: int
+    scheduled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysis:
+    """What one compiled program communicates."""
+
+    modules: tuple[ModuleFacts, ...]
+    mesh: Mapping[str, int] | None
+    machine: str | None
+    collectives: tuple[CollectiveRow, ...]
+    totals: Totals
+    ledger: tuple[LedgerEntry, ...]
+    made_by: Mapping[str, object] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Stage 3 PARSE: HLO text or proto to a Module."""

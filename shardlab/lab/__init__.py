@@ -1,0 +1,1 @@
+"""Many cases: compile them in parallel, rank them."""

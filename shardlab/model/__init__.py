@@ -1,0 +1,1 @@
+"""The Flax NNX models and their step functions (jax side of the wall)."""

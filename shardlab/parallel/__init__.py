@@ -1,0 +1,1 @@
+"""How a plan is applied: rules to shardings (jax side of the wall)."""

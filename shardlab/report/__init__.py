@@ -1,0 +1,1 @@
+"""Stage 7 REPORT: a value to terminal, Markdown, JSON."""
