@@ -1,0 +1,40 @@
+# Shared by .ci/run and .ci/full. Sourced, not run.
+
+venvs=${CI_VENVS:-$(mktemp -d)}
+[ -n "${CI_VENVS:-}" ] || trap 'rm -rf "$venvs"' EXIT
+
+say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
+
+# find_python X.Y: a working interpreter of that version, from PATH or from pyenv.
+find_python() {
+  local candidate
+  for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python python3; do
+    if [ "$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$1" ]; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "no Python $1 here: install it, or put it on PATH" >&2
+  return 1
+}
+
+# make_venv X.Y: sets $venv to the folder of an environment that does not have shardlab in it yet.
+make_venv() {
+  local python
+  python=$(find_python "$1")
+  venv="$venvs/py$1"
+  rm -rf "$venv"
+  "$python" -m venv "$venv"
+}
+
+# readme_test_command VENV [pytest arguments]: runs the command that the README gives, in VENV instead of .venv.
+readme_test_command() {
+  local venv=$1 command
+  shift
+  command=$(sed -n 's/^\(python3 -m venv .*pytest.*\)$/\1/p' README.md | head -n 1)
+  [ -n "$command" ] || { echo "README.md has no line that sets up and runs pytest" >&2; return 1; }
+  command=${command//python3 -m venv .venv/true}
+  command=${command//.venv/$venv}
+  echo "+ $command $(printf '%q ' "$@")"
+  eval "$command $(printf '%q ' "$@")"
+}
