@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
+
+from shardlab.errors import Problem, UserError
+
+VOCAB_MULTIPLE = 128  # lanes of a TPU vector register, and a multiple of every tensor-core tile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,4 +40,102 @@ class ModelConfig:
     @property
     def padded_vocab(self) -> int:
         """Vocabulary rounded up to a multiple of 128; the padding is masked in the loss."""
-        return -(-self.vocab // 128) * 128
+        return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _gpt2(name: str, *, layers: int, embed: int, heads: int) -> ModelConfig:
+    """GPT-2: LayerNorm with bias, tanh-GELU, learned positions, tied embeddings, mlp = 4 embed."""
+    return ModelConfig(
+        name=name,
+        layers=layers,
+        embed=embed,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=embed // heads,
+        mlp=4 * embed,
+        vocab=50_257,
+        context=1_024,
+        norm="layernorm",
+        activation="gelu",
+        positions="learned",
+        tied_embeddings=True,
+        bias=True,
+    )
+
+
+def _llama3(name: str, *, layers: int, embed: int, heads: int, mlp: int) -> ModelConfig:
+    """Llama 3: RMSNorm, SwiGLU, RoPE with theta 500,000, eight KV heads of 128, untied embeddings, no bias."""
+    return ModelConfig(
+        name=name,
+        layers=layers,
+        embed=embed,
+        heads=heads,
+        kv_heads=8,
+        head_dim=128,
+        mlp=mlp,
+        vocab=128_256,
+        context=8_192,
+        rope_theta=500_000.0,
+    )
+
+
+_TINY = ModelConfig(  # ours: for tests and for training on a laptop; every dimension is divisible by 8
+    name="tiny",
+    layers=2,
+    embed=128,
+    heads=8,
+    kv_heads=8,
+    head_dim=16,
+    mlp=512,
+    vocab=512,
+    context=256,
+)
+
+_NAMED = (
+    _TINY,
+    # Radford et al. 2019, Table 2; karpathy/nanoGPT config (12 layers, 768, 12 heads, vocabulary 50257, context 1024).
+    _gpt2("gpt2-124m", layers=12, embed=768, heads=12),
+    # GPT-2 XL: karpathy/llm.c (48 layers, 1600, 25 heads, 1558M).
+    _gpt2("gpt2-1.5b", layers=48, embed=1_600, heads=25),
+    # Llama 3, arXiv:2407.21783 Table 3 (layers, model dimension, FFN dimension, heads, KV heads, theta, vocabulary);
+    # the same in AI-Hypercomputer/maxtext src/maxtext/configs/models/llama3.1-*.yml. Context of pretraining: 8,192.
+    _llama3("llama3-8b", layers=32, embed=4_096, heads=32, mlp=14_336),
+    _llama3("llama3-70b", layers=80, embed=8_192, heads=64, mlp=28_672),
+    _llama3("llama3-405b", layers=126, embed=16_384, heads=128, mlp=53_248),
+)
+
+MODELS: Mapping[str, ModelConfig] = MappingProxyType({config.name: config for config in _NAMED})
+
+
+def find_model(name: str, where: str = "--model") -> ModelConfig:
+    """The named configuration. Raises UserError (at `where`) that lists the known names."""
+    if name in MODELS:
+        return MODELS[name]
+    close = difflib.get_close_matches(name.lower(), MODELS, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UserError(Problem(where, f"unknown model {name!r}", f"{hint}known models: {', '.join(MODELS)}"))
+
+
+def num_params(config: ModelConfig, *, padded: bool = False) -> int:
+    """Number of parameters, counted from the dimensions; with `padded` those of the stored (padded) vocabulary.
+
+    Equal to the published counts: GPT-2 124,439,808; Llama 3 8B 8,030,261,248.
+    """
+    vocab = config.padded_vocab if padded else config.vocab
+    tables = vocab * config.embed * (1 if config.tied_embeddings else 2)
+    positions = config.context * config.embed if config.positions == "learned" else 0
+    return tables + positions + _norm_params(config) + config.layers * _layer_params(config)
+
+
+def _norm_params(config: ModelConfig) -> int:
+    return config.embed * (2 if config.norm == "layernorm" else 1)
+
+
+def _layer_params(config: ModelConfig) -> int:
+    """One layer: two norms, query, key, value and output projections, and the MLP."""
+    query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    attention = config.embed * (2 * query + 2 * kv)
+    inward = 2 if config.activation == "swiglu" else 1  # gate and up, or up alone
+    mlp = (inward + 1) * config.embed * config.mlp
+    biases = (query + 2 * kv + config.embed) + (inward * config.mlp + config.embed) if config.bias else 0
+    return 2 * _norm_params(config) + attention + mlp + biases
