@@ -20,6 +20,8 @@ class CollectiveRow:
     axes: mesh axes that vary inside a group, in mesh order, sub-axes as `fsdp:(8)8`; () for groups of one;
         None with `axes_reason` when nothing fits.
     executions: (min, max) per step. traffic: bytes each device sends per tier, None without a machine.
+    tier_s: seconds that traffic keeps each tier busy, per execution (`cost.traffic.Traffic.tier_s`); None where a
+        bandwidth is unknown. Tiers work at once: one execution takes the longest.
     bound: "upper" where only a bound is known. phase: forward | backward | optimizer | other.
     """
 
@@ -39,6 +41,7 @@ class CollectiveRow:
     logical_payload_bytes: int | None = None
     logical_wire_bytes: Fraction | None = None
     traffic: Mapping[str, Fraction] | None = None
+    tier_s: Mapping[str, float] | None = None
     algorithm: Mapping[str, str] | None = None
     bound: str | None = None
     realizes: str | None = None
