@@ -1,7 +1,8 @@
-"""Machines as nested domains of chips: what a plan is put on. Pure records; `catalog.py` loads them from data files.
+"""Machines as nested domains of chips: what a plan is put on. Pure records; `catalog.py` loads them from data
+files.
 
-Device ids: 0 … num_devices-1. GPUs and emulated devices count host by host. TPU ids are slice * devices per slice +
-the id within the slice, which counts the torus with x fastest (what libtpu does).
+Device ids: 0 … num_devices-1. GPUs and emulated devices count host by host. TPU ids are slice * devices per
+slice + the id within the slice, which counts the torus with x fastest (what libtpu does).
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from dataclasses import dataclass
 class Chip:
     """One accelerator. Every figure's source stands in the data file beside it.
 
-    memory_bytes: usable device memory as the compiler sees it; pool_fraction: what JAX's allocator takes of it.
-    xla_devices: JAX devices per chip. compile_as: the compile target (`h100`), None when no compiler here has one.
+    Memory, bandwidth and FLOP/s are per JAX device: the chip's, divided by xla_devices (JAX devices per
+    chip).
+    memory_bytes: usable device memory as the compiler sees it; pool_fraction: what JAX's allocator takes of
+    it.
+    compile_as: the compile target (`h100`), None when no compiler here has one. power_w: per chip.
     """
 
     name: str
@@ -25,13 +29,49 @@ class Chip:
     memory_bytes_per_s: float | None = None
     xla_devices: int = 1
     compile_as: str | None = None
+    memory_source: str = ""
+    power_w: float | None = None
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """What a program may use of one device: memory_bytes x pool_fraction, rounded down; None: unknown."""
+        return None if self.memory_bytes is None else int(self.memory_bytes * self.pool_fraction)
+
+    @property
+    def memory_limit_source(self) -> str:
+        """Where the limit comes from, for reports."""
+        if self.memory_bytes is None:
+            return "unknown"
+        pool = f"JAX's default pool, {self.pool_fraction:.0%} of the card"
+        return "the compiler's own limit" if self.pool_fraction == 1.0 else pool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuTarget:
+    """What XLA's GPU compiler wants to know of a GPU it cannot see: the fields of `GpuTargetConfigProto`.
+
+    Names and units are the proto's: sizes in bytes, memory_bandwidth in bytes/s, clock_rate_ghz in GHz.
+    """
+
+    device_description_str: str
+    compute_major: int
+    compute_minor: int
+    core_count: int
+    fpus_per_core: int
+    shared_memory_per_core: int
+    shared_memory_per_block_optin: int
+    l2_cache_size: int
+    memory_bandwidth: int
+    clock_rate_ghz: float
+    device_memory_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Domain:
     """One level of the nest: `size` devices that reach each other over `tier`.
 
-    bytes_per_s: one way, per device; for ICI per link direction of a chip. None when unknown (emulated).
+    bytes_per_s: one way, per device; for ICI per link direction of a chip. None when unknown (emulated,
+    attached, or a network that the machine's description does not name).
     """
 
     tier: str  # nvlink pcie infiniband ethernet ici dcn wan loopback
@@ -43,7 +83,8 @@ class Domain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Chips and how they are joined; `domains` from the innermost (fastest) outwards, sizes dividing each other.
+    """Chips and how they are joined; `domains` from the innermost (fastest) outwards, sizes dividing each
+    other.
 
     spec: as the user wrote it (`h100:64x8`, `v5e:16x16*2`, `cpu:8`).
     torus: TPU torus extents of one slice in chips, () otherwise; wraps: which of them have wraparound links.
@@ -59,6 +100,16 @@ class Machine:
     wraps: tuple[bool, ...] = ()
     emulated: bool = False
     attached: bool = False
+
+    @property
+    def num_chips(self) -> int:
+        """Chips over all slices and hosts."""
+        return self.num_devices // self.chip.xla_devices
+
+    @property
+    def devices_per_slice(self) -> int:
+        """JAX devices in one TPU slice; all of them where there are no slices."""
+        return self.num_devices // self.slices
 
     @property
     def family(self) -> str:

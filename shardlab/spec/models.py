@@ -15,7 +15,8 @@ VOCAB_MULTIPLE = 128  # lanes of a TPU vector register, and a multiple of every 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer. Sizes are counts of elements; `vocab` is the real one, `padded_vocab` is stored.
+    """A decoder-only transformer. Sizes are counts of elements; `vocab` is the real one, `padded_vocab` is
+    stored.
 
     Source of each named configuration: see `MODELS`.
     """
@@ -64,7 +65,7 @@ def _gpt2(name: str, *, layers: int, embed: int, heads: int) -> ModelConfig:
 
 
 def _llama3(name: str, *, layers: int, embed: int, heads: int, mlp: int) -> ModelConfig:
-    """Llama 3: RMSNorm, SwiGLU, RoPE with theta 500,000, eight KV heads of 128, untied embeddings, no bias."""
+    """Llama 3: RMSNorm, SwiGLU, RoPE with theta 500,000, 8 KV heads of 128, untied embeddings, no bias."""
     return ModelConfig(
         name=name,
         layers=layers,
@@ -93,12 +94,14 @@ _TINY = ModelConfig(  # ours: for tests and for training on a laptop; every dime
 
 _NAMED = (
     _TINY,
-    # Radford et al. 2019, Table 2; karpathy/nanoGPT config (12 layers, 768, 12 heads, vocabulary 50257, context 1024).
+    # Radford et al. 2019, Table 2; karpathy/nanoGPT config (12 layers, 768, 12 heads, vocabulary 50257,
+    # context 1024).
     _gpt2("gpt2-124m", layers=12, embed=768, heads=12),
     # GPT-2 XL: karpathy/llm.c (48 layers, 1600, 25 heads, 1558M).
     _gpt2("gpt2-1.5b", layers=48, embed=1_600, heads=25),
-    # Llama 3, arXiv:2407.21783 Table 3 (layers, model dimension, FFN dimension, heads, KV heads, theta, vocabulary);
-    # the same in AI-Hypercomputer/maxtext src/maxtext/configs/models/llama3.1-*.yml. Context of pretraining: 8,192.
+    # Llama 3, arXiv:2407.21783 Table 3 (layers, model dimension, FFN dimension, heads, KV heads, theta,
+    # vocabulary); the same in AI-Hypercomputer/maxtext src/maxtext/configs/models/llama3.1-*.yml. Context of
+    # pretraining: 8,192.
     _llama3("llama3-8b", layers=32, embed=4_096, heads=32, mlp=14_336),
     _llama3("llama3-70b", layers=80, embed=8_192, heads=64, mlp=28_672),
     _llama3("llama3-405b", layers=126, embed=16_384, heads=128, mlp=53_248),
@@ -117,7 +120,8 @@ def find_model(name: str, where: str = "--model") -> ModelConfig:
 
 
 def num_params(config: ModelConfig, *, padded: bool = False) -> int:
-    """Number of parameters, counted from the dimensions; with `padded` those of the stored (padded) vocabulary.
+    """Number of parameters, counted from the dimensions; with `padded` those of the stored (padded)
+    vocabulary.
 
     Equal to the published counts: GPT-2 124,439,808; Llama 3 8B 8,030,261,248.
     """

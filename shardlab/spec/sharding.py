@@ -1,7 +1,8 @@
 """Rules to shardings: which mesh axes each dimension of an array is split over. Pure values, no jax.
 
-A rule table maps a logical axis (`embed`) to mesh axes, major to minor. `parallel/` turns what `array_sharding`
-returns into a `PartitionSpec`; the feasibility check of a case uses the same function, so the two cannot disagree.
+A rule table maps a logical axis (`embed`) to mesh axes, major to minor. `parallel/` turns what
+`array_sharding` returns into a `PartitionSpec`; the feasibility check of a case uses the same function, so
+the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from shardlab.errors import Infeasible, Problem, UserError
 
 Sharding = tuple[tuple[str, ...], ...]
 
-# Logical axes of the parameters that transformers have, one entry per kind of array. A plan is checked against them
-# without a model; `params.parameter_table` gives the arrays of one model. Leading: stage, layers (scanned), expert.
+# Logical axes of the parameters that transformers have, one entry per kind of array. A plan is checked
+# against them without a model; `params.parameter_table` gives the arrays of one model. Leading: stage, layers
+# (scanned), expert.
 PARAM_ARRAYS: Mapping[str, tuple[str, ...]] = {
     "token embedding": ("vocab", "embed"),
     "query projection": ("stage", "layers", "embed", "heads", "head_dim"),
@@ -51,11 +53,11 @@ def array_sharding(
 ) -> Sharding:
     """For each dimension of an array the mesh axes it is split over, major to minor; () is replicated.
 
-    shape: the global extents; axes: the logical axis of each dimension, None for none; rules: logical axis -> mesh
-    axes, absent is replicated; mesh: mesh axis -> size; what: the array's name for messages.
+    shape: the global extents; axes: the logical axis of each dimension, None for none; rules: logical axis ->
+    mesh axes, absent is replicated; mesh: mesh axis -> size; what: the array's name for messages.
     KV heads that the axes do not divide are replicated (`replicated_kv_heads` tells).
-    Raises UserError when one mesh axis would split two dimensions, or a rule names no mesh axis; Infeasible when a
-    dimension does not divide.
+    Raises UserError when one mesh axis would split two dimensions, or a rule names no mesh axis; Infeasible
+    when a dimension does not divide.
     """
     if len(shape) != len(axes):
         raise ValueError(f"{what or 'array'}: {len(shape)} dimensions but {len(axes)} logical axes")
@@ -85,7 +87,7 @@ def _reason(size: int, axis: str, split: Sequence[str], ways: int, what: str) ->
 
 
 def _nearest(size: int, axis: str, ways: int) -> str:
-    """What would work: the axis sizes around `ways` that divide, and for what the user chooses, that number."""
+    """What would work: the nearest axis size, or for what the user chooses, the nearest number."""
     if axis in ("batch", "seq", "norm_seq", "kv_seq", "cache"):
         below, above = size // ways * ways, -(-size // ways) * ways
         noun = "batch" if axis == "batch" else "seq"
@@ -140,7 +142,7 @@ def _unknown_axes(
 def replicated_kv_heads(
     kv_heads: int, rules: Mapping[str, Sequence[str]], mesh: Mapping[str, int]
 ) -> str | None:
-    """The sentence for reports when KV heads are replicated because the mesh axes do not divide them, else None."""
+    """The sentence for reports when KV heads are replicated since the axes do not divide them, else None."""
     split = tuple(rules.get("kv_heads", ()))
     ways = num_ways(split, mesh)
     if kv_heads % ways == 0:
@@ -151,7 +153,8 @@ def replicated_kv_heads(
 def split_groups(
     heads: int, kv_heads: int, rules: Mapping[str, Sequence[str]], mesh: Mapping[str, int]
 ) -> str | None:
-    """The sentence for reports when a device's query heads need parts of several KV groups unevenly, else None.
+    """The sentence for reports when a device's query heads need parts of several KV groups unevenly, else
+    None.
 
     Query heads group properly over t devices when t divides the KV heads, or the KV heads divide t.
     """

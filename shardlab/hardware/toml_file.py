@@ -1,0 +1,78 @@
+"""Reading TOML that a person wrote: bounded, and every mistake with its file, line and key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from shardlab.errors import Problem, UserError
+
+MAX_FILE_BYTES = 1 << 20
+Table = dict[str, object]
+KeyPath = tuple[str, ...]
+
+_HEADER = re.compile(r"\s*\[\[?\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
+_KEY = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
+_AT_LINE = re.compile(r"\s*\(at line (\d+), column (\d+)\)|\s*\(at end of document\)")
+
+
+def read_text(path: Path) -> str:
+    """The file's text. Raises UserError when it is missing, not a file, not UTF-8 or larger than 1 MiB."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise UserError(Problem(str(path), "larger than 1 MiB", "this is not a file that a person wrote"))
+        return data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(Problem(str(path), why or str(error), "give the path of a TOML file")) from None
+
+
+def parse_toml(text: str, where: str) -> Table:
+    """The document. Raises UserError with the line of a syntax error."""
+    try:
+        return tomllib.loads(text.replace("\r\n", "\n"))
+    except RecursionError:
+        raise UserError(Problem(where, "nested too deeply", "write flat tables")) from None
+    except ValueError as error:  # TOMLDecodeError, and int() on thousands of digits
+        message = str(error)
+        at = _AT_LINE.search(message)
+        line = f":{at[1]}" if at and at[1] else ""
+        what = _AT_LINE.sub("", message)
+        raise UserError(Problem(f"{where}{line}", f"not TOML: {what[:1].lower()}{what[1:]}", "")) from None
+
+
+def key_lines(text: str) -> Mapping[KeyPath, int]:
+    """Line (from 1) at which each key or table header first stands. Best effort: no quoting tricks."""
+    lines: dict[KeyPath, int] = {}
+    table: KeyPath = ()
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := _HEADER.match(line):
+            table = _split(header[1])
+            lines.setdefault(table, number)
+        elif key := _KEY.match(line):
+            lines.setdefault((*table, *_split(key[1])), number)
+    return lines
+
+
+def _split(dotted: str) -> KeyPath:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
+
+
+def at(where: str, key: KeyPath, lines: Mapping[KeyPath, int]) -> str:
+    """`file:line: key.path`; the line of the nearest enclosing table where the key itself has none."""
+    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+    place = where if line is None else f"{where}:{line}"
+    return f"{place}: {'.'.join(key)}" if key else place
+
+
+def did_you_mean(word: str, known: Iterable[str], noun: str) -> str:
+    """The fix for an unknown word: `did you mean 'fsdp'? mesh axes: fsdp, tensor`."""
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}{noun}: {', '.join(names) or 'none'}"
