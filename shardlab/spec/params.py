@@ -1,4 +1,4 @@
-"""Every parameter of a model as a value: path, shape and logical axes. Pure Python, so plans can be judged without jax.
+"""Every parameter of a model as a value: path, shape, logical axes. Pure Python: judges plans without jax.
 
 `model/transformer.py` builds exactly these arrays; a test holds the two together.
 """
@@ -29,18 +29,6 @@ class ParamSpec:
     def size(self) -> int:
         """Number of elements."""
         return prod(self.shape)
-
-    @property
-    def name(self) -> str:
-        """The last part of the path: `kernel`, `bias`, `scale`, `table`."""
-        return self.path.rsplit("/", 1)[-1]
-
-    @property
-    def fan_in(self) -> int:
-        """Inputs summed into each output, for initialisation. `layers` is a stack, not an input."""
-        inputs = {"query": 1, "key": 1, "value": 1, "output": 2}.get(self.path.rsplit("/", 2)[-2], 1)
-        start = 1 if "layers" in self.axes else 0
-        return prod(self.shape[start : start + inputs])
 
 
 def parameter_table(config: ModelConfig, *, scan_layers: bool = True) -> tuple[ParamSpec, ...]:

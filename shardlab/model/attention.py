@@ -1,0 +1,89 @@
+"""Causal attention kernels, per device: the reference, cuDNN's (GPU) and Pallas splash attention (TPU).
+
+Shapes: q_BxLxHxD, k_BxSxKxD, v_BxSxKxD with H a multiple of K (grouped queries: query head h reads KV head h // (H/K)).
+`parallel/kernels.py` chooses one for a target and maps it over a mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+CausalAttention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+# Finite, so that a fully masked row yields a uniform row and not NaN.
+MASKED = -1e30
+
+# Splash attention works on tiles of this many positions; sequences must be whole tiles.
+SPLASH_TILE = 128
+
+
+def masked_attention(
+    q_BxLxHxD: jax.Array, k_BxSxKxD: jax.Array, v_BxSxKxD: jax.Array, mask_LxS: jax.Array
+) -> jax.Array:
+    """softmax(q·kᵀ / √D) v where the mask is true, softmax in f32. Returns out_BxLxHxD in q's type."""
+    B, L, H, D = q_BxLxHxD.shape
+    K = k_BxSxKxD.shape[2]
+    q_BxLxKxGxD = q_BxLxHxD.reshape(B, L, K, H // K, D)
+    scores_BxKxGxLxS = jnp.einsum(
+        "blkgd,bskd->bkgls", q_BxLxKxGxD, k_BxSxKxD, preferred_element_type=jnp.float32
+    )
+    scores_BxKxGxLxS = jnp.where(mask_LxS, scores_BxKxGxLxS * D**-0.5, MASKED)
+    weights_BxKxGxLxS = jax.nn.softmax(scores_BxKxGxLxS, axis=-1).astype(q_BxLxHxD.dtype)
+    out_BxLxKxGxD = jnp.einsum("bkgls,bskd->blkgd", weights_BxKxGxLxS, v_BxSxKxD)
+    return out_BxLxKxGxD.reshape(B, L, H, D)
+
+
+def reference_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array) -> jax.Array:
+    """Causal attention in plain XLA: any backend, memory quadratic in L."""
+    position_L = jnp.arange(q_BxLxHxD.shape[1])
+    return masked_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, position_L[:, None] >= position_L[None, :])
+
+
+def cudnn_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array) -> jax.Array:
+    """cuDNN's fused causal attention (`__cudnn$fmha…` custom calls); half-precision inputs only."""
+    return jax.nn.dot_product_attention(
+        q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, is_causal=True, implementation="cudnn"
+    )
+
+
+def splash_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array) -> jax.Array:
+    """Pallas splash attention for TPU (`tpu_custom_call`). L must be a multiple of SPLASH_TILE."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    L, H, D = q_BxLxHxD.shape[1:]
+    mask = masks.MultiHeadMask([masks.CausalMask((L, L)) for _ in range(H)])
+    tile = splash_tile(L)
+    attend = kernel.make_splash_mha(
+        mask,
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=kernel.BlockSizes(
+            block_q=tile,
+            block_kv=tile,
+            block_kv_compute=tile,
+            block_q_dkv=tile,
+            block_kv_dkv=tile,
+            block_kv_dkv_compute=tile,
+            block_q_dq=tile,
+            block_kv_dq=tile,
+        ),
+    )
+    heads_first = (0, 2, 1, 3)
+    q_BxHxLxD = q_BxLxHxD.transpose(heads_first) * D**-0.5
+    out_BxHxLxD = jax.vmap(attend)(
+        q_BxHxLxD, k_BxLxKxD.transpose(heads_first), v_BxLxKxD.transpose(heads_first)
+    )
+    return out_BxHxLxD.transpose(heads_first)
+
+
+def splash_tile(length: int) -> int:
+    """The largest tile of 512, 256 or 128 positions that divides the sequence; 512 is what MaxText uses on TPU."""
+    return next(tile for tile in (512, 256, SPLASH_TILE) if length % tile == 0)

@@ -1,0 +1,246 @@
+"""The parts of a layer: projections, norms, rotary positions, attention and MLP, as Flax NNX modules.
+
+Every parameter carries `logical_axes`, one per dimension without the leading `layers` of a scanned stack, and is read
+through `Runtime.place_weight`. `stack` is that leading dimension: () or (layers,). Tensors carry their shape:
+B batch, L tokens, S tokens seen, E embed, H heads, K KV heads, D head_dim, M mlp.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from shardlab.model.attention import masked_attention
+from shardlab.model.runtime import Runtime
+from shardlab.spec.models import ModelConfig
+from shardlab.spec.params import LogicalAxes
+
+Shape = tuple[int, ...]
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of one layer [B, S, K, D], or of all layers with a leading dimension [N, B, S, K, D]."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def parameter(value: jax.Array, axes: LogicalAxes) -> nnx.Param[jax.Array]:
+    """A parameter with its logical axes."""
+    return nnx.Param(value, logical_axes=axes)
+
+
+class Projection(nnx.Module):
+    """A linear map from the `inputs` dimensions to the `outputs` dimensions, with or without bias."""
+
+    def __init__(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+        stack: Shape = (),
+        scale: float = 1.0,
+    ) -> None:
+        """inputs, outputs: logical axis -> size, in order. The kernel is normal with std scale / √fan-in."""
+        shape = (*stack, *inputs.values(), *outputs.values())
+        std = scale * prod(inputs.values()) ** -0.5
+        self.num_inputs = len(inputs)
+        self.kernel = parameter(jax.random.normal(rngs.params(), shape) * std, (*inputs, *outputs))
+        if bias:
+            self.bias = parameter(jnp.zeros((*stack, *outputs.values())), tuple(outputs))
+
+    def __call__(self, x: jax.Array, run: Runtime) -> jax.Array:
+        """x[..., *inputs] -> y[..., *outputs] in the compute type."""
+        kernel = weight(self.kernel, run)
+        n = self.num_inputs
+        contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
+        y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))
+        return y + weight(self.bias, run) if hasattr(self, "bias") else y
+
+
+def weight(param: nnx.Param[jax.Array], run: Runtime) -> jax.Array:
+    """The parameter in the compute type, placed for use: cast first, so that a gather moves the small type."""
+    return run.place_weight(param.get_value().astype(run.compute_dtype), param.logical_axes)
+
+
+def full_weight(param: nnx.Param[jax.Array], run: Runtime) -> jax.Array:
+    """A norm's parameter, placed for use in f32: norms are computed in f32."""
+    return run.place_weight(param.get_value().astype(jnp.float32), param.logical_axes)
+
+
+class Norm(nnx.Module):
+    """RMSNorm, or LayerNorm with bias, over the embed dimension, computed in f32."""
+
+    def __init__(self, config: ModelConfig, *, stack: Shape = ()) -> None:
+        self.epsilon = config.norm_epsilon
+        self.scale = parameter(jnp.ones((*stack, config.embed)), ("embed",))
+        if config.norm == "layernorm":
+            self.bias = parameter(jnp.zeros((*stack, config.embed)), ("embed",))
+
+    def __call__(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+        """Returns the normalised array, same shape and type."""
+        x = x_BxLxE.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True) if hasattr(self, "bias") else x
+        variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon)
+        y = y * full_weight(self.scale, run)
+        if hasattr(self, "bias"):
+            y = y + full_weight(self.bias, run)
+        return y.astype(x_BxLxE.dtype)
+
+
+def rotate(x_BxLxHxD: jax.Array, position_L: jax.Array, theta: float) -> jax.Array:
+    """Rotary positions, Hugging Face Llama's convention: dimension d pairs with d + D/2.
+
+    Angle of pair i at position p: p · theta^(-2i/D) (Su et al. 2021, eq. 15; HF `rotate_half`).
+    """
+    half = x_BxLxHxD.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_Lx1xF = position_L[:, None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle_Lx1xF), jnp.sin(angle_Lx1xF)
+    first, second = jnp.split(x_BxLxHxD.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BxLxHxD.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query causal self-attention."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Shape = ()) -> None:
+        embed = {"embed": config.embed}
+        heads = {"heads": config.heads, "head_dim": config.head_dim}
+        kv_heads = {"kv_heads": config.kv_heads, "head_dim": config.head_dim}
+        self.rope_theta = config.rope_theta if config.positions == "rope" else None
+        self.query = Projection(embed, heads, bias=config.bias, rngs=rngs, stack=stack)
+        self.key = Projection(embed, kv_heads, bias=config.bias, rngs=rngs, stack=stack)
+        self.value = Projection(embed, kv_heads, bias=config.bias, rngs=rngs, stack=stack)
+        # GPT-2 scales what enters the residual stream by 1/√(its number of additions).
+        scale = (2 * config.layers) ** -0.5
+        self.output = Projection(heads, embed, bias=config.bias, rngs=rngs, stack=stack, scale=scale)
+
+    def __call__(
+        self,
+        x_BxLxE: jax.Array,
+        position_L: jax.Array,
+        run: Runtime,
+        cache: KeysValues | None = None,
+    ) -> tuple[jax.Array, KeysValues]:
+        """Attend within the sequence, or from one token to the cache. Returns out_BxLxE and keys and values.
+
+        cache: [B, S, K, D]; with it L is 1, and what is returned is the cache with the token's entry written.
+        """
+        q_BxLxHxD, new = self._project(x_BxLxE, position_L, run)
+        if cache is None:
+            out_BxLxHxD = self._attend(q_BxLxHxD, new, run)
+        else:
+            new = KeysValues(
+                *(_write(old, entry, position_L, run) for old, entry in zip(cache, new, strict=True))
+            )
+            mask_1xS = jnp.arange(new.keys.shape[1])[None, :] <= position_L[:, None]
+            with jax.named_scope("kernel"):
+                out_BxLxHxD = masked_attention(q_BxLxHxD, new.keys, new.values, mask_1xS)
+        out_BxLxHxD = run.constrain(out_BxLxHxD, ("batch", "seq", "heads", None))
+        with jax.named_scope("output"):
+            return self.output(out_BxLxHxD, run), new
+
+    def _project(
+        self, x_BxLxE: jax.Array, position_L: jax.Array, run: Runtime
+    ) -> tuple[jax.Array, KeysValues]:
+        """Queries [B, L, H, D], and keys and values [B, L, K, D], rotated."""
+        with jax.named_scope("query"):
+            q_BxLxHxD = run.constrain(self.query(x_BxLxE, run), ("batch", "seq", "heads", None))
+        with jax.named_scope("key"):
+            k_BxLxKxD = run.constrain(self.key(x_BxLxE, run), ("batch", "kv_seq", "kv_heads", None))
+        with jax.named_scope("value"):
+            v_BxLxKxD = run.constrain(self.value(x_BxLxE, run), ("batch", "kv_seq", "kv_heads", None))
+        if self.rope_theta is not None:
+            with jax.named_scope("rope"):
+                q_BxLxHxD = rotate(q_BxLxHxD, position_L, self.rope_theta)
+                k_BxLxKxD = rotate(k_BxLxKxD, position_L, self.rope_theta)
+        return q_BxLxHxD, KeysValues(k_BxLxKxD, v_BxLxKxD)
+
+    def _attend(self, q_BxLxHxD: jax.Array, new: KeysValues, run: Runtime) -> jax.Array:
+        """The kernel, on KV heads repeated until they divide as the query heads do."""
+        k, v = new
+        with jax.named_scope("kernel"):
+            if run.kv_repeats > 1:
+                k, v = (jnp.repeat(a, run.kv_repeats, axis=2) for a in (k, v))
+            return run.attention(q_BxLxHxD, k, v)
+
+
+def _write(cache: jax.Array, entry_Bx1xKxD: jax.Array, position_1: jax.Array, run: Runtime) -> jax.Array:
+    """The cache [B, S, K, D] with one position overwritten."""
+    updated = jax.lax.dynamic_update_slice_in_dim(
+        cache, entry_Bx1xKxD.astype(cache.dtype), position_1[0], axis=1
+    )
+    return run.constrain(updated, ("batch", "cache", "kv_heads", None))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (gate, up, down), or GELU in its tanh form (up, down) as GPT-2 has it."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Shape = ()) -> None:
+        embed, mlp = {"embed": config.embed}, {"mlp": config.mlp}
+        if config.activation == "swiglu":
+            self.gate = Projection(embed, mlp, bias=config.bias, rngs=rngs, stack=stack)
+        self.up = Projection(embed, mlp, bias=config.bias, rngs=rngs, stack=stack)
+        scale = (2 * config.layers) ** -0.5
+        self.down = Projection(mlp, embed, bias=config.bias, rngs=rngs, stack=stack, scale=scale)
+
+    def __call__(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+        """Returns out_BxLxE."""
+        axes = ("batch", "seq", "mlp")
+        with jax.named_scope("up"):
+            up_BxLxM = run.constrain(self.up(x_BxLxE, run), axes)
+        if hasattr(self, "gate"):
+            with jax.named_scope("gate"):
+                gate_BxLxM = run.constrain(self.gate(x_BxLxE, run), axes)
+            hidden_BxLxM = jax.nn.silu(gate_BxLxM) * up_BxLxM
+        else:
+            hidden_BxLxM = jax.nn.gelu(up_BxLxM, approximate=True)
+        with jax.named_scope("down"):
+            return self.down(hidden_BxLxM, run)
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer layer. The residual stream is (batch, norm_seq, embed), products (batch, seq, embed)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Shape = ()) -> None:
+        self.attention_norm = Norm(config, stack=stack)
+        self.attention = Attention(config, rngs=rngs, stack=stack)
+        self.mlp_norm = Norm(config, stack=stack)
+        self.mlp = Mlp(config, rngs=rngs, stack=stack)
+
+    def __call__(
+        self, x_BxLxE: jax.Array, position_L: jax.Array, run: Runtime, cache: KeysValues | None = None
+    ) -> tuple[jax.Array, KeysValues]:
+        """Returns the residual stream x_BxLxE, and the keys and values of this layer."""
+        with jax.named_scope("attention_norm"):
+            normed = self._gathered(self.attention_norm(x_BxLxE, run), run)
+        with jax.named_scope("attention"):
+            out_BxLxE, keys_values = self.attention(normed, position_L, run, cache)
+        x_BxLxE = residual(x_BxLxE, out_BxLxE, run)
+        with jax.named_scope("mlp_norm"):
+            normed = self._gathered(self.mlp_norm(x_BxLxE, run), run)
+        with jax.named_scope("mlp"):
+            out_BxLxE = self.mlp(normed, run)
+        return residual(x_BxLxE, out_BxLxE, run), keys_values
+
+    @staticmethod
+    def _gathered(x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+        """A norm's output where the norm was computed, then where the products want it (sequence parallelism)."""
+        return run.constrain(
+            run.constrain(x_BxLxE, ("batch", "norm_seq", "embed")), ("batch", "seq", "embed")
+        )
+
+
+def residual(x_BxLxE: jax.Array, out_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+    """x + out in the residual stream; the branch is placed before it is added, so its partial sums reduce-scatter."""
+    axes = ("batch", "norm_seq", "embed")
+    return run.constrain(x_BxLxE + run.constrain(out_BxLxE, axes), axes)

@@ -1,0 +1,63 @@
+"""How a model is run: what the plan decides and the model's dimensions do not. One frozen value, passed down.
+
+The defaults run on one device without any mesh; `parallel/step.py` builds the one that a plan asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from shardlab.model.attention import CausalAttention, reference_attention
+from shardlab.spec.params import LogicalAxes
+
+# Pins an activation to where the plan wants it: (array, one logical axis per dimension) -> array.
+Constrain = Callable[[jax.Array, LogicalAxes], jax.Array]
+
+Remat = Literal["none", "full", "matmuls", "offload"]
+
+# What `Runtime.weight` returns carries this name, so that no remat policy keeps gathered weights for the backward pass.
+GATHERED_WEIGHT = "gathered_weight"
+
+
+def keep(x: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """Leave the array where it is: what `constrain` and `place_weight` do without a mesh."""
+    del axes
+    return x
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """Compute type, rematerialisation, attention kernel and placement.
+
+    compute_dtype: of activations and matrix products; parameters stay in their own type (f32 in training).
+    attention: causal attention over a whole sequence. kv_repeats: how often each KV head is repeated before it.
+    constrain: places activations. place_weight: gathers a parameter for use, and places its gradient.
+    """
+
+    compute_dtype: DTypeLike = jnp.bfloat16
+    remat: Remat = "full"
+    attention: CausalAttention = reference_attention
+    kv_repeats: int = 1
+    constrain: Constrain = keep
+    place_weight: Constrain = keep
+
+
+def checkpointed(function: Callable[..., object], remat: Remat, *, in_scan: bool) -> Callable[..., object]:
+    """`function` under the remat policy. in_scan: the loop already keeps XLA from undoing the recomputation.
+
+    Even `none` re-gathers sharded weights in the backward pass, as FSDP does: saved, they would be the whole model.
+    """
+    policies = jax.checkpoint_policies
+    policy = {
+        "none": policies.save_anything_except_these_names(GATHERED_WEIGHT),
+        "full": policies.nothing_saveable,
+        "matmuls": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }[remat]
+    return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)

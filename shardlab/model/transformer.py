@@ -1,0 +1,154 @@
+"""The decoder-only transformer: embedding, layers (scanned or unrolled), final norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from shardlab.model.attention import MASKED
+from shardlab.model.layers import KeysValues, Layer, Norm, Projection, parameter, weight
+from shardlab.model.runtime import Runtime, checkpointed
+from shardlab.spec.models import ModelConfig
+
+# Path (`layers/attention/query/kernel`) -> array. The paths are those of `spec.params.parameter_table`.
+Params = dict[str, jax.Array]
+
+
+class Table(nnx.Module):
+    """One embedding vector per row: tokens or positions."""
+
+    def __init__(self, rows: int, embed: int, row_axis: str | None, *, rngs: nnx.Rngs) -> None:
+        # GPT-2's initialisation: normal with std 0.02.
+        self.table = parameter(jax.random.normal(rngs.params(), (rows, embed)) * 0.02, (row_axis, "embed"))
+
+    def __call__(self, index: jax.Array, run: Runtime) -> jax.Array:
+        """index[...] -> rows[..., E] in the compute type. Indices are in bounds by construction."""
+        return weight(self.table, run).at[index].get(mode="clip")
+
+
+class Transformer(nnx.Module):
+    """Llama or GPT-2, as `ModelConfig` says. Callable: tokens_BxL -> logits_BxLxV in f32, padding masked."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, scan_layers: bool = True) -> None:
+        """rngs: needs the stream `params`. scan_layers: one stack of layer parameters, run by lax.scan."""
+        self.config, self.scan_layers = config, scan_layers
+        self.embedding = Table(config.padded_vocab, config.embed, "vocab", rngs=rngs)
+        if config.positions == "learned":
+            self.positions = Table(config.context, config.embed, None, rngs=rngs)
+        if scan_layers:
+            self.layers = Layer(config, rngs=rngs, stack=(config.layers,))
+        else:
+            self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.layers)])
+        self.final_norm = Norm(config)
+        if not config.tied_embeddings:
+            out = {"vocab": config.padded_vocab}
+            self.head = Projection({"embed": config.embed}, out, bias=False, rngs=rngs)
+
+    def __call__(self, tokens_BxL: jax.Array, run: Runtime) -> jax.Array:
+        """Logits of every position."""
+        return self.logits(self.hidden_states(tokens_BxL, run), run)
+
+    def hidden_states(self, tokens_BxL: jax.Array, run: Runtime) -> jax.Array:
+        """x_BxLxE after the final norm."""
+        position_L = jnp.arange(tokens_BxL.shape[1])
+        x_BxLxE = self._embed(tokens_BxL, position_L, run)
+        x_BxLxE, _ = self._through_layers(x_BxLxE, position_L, run)
+        return self._final(x_BxLxE, run)
+
+    def prefill(self, tokens_BxL: jax.Array, run: Runtime) -> tuple[jax.Array, KeysValues]:
+        """Logits of the last position [B, V], and the KV cache of the prompt [N, B, L, K, D]."""
+        position_L = jnp.arange(tokens_BxL.shape[1])
+        x_BxLxE = self._embed(tokens_BxL, position_L, run)
+        x_BxLxE, cache = self._through_layers(x_BxLxE, position_L, run, keep=True)
+        assert cache is not None
+        return self.logits(self._final(x_BxLxE, run)[:, -1:], run)[:, 0], cache
+
+    def decode(
+        self, token_B: jax.Array, position: jax.Array, cache: KeysValues, run: Runtime
+    ) -> tuple[jax.Array, KeysValues]:
+        """One token at `position` (a scalar) after a cache [N, B, S, K, D]: logits [B, V] and the new cache."""
+        position_1 = position[None]
+        x_Bx1xE = self._embed(token_B[:, None], position_1, run)
+        x_Bx1xE, cache_or_none = self._through_layers(x_Bx1xE, position_1, run, cache=cache, keep=True)
+        assert cache_or_none is not None
+        return self.logits(self._final(x_Bx1xE, run), run)[:, 0], cache_or_none
+
+    def logits(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+        """x_BxLxE -> logits_BxLxV in f32; the vocabulary's padding gets no probability mass."""
+        with jax.named_scope("head"):
+            if self.config.tied_embeddings:
+                logits = jnp.einsum("ble,ve->blv", x_BxLxE, weight(self.embedding.table, run))
+            else:
+                logits = self.head(x_BxLxE, run)
+            logits = run.constrain(logits, ("batch", "seq", "vocab")).astype(jnp.float32)
+            real_V = jnp.arange(self.config.padded_vocab) < self.config.vocab
+            return jnp.where(real_V, logits, MASKED)
+
+    def _embed(self, tokens_BxL: jax.Array, position_L: jax.Array, run: Runtime) -> jax.Array:
+        with jax.named_scope("embedding"):
+            x_BxLxE = self.embedding(tokens_BxL, run)
+            if self.config.positions == "learned":
+                x_BxLxE = x_BxLxE + self.positions(position_L, run)
+            return run.constrain(x_BxLxE, ("batch", "norm_seq", "embed"))
+
+    def _final(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+        with jax.named_scope("final_norm"):
+            return run.constrain(self.final_norm(x_BxLxE, run), ("batch", "seq", "embed"))
+
+    def _through_layers(
+        self,
+        x_BxLxE: jax.Array,
+        position_L: jax.Array,
+        run: Runtime,
+        *,
+        cache: KeysValues | None = None,
+        keep: bool = False,
+    ) -> tuple[jax.Array, KeysValues | None]:
+        """All layers in turn. keep: also return their keys and values, stacked (the cache)."""
+        graph, state = nnx.split(self.layers if self.scan_layers else self.layers[0])
+
+        def layer(x: jax.Array, inputs: tuple[nnx.State, KeysValues | None]) -> tuple[jax.Array, object]:
+            module = nnx.merge(graph, inputs[0])
+            x, keys_values = module(x, position_L, run, inputs[1])
+            return x, keys_values if keep else None
+
+        body = checkpointed(layer, run.remat, in_scan=self.scan_layers)
+        with jax.named_scope("layers"):
+            if self.scan_layers:
+                return jax.lax.scan(body, x_BxLxE, (state, cache))
+            kept = []
+            for index, module in enumerate(self.layers):
+                entry = jax.tree.map(lambda a, i=index: a[i], cache)
+                with jax.named_scope(str(index)):
+                    x_BxLxE, keys_values = body(x_BxLxE, (nnx.split(module)[1], entry))
+                kept.append(keys_values)
+            return x_BxLxE, jax.tree.map(lambda *a: jnp.stack(a), *kept) if keep else None
+
+
+def abstract_model(config: ModelConfig, *, scan_layers: bool = True) -> Transformer:
+    """The model with shapes in place of arrays: allocates nothing."""
+    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0), scan_layers=scan_layers))
+
+
+def to_params(model: Transformer) -> Params:
+    """The model's arrays (or abstract shapes) by path."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {"/".join(map(str, path)): variable.get_value() for path, variable in flat}
+
+
+def init_params(config: ModelConfig, key: jax.Array, *, scan_layers: bool = True) -> Params:
+    """Fresh f32 parameters. Pure: jit it with out_shardings to create them where they live."""
+    return to_params(Transformer(config, rngs=nnx.Rngs(params=key), scan_layers=scan_layers))
+
+
+def with_params(abstract: Transformer, params: Mapping[str, jax.Array]) -> Transformer:
+    """The model of `abstract` (see `abstract_model`) with these arrays. Raises KeyError when one is missing."""
+    graph, state = nnx.split(abstract)
+    flat = [
+        (path, variable.replace(params["/".join(map(str, path))]))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(flat))

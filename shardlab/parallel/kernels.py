@@ -1,0 +1,96 @@
+"""Which attention kernel a target gets, and how it runs on a mesh: per device under shard_map, over batch and heads."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+from jax.sharding import PartitionSpec
+
+from shardlab.errors import Infeasible
+from shardlab.model.attention import (
+    SPLASH_TILE,
+    CausalAttention,
+    cudnn_attention,
+    reference_attention,
+    splash_attention,
+)
+from shardlab.parallel.shardings import Shardings
+from shardlab.spec.case import Case
+from shardlab.spec.sharding import num_ways
+
+Kernel = Literal["reference", "cudnn", "splash"]
+
+FUSED_FOR = {"gpu": "cudnn", "tpu": "splash", "cpu": "reference"}
+PER_DEVICE: dict[str, CausalAttention] = {"cudnn": cudnn_attention, "splash": splash_attention}
+
+
+def choose_kernel(case: Case, target: str) -> tuple[Kernel, tuple[str, ...]]:
+    """The attention kernel for this case on `target` (cpu, gpu, tpu), and notes for the report.
+
+    `auto` is the target's fused kernel; where that does not suit the shapes it is the reference, with a note.
+    Raises Infeasible when the plan asks by name for a kernel that the target or the shapes cannot have.
+    """
+    asked = case.plan.method.attention
+    kernel = FUSED_FOR[target] if asked == "auto" else asked
+    reason = _unsuited(kernel, case, target)
+    if reason is None:
+        return kernel, ()  # type: ignore[return-value]
+    if asked != "auto":
+        raise Infeasible(f"attention = {asked!r}: {reason}", "use attention = 'auto'")
+    return "reference", (f"attention: reference instead of {kernel}, because {reason}",)
+
+
+def _unsuited(kernel: str, case: Case, target: str) -> str | None:
+    """Why this kernel cannot run this case, None when it can."""
+    if kernel == "reference":
+        return None
+    if kernel != FUSED_FOR[target]:
+        return f"{kernel} does not run on {target}"
+    if case.plan.activations.get("seq"):
+        return (
+            f"{kernel} needs whole sequences and seq is split over {', '.join(case.plan.activations['seq'])}"
+        )
+    if kernel == "splash" and case.seq % SPLASH_TILE:
+        return f"splash works on tiles of {SPLASH_TILE} tokens and seq is {case.seq}"
+    if kernel == "cudnn" and (case.model.head_dim % 8 or case.model.head_dim > 128):
+        return f"cudnn needs head_dim to be a multiple of 8 up to 128 and it is {case.model.head_dim}"
+    return None
+
+
+def kv_repeats(case: Case) -> int:
+    """How often each KV head is repeated so that every device has the KV heads of its own query heads.
+
+    1 when the devices divide the KV heads; devices / KV heads when it is the other way round; else all query heads.
+    """
+    ways = num_ways(case.plan.activations.get("heads", ()), case.plan.axes)
+    kv_heads = case.model.kv_heads
+    if kv_heads % ways == 0:
+        return 1
+    return ways // kv_heads if ways % kv_heads == 0 else case.model.heads // kv_heads
+
+
+def mesh_attention(kernel: Kernel, shardings: Shardings) -> CausalAttention:
+    """The kernel over the whole mesh: global arrays in and out, each device does its own sequences and heads.
+
+    KV heads are placed as the query heads are, so that no device needs another's.
+    """
+    queries = ("batch", "seq", "heads", None)
+    whole = ("batch", None, "heads", None)
+
+    def reference(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        k, v = (shardings.constrain(a, whole) for a in (k, v))
+        return reference_attention(shardings.constrain(q, queries), k, v)
+
+    def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q_spec: PartitionSpec = shardings.activation(q.shape, whole).spec
+        kv_spec: PartitionSpec = shardings.activation(k.shape, whole).spec
+        return jax.shard_map(
+            PER_DEVICE[kernel],
+            mesh=shardings.mesh,
+            in_specs=(q_spec, kv_spec, kv_spec),
+            out_specs=q_spec,
+            check_vma=False,
+        )(q, k, v)
+
+    return reference if kernel == "reference" else fused

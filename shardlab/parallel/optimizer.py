@@ -1,0 +1,68 @@
+"""AdamW with global-norm clipping and a warmup-cosine schedule, and where its state lives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+
+from shardlab.parallel.shardings import Shardings
+from shardlab.spec.params import ParamSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW's numbers; the defaults are those of Llama 2 (Touvron et al. 2023, section 2.2)."""
+
+    peak_learning_rate: float = 3e-4
+    warmup_steps: int = 2_000
+    total_steps: int = 100_000
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+def make_optimizer(config: OptimizerConfig, table: tuple[ParamSpec, ...]) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW. Norm scales and biases are not decayed."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.peak_learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.total_steps,
+        end_value=config.peak_learning_rate * config.final_fraction,
+    )
+    decayed = {spec.path: spec.path.endswith(("/kernel", "/table")) for spec in table}
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
+
+
+def optimizer_shardings(
+    optimizer: optax.GradientTransformation,
+    params: Mapping[str, jax.ShapeDtypeStruct],
+    table: tuple[ParamSpec, ...],
+    shardings: Shardings,
+) -> tuple[object, object]:
+    """The optimizer's abstract state and its shardings, two trees of one shape. Moments follow the optimizer rules."""
+    state = jax.eval_shape(optimizer.init, params)
+    moments = {spec.path: shardings.optimizer_state(spec) for spec in table}
+
+    def place(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        key = getattr(path[-1], "key", None)
+        return moments[key] if key in moments and leaf.shape else shardings.replicated()
+
+    return state, jax.tree_util.tree_map_with_path(place, state)

@@ -1,0 +1,290 @@
+"""One step of a case as a jitted function with abstract arguments: what `compile/` compiles and `train.py` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from shardlab.errors import Infeasible
+from shardlab.model.layers import KeysValues
+from shardlab.model.loss import cross_entropy
+from shardlab.model.runtime import Runtime
+from shardlab.model.transformer import Params, Transformer, abstract_model, init_params, with_params
+from shardlab.parallel.kernels import choose_kernel, kv_repeats, mesh_attention
+from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer, optimizer_shardings
+from shardlab.parallel.shardings import Shardings, shardings_of
+from shardlab.spec.case import Case
+from shardlab.spec.params import ParamSpec, parameter_table
+from shardlab.spec.sharding import replicated_kv_heads, split_groups
+
+
+class TrainState(NamedTuple):
+    """What a training step updates: f32 parameters by path, and optax's state."""
+
+    params: Params
+    optimizer: Any
+
+
+class Batch(NamedTuple):
+    """Tokens and the token that follows each, int32 [B, L]."""
+
+    tokens: jax.Array
+    targets: jax.Array
+
+
+class Metrics(NamedTuple):
+    """f32 scalars of one step: mean loss over the batch (nats per token), gradient norm before clipping."""
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A jitted step. `function.trace(*arguments)` compiles it without allocating anything.
+
+    arguments: ShapeDtypeStructs with shardings. notes: what the report must say about how the plan was applied.
+    train: (TrainState, Batch) -> (TrainState, Metrics), the state donated.
+    prefill: (params, tokens_BxL) -> (logits_BxV, KeysValues). decode: (params, KeysValues, token_B, position) -> (logits_BxV, KeysValues), the cache donated.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Setup:
+    """What all three workloads share."""
+
+    case: Case
+    table: tuple[ParamSpec, ...]
+    model: Transformer
+    shardings: Shardings
+    runtime: Runtime
+    notes: tuple[str, ...]
+
+    def abstract_params(self, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+        """Every parameter's shape, type and sharding."""
+        return {
+            p.path: jax.ShapeDtypeStruct(p.shape, dtype, sharding=self.shardings.param(p)) for p in self.table
+        }
+
+    def abstract_tokens(self) -> jax.ShapeDtypeStruct:
+        """int32 [B, L]."""
+        shape = (self.case.batch, self.case.seq)
+        return jax.ShapeDtypeStruct(
+            shape, jnp.int32, sharding=self.shardings.activation(shape, ("batch", "seq"))
+        )
+
+
+def build_step(
+    case: Case,
+    mesh: Mesh,
+    *,
+    target: str,
+    compute_dtype: DTypeLike = jnp.bfloat16,
+    optimizer: OptimizerConfig | None = None,
+    z_loss: float = 0.0,
+) -> Step:
+    """The step of `case` on `mesh` (axes of type Auto, named as the plan's) for `target`: cpu, gpu, tpu or attached.
+
+    Raises Infeasible when the plan cannot be put on the model or asks for a method that the model does not have.
+    """
+    setup = _set_up(case, mesh, target, compute_dtype)
+    if case.workload == "train":
+        return _train_step(setup, optimizer or OptimizerConfig(), z_loss)
+    return _prefill_step(setup) if case.workload == "prefill" else _decode_step(setup)
+
+
+def init_state(case: Case, mesh: Mesh, seed: int, *, optimizer: OptimizerConfig | None = None) -> TrainState:
+    """A fresh training state, created where it lives. The same seed gives the same numbers on every mesh."""
+    table = parameter_table(case.model, scan_layers=case.scan_layers)
+    shardings = shardings_of(case.plan, mesh)
+    tx = make_optimizer(optimizer or OptimizerConfig(), table)
+
+    def create(key: jax.Array) -> TrainState:
+        params = init_params(case.model, key, scan_layers=case.scan_layers)
+        return TrainState(params, tx.init(params))
+
+    abstract = jax.eval_shape(create, jax.random.key(0))
+    placed = TrainState(
+        {p.path: shardings.param(p) for p in table},
+        optimizer_shardings(tx, abstract.params, table, shardings)[1],
+    )
+    return jax.jit(create, out_shardings=placed)(jax.random.key(seed))
+
+
+def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _Setup:
+    _refuse_methods(case)
+    family = mesh.devices.flat[0].platform if target == "attached" else target
+    family = "gpu" if family in ("cuda", "rocm") else family
+    shardings = shardings_of(case.plan, mesh)
+    kernel, notes = choose_kernel(case, family)
+    if compute_dtype != jnp.bfloat16 and kernel == "cudnn":
+        kernel, notes = "reference", ("attention: reference instead of cudnn, because it needs bf16",)
+    runtime = Runtime(
+        compute_dtype=compute_dtype,
+        remat=case.plan.method.remat,
+        attention=mesh_attention(kernel, shardings),
+        kv_repeats=kv_repeats(case),
+        constrain=shardings.constrain,
+        place_weight=shardings.place_weight,
+    )
+    heads = (
+        replicated_kv_heads(case.model.kv_heads, case.plan.params, case.plan.axes),
+        split_groups(case.model.heads, case.model.kv_heads, case.plan.params, case.plan.axes),
+    )
+    return _Setup(
+        case=case,
+        table=parameter_table(case.model, scan_layers=case.scan_layers),
+        model=abstract_model(case.model, scan_layers=case.scan_layers),
+        shardings=shardings,
+        runtime=runtime,
+        notes=(*notes, *(note for note in heads if note)),
+    )
+
+
+def _refuse_methods(case: Case) -> None:
+    """Raise Infeasible for a method that this model does not have."""
+    method = case.plan.method
+    if method.pipeline != "none":
+        raise Infeasible(
+            f"pipeline = {method.pipeline!r}: this model has no pipeline", "use pipeline = 'none'"
+        )
+    if method.context != "none":
+        raise Infeasible(
+            f"context = {method.context!r}: this model has no context parallelism", "use context = 'none'"
+        )
+    if case.model.positions == "learned" and case.seq > case.model.context:
+        raise Infeasible(
+            f"seq {case.seq} is longer than {case.model.name}'s {case.model.context} learned positions",
+            f"largest seq: {case.model.context}",
+        )
+
+
+def _train_step(setup: _Setup, config: OptimizerConfig, z_loss: float) -> Step:
+    case, shardings = setup.case, setup.shardings
+    tx = make_optimizer(config, setup.table)
+    gradient_shardings = {p.path: shardings.optimizer_state(p) for p in setup.table}
+
+    def loss_of(params: Params, batch: Batch) -> jax.Array:
+        logits_BxLxV = with_params(setup.model, params)(batch.tokens, setup.runtime)
+        return cross_entropy(logits_BxLxV, batch.targets, z_loss=z_loss)
+
+    loss_and_gradients = accumulated(jax.value_and_grad(loss_of), case.plan.method.accumulate, shardings)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, gradients = loss_and_gradients(state.params, batch)
+        with jax.named_scope("optimizer"):
+            gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
+            norm = optax.global_norm(gradients)
+            updates, optimizer = tx.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+        return TrainState(params, optimizer), Metrics(loss, norm)
+
+    params = setup.abstract_params(jnp.float32)
+    abstract, placed = optimizer_shardings(tx, params, setup.table, shardings)
+    optimizer = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        placed,
+    )
+    state = TrainState(params, optimizer)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    function = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, shardings.replicated()))
+    tokens = setup.abstract_tokens()
+    notes = setup.notes + accumulation_note(case.plan.method.accumulate)
+    return Step(function=function, arguments=(state, Batch(tokens, tokens)), notes=notes)
+
+
+LossAndGradients = Callable[[Params, Batch], tuple[jax.Array, Params]]
+
+
+def accumulated(loss_and_gradients: LossAndGradients, count: int, shardings: Shardings) -> LossAndGradients:
+    """The mean over `count` microbatches, taken in turn; each is a slice of every device's own sequences."""
+    if count == 1:
+        return loss_and_gradients
+
+    def split(tokens_BxL: jax.Array) -> jax.Array:
+        """[B, L] -> [count, B / count, L] with each device's sequences staying where they are."""
+        B, L = tokens_BxL.shape
+        if B % count:
+            raise Infeasible(f"batch {B} over {count} microbatches", f"use a multiple of {count}")
+        micro = tokens_BxL.reshape(B // count, count, L).swapaxes(0, 1)
+        return shardings.constrain(micro, (None, "batch", "seq"))
+
+    def accumulate(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+        def add(total: tuple[jax.Array, Params], micro: Batch) -> tuple[tuple[jax.Array, Params], None]:
+            return jax.tree.map(jnp.add, total, loss_and_gradients(params, micro)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zero, Batch(*map(split, batch)))
+        return jax.tree.map(lambda x: x / count, total)
+
+    return accumulate
+
+
+def accumulation_note(count: int) -> tuple[str, ...]:
+    """What the report says about gradient accumulation."""
+    if count == 1:
+        return ()
+    return (
+        f"accumulate = {count}: gradients are reduced once per microbatch, because the partitioner keeps no "
+        "unreduced sums across loop iterations",
+    )
+
+
+def _prefill_step(setup: _Setup) -> Step:
+    """Params in bf16: inference keeps no f32 master copy."""
+
+    def prefill(params: Params, tokens_BxL: jax.Array) -> tuple[jax.Array, KeysValues]:
+        return with_params(setup.model, params).prefill(tokens_BxL, setup.runtime)
+
+    cache = _abstract_cache(setup).sharding
+    function = jax.jit(prefill, out_shardings=(_logits_sharding(setup), KeysValues(cache, cache)))
+    params = setup.abstract_params(setup.runtime.compute_dtype)
+    return Step(function=function, arguments=(params, setup.abstract_tokens()), notes=setup.notes)
+
+
+def _decode_step(setup: _Setup) -> Step:
+    """One token after a cache of `seq` positions; attention reads the whole cache and is never a fused kernel."""
+
+    def decode(
+        params: Params, cache: KeysValues, token_B: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, KeysValues]:
+        return with_params(setup.model, params).decode(token_B, position, cache, setup.runtime)
+
+    shardings, batch = setup.shardings, (setup.case.batch,)
+    cache = _abstract_cache(setup)
+    out = (_logits_sharding(setup), KeysValues(cache.sharding, cache.sharding))
+    arguments = (
+        setup.abstract_params(setup.runtime.compute_dtype),
+        KeysValues(cache, cache),
+        jax.ShapeDtypeStruct(batch, jnp.int32, sharding=shardings.activation(batch, ("batch",))),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=shardings.replicated()),
+    )
+    return Step(
+        function=jax.jit(decode, donate_argnums=1, out_shardings=out), arguments=arguments, notes=setup.notes
+    )
+
+
+def _abstract_cache(setup: _Setup) -> jax.ShapeDtypeStruct:
+    """Keys (or values) of all layers: [layers, B, S, K, D] in the compute type."""
+    model = setup.case.model
+    shape = (model.layers, setup.case.batch, setup.case.seq, model.kv_heads, model.head_dim)
+    sharding = setup.shardings.activation(shape, (None, "batch", "cache", "kv_heads", None))
+    return jax.ShapeDtypeStruct(shape, setup.runtime.compute_dtype, sharding=sharding)
+
+
+def _logits_sharding(setup: _Setup) -> jax.sharding.NamedSharding:
+    """Of logits_BxV."""
+    shape = (setup.case.batch, setup.case.model.padded_vocab)
+    return setup.shardings.activation(shape, ("batch", "vocab"))
