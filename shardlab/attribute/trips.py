@@ -1,0 +1,239 @@
+"""How often a while loop runs: what the compiler wrote down, or what its counter says.
+
+XLA:CPU and XLA:GPU print `known_trip_count`, which wins over everything else (after unrolling, the printed
+init and step may be stale). TPU text has no counts: the integer part of condition, body and initial state is
+interpreted.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from shardlab.attribute.edges import CallSites, called_names
+from shardlab.attribute.scalars import LoopKey, Node, Path, Ref, Slice, evaluate, limits
+from shardlab.hlo.module import Instruction, Module
+
+MAX_ITERATIONS = 1_000_000
+MAX_OPERATIONS = 4_000_000
+
+_KNOWN = re.compile(r'\\*"known_trip_count\\*"\s*:\s*\{\s*\\*"n\\*"\s*:\s*\\*"?(\d+)')
+_MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "EQ": "EQ", "NE": "NE"}
+
+
+@dataclass(frozen=True, slots=True)
+class Trips:
+    """A loop runs at least `low` and at most `high` times; None: no upper bound is known, `reason` says
+    why.
+    """
+
+    low: int
+    high: int | None
+    reason: str = ""
+
+
+def trip_count(module: Module, sites: CallSites, caller: str, loop: Instruction) -> Trips:
+    """Trips of the while instruction `loop` of computation `caller`."""
+    known = _KNOWN.search(loop.attributes.get("backend_config", ""))
+    if known:
+        return Trips(int(known[1]), int(known[1]))
+    condition = called_names(loop.attributes.get("condition", ""))
+    body = called_names(loop.attributes.get("body", ""))
+    if not condition or not body or not loop.operands:
+        return Trips(0, None, "the loop has no condition, body or state")
+    return _derive(_Loop(Slice(module, sites), caller, loop, condition[0], body[0]))
+
+
+@dataclass(slots=True)
+class _Loop:
+    """A loop and the arithmetic that was found around it."""
+
+    slice: Slice
+    caller: str
+    instruction: Instruction
+    condition: str
+    body: str
+
+    @property
+    def key(self) -> LoopKey:
+        return self.caller, self.instruction.name
+
+    def test(self) -> int:
+        """The node that says whether the loop goes on."""
+        frame = self.slice.frame(self.condition, loop=self.key)
+        return self.slice.node(Ref(frame, frame.computation.root))
+
+    def after(self, path: Path) -> int:
+        """The node of state element `path` after one trip."""
+        frame = self.slice.frame(self.body, loop=self.key)
+        return self.slice.node(Ref(frame, frame.computation.root, path))
+
+    def before(self, path: Path) -> Node:
+        """State element `path` before the first trip."""
+        operand = self.instruction.operands[0]
+        frame = self.slice.frame(self.caller)
+        return self.slice.nodes[self.slice.node(Ref(frame, operand.name, (*operand.index, *path)))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """One test and all that it depends on: a state machine over integers.
+
+    program: the nodes to compute per trip, earlier ones first. first: the state's values. after: state ->
+    next node.
+    """
+
+    nodes: list[Node]
+    test: int
+    program: tuple[int, ...]
+    first: dict[int, int]
+    after: dict[int, int]
+
+
+def _derive(loop: _Loop) -> Trips:
+    """The loop ends when the first of its tests fails; a test that cannot be followed leaves an upper
+    bound.
+    """
+    counts, reasons = [], []
+    for test in _tests(loop):
+        machine = _machine(loop, test)
+        outcome = machine if isinstance(machine, str) else _count(machine)
+        if isinstance(outcome, str):
+            reasons.append(outcome)
+        else:
+            counts.append(outcome)
+    if not counts:
+        return Trips(0, None, reasons[0])
+    high = min(counts)
+    return Trips(0, high, reasons[0]) if reasons and high else Trips(high, high)
+
+
+def _tests(loop: _Loop) -> list[int]:
+    """The condition, split at its outermost ands."""
+    nodes, todo, found = loop.slice.nodes, [loop.test()], []
+    while todo:
+        index = todo.pop()
+        if nodes[index].op == "and":
+            todo.extend(nodes[index].args)
+        else:
+            found.append(index)
+    return found
+
+
+def _machine(loop: _Loop, test: int) -> _Machine | str:
+    """Everything `test` depends on over the trips, or why that is not known."""
+    nodes = loop.slice.nodes
+    needed: set[int] = set()
+    first: dict[int, int] = {}
+    after: dict[int, int] = {}
+    todo = [test]
+    while todo:
+        index = todo.pop()
+        if index in needed:
+            continue
+        needed.add(index)
+        node = nodes[index]
+        if node.op == "unknown" or (node.op == "state" and node.note):
+            return node.note
+        todo.extend(node.args)
+        if node.op == "state":
+            start = loop.before(node.path)
+            if start.op != "constant":
+                return start.note or "the loop's first value is not a constant"
+            first[index] = start.value
+            after[index] = loop.after(node.path)
+            todo.append(after[index])
+    program = tuple(sorted(i for i in needed if nodes[i].op != "state"))
+    return _Machine(nodes, test, program, first, after)
+
+
+def _count(machine: _Machine) -> int | str:
+    exact = _closed_form(machine)
+    return exact if exact is not None else _simulate(machine)
+
+
+def _closed_form(machine: _Machine) -> int | None:
+    """Trips of `counter ◇ limit` with `counter += step`; None when the test is anything else, or would wrap
+    around.
+    """
+    nodes, test = machine.nodes, machine.nodes[machine.test]
+    if test.op != "compare" or test.note not in _MIRRORED:
+        return None
+    (left, right), direction = test.args, test.note
+    if nodes[right].op == "state" and _fixed(machine, right) is None:
+        left, right, direction = right, left, _MIRRORED[direction]
+    limit, step = _fixed(machine, right), _step(machine, left)
+    if limit is None or step is None:
+        return None
+    start = machine.first[left]
+    count = _arithmetic(start, step, limit, direction)
+    low, high = limits(nodes[left].dtype)
+    return count if count is not None and low <= start + step * count <= high else None
+
+
+def _fixed(machine: _Machine, index: int) -> int | None:
+    """The value of a node that never changes: a constant, or a state that the body hands on."""
+    node = machine.nodes[index]
+    if node.op == "constant":
+        return node.value
+    return machine.first[index] if machine.after.get(index) == index else None
+
+
+def _step(machine: _Machine, index: int) -> int | None:
+    """What is added to state `index` each trip."""
+    if index not in machine.after:
+        return None
+    change = machine.nodes[machine.after[index]]
+    if change.op not in ("add", "subtract") or index not in change.args:
+        return None
+    other = change.args[1] if change.args[0] == index else change.args[0]
+    by = _fixed(machine, other)
+    if change.op == "add" or by is None:
+        return by
+    return -by if change.args[0] == index else None
+
+
+def _arithmetic(start: int, step: int, limit: int, direction: str) -> int | None:
+    """How many of start, start + step, … pass `value direction limit` before the first that fails; None:
+    endless.
+    """
+    if direction in ("GT", "GE"):
+        start, step, limit, direction = -start, -step, -limit, _MIRRORED[direction]
+    if direction in ("LT", "LE"):
+        distance = limit - start + (direction == "LE")
+        if distance <= 0:
+            return 0
+        return -(-distance // step) if step > 0 else None
+    if direction == "EQ":
+        return None if start == limit and step == 0 else int(start == limit)
+    if start == limit:
+        return 0
+    return (
+        (limit - start) // step
+        if step and (limit - start) % step == 0 and (limit - start) // step > 0
+        else None
+    )
+
+
+def _simulate(machine: _Machine) -> int | str:
+    """Run the loop's integers; a state that comes back, or too long a run, is not a count."""
+    values = {**machine.first}
+    for index in machine.program:
+        if machine.nodes[index].op == "constant":
+            values[index] = machine.nodes[index].value
+    running = tuple(i for i in machine.program if machine.nodes[i].op != "constant")
+    most = min(MAX_ITERATIONS, MAX_OPERATIONS // max(1, len(running)))
+    for trip in range(most):
+        try:
+            for index in running:
+                node = machine.nodes[index]
+                values[index] = evaluate(node.op, node.note, [values[arg] for arg in node.args], node.dtype)
+        except (ZeroDivisionError, ValueError, TypeError) as error:
+            return f"the loop's arithmetic fails: {error}"
+        if not values[machine.test]:
+            return trip
+        following = {state: values[after] for state, after in machine.after.items()}
+        if all(values[state] == value for state, value in following.items()):
+            return "the loop's counter stands still"
+        values.update(following)
+    return f"the loop does not end within {most} trips"
