@@ -64,7 +64,8 @@ class _Reader:
     def module(self, offset: int) -> tuple[Module, int]:
         """A module with or without its `HloModule` line, and the offset of what follows it."""
         text, start = self.text, offset
-        name, header, has_header = "", {}, bool(_HEADER.match(text.text, offset))
+        name, header = "", dict[str, str]()
+        has_header = bool(_HEADER.match(text.text, offset))
         if has_header:
             name, header, offset = self._header(offset)
         computations: dict[str, Computation] = {}
