@@ -1,12 +1,105 @@
-"""The fast path: printed one-line instructions, found with one regular expression per block of text."""
+"""The fast path: printed one-line instructions, recognised by one regular expression over blocks of lines.
+
+A line is taken only if the expression proves that its strings and braces are closed on that line; parentheses and
+square brackets are then counted over the whole block. Whatever is not proved this way is left to the careful reader.
+"""
 
 from __future__ import annotations
 
+import re
+
 from shardlab.hlo.instructions import Instructions, Lines
-from shardlab.hlo.lexer import Text
+from shardlab.hlo.lexer import NAME, STRING, Text
+
+_FIRST_BLOCK, _LARGEST_BLOCK = 1 << 12, 1 << 18
+_INDEX_COMMENT = r"/\*index=[0-9]++\*/"
+_STRING = r"\"(?:[^\"\\\n]++|\\[^\n])*+\""
+_QUOTED = r"'[^'\n]*+'"
+
+
+def _nested(plain: str, opener: str, closer: str, depth: int) -> str:
+    """An expression for the inside of a bracket whose nesting is at most `depth`; `plain` is what needs no bracket."""
+    inside = rf"(?:{plain})*+"
+    for _ in range(depth):
+        inside = rf"(?:{plain}|{opener}{inside}{closer})*+"
+    return inside
+
+
+_IN_PARENS = _nested(rf"[^()\"'\n/]++|{_INDEX_COMMENT}", r"\(", r"\)", 5)
+_IN_DICT = _nested(rf"[^\"'{{}}\n/]++|{_STRING}", r"\{", r"\}", 12)
+_IN_AXES = _nested(rf"[^\"'{{}}\n/]++|{_QUOTED}", r"\{", r"\}", 3)
+_SHAPE = rf"(?:[a-z][a-z0-9]*+\[[0-9,<=?]*+\](?:\{{[^{{}}\n\"'/]*+\}})?+|\({_IN_PARENS}\))"
+_TAIL = (
+    rf"(?:[^\"'{{}}\n/]++|\{{{_IN_DICT}\}}|{_STRING}|{_QUOTED}"
+    rf"|(?:(?<=\] )|(?<=\) )|(?<=sharding=))\{{{_IN_AXES}\}})*+(?<![,=\s])"
+)
+_ROW = re.compile(
+    rf"\ *+(ROOT\ )?+%?+({NAME})\ =\ {_SHAPE}\ ([a-z][a-z0-9\-]*+)\({_IN_PARENS}\){_TAIL}\n|([^\n]*+)\n"
+)
+_STARTS = re.compile(r"[A-Za-z0-9_%}]")
 
 
 def add_printed_lines(
     text: Text, lines: Lines, offset: int, instructions: Instructions, last: str
 ) -> tuple[int, str, str]:
-    return offset, last, ""
+    """Add the instructions that fill the lines from `offset` on, until one needs care or the computation ends.
+
+    last: the name of the instruction before `offset`. Returns the offset to go on from, the name of the last
+    instruction, and the name of the root if it was among them.
+    """
+    if text.at(offset) == "\n":
+        offset += 1
+    if not text.text.startswith("\n", offset - 1):
+        return offset, last, ""
+    root, opcode, block = "", "", _FIRST_BLOCK
+    while True:
+        end, is_last = _block_end(text.text, offset, block)
+        rows: list[tuple[str, str, str, str]] = _ROW.findall(text.text, offset, end)
+        line = lines.line_of(offset)
+        whole = _whole_rows(text.text, lines, rows, line, end)
+        for is_root, name, op, _ in rows[:whole]:
+            if not instructions.add(name, op, line):
+                raise text.error(
+                    lines.start_of(line), f"a second instruction is named {name} in one computation"
+                )
+            root = name if is_root else root
+            last, opcode = name, op
+            line += 1
+        offset = lines.start_of(line) if whole < len(rows) else end
+        if whole < len(rows) or is_last or not rows:
+            break
+        block = min(2 * block, _LARGEST_BLOCK)
+    if opcode and not _STARTS.match(text.text, text.skip(offset)) and text.skip(offset) < len(text.text):
+        instructions.remove_last(opcode)
+        return lines.start_of(line - 1), last, root
+    return offset, last, root
+
+
+def _block_end(text: str, offset: int, block: int) -> tuple[int, bool]:
+    """Where the next block of whole lines ends, and whether the computation's closing brace may follow it."""
+    brace = text.find("\n}", offset - 1, offset + block)
+    if brace >= 0:
+        return brace + 1, True
+    newline = text.rfind("\n", offset, offset + block)
+    if newline < 0:
+        newline = text.find("\n", offset)
+    return (newline + 1, False) if newline >= 0 else (offset, True)
+
+
+def _whole_rows(text: str, lines: Lines, rows: list[tuple[str, str, str, str]], line: int, end: int) -> int:
+    """How many of the first rows are instructions with balanced brackets."""
+    count = next((index for index, row in enumerate(rows) if not row[1]), len(rows))
+    start = lines.start_of(line)
+    stop = lines.start_of(line + count) if count < len(rows) else end
+    if _is_balanced(text, start, stop):
+        return count
+    for index in range(count):
+        row_end = lines.start_of(line + index + 1) if line + index < len(lines.starts) else end
+        if not _is_balanced(STRING.sub("", text[lines.start_of(line + index) : row_end]), 0, end):
+            return index
+    return count
+
+
+def _is_balanced(text: str, start: int, end: int) -> bool:
+    """Whether as many round and square brackets open as close."""
+    return all(text.count(a, start, end) == text.count(b, start, end) for a, b in ("()", "[]", "{}"))

@@ -95,6 +95,11 @@ class Instructions(Mapping[str, Instruction]):
         self.opcodes.setdefault(opcode, []).append(name)
         return True
 
+    def remove_last(self, opcode: str) -> None:
+        """Take back what `add` appended last; `opcode` is its opcode."""
+        self._found.popitem()
+        self.opcodes[opcode].pop()
+
     def __getitem__(self, name: str) -> Instruction:
         found = self._found[name]
         if isinstance(found, int):
