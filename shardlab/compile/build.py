@@ -1,0 +1,57 @@
+"""A case, opened for compiling: its target, its mesh, and the step that `parallel` builds on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
+from shardlab.compile.collect import Compiled, compile_lowered
+from shardlab.compile.mesh import fill_mesh
+from shardlab.compile.target import Target, open_target
+from shardlab.compile.versions import versions
+from shardlab.hardware.catalog import load_machine
+from shardlab.parallel.step import build_step
+from shardlab.program import Program
+from shardlab.spec.case import Case
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedCase:
+    """What does not depend on the batch. device_ids: machine device id at each mesh position, row-major."""
+
+    target: Target
+    mesh: Mesh
+    device_ids: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+def open_case(case: Case) -> OpenedCase:
+    """Open the target and fill the mesh. Raises UserError, TargetMissing or CompileFailed."""
+    target = open_target(load_machine(case.machine))
+    mesh, device_ids, notes = fill_mesh(case.plan.axes, case.plan.order, target)
+    return OpenedCase(target=target, mesh=mesh, device_ids=device_ids, notes=notes)
+
+
+def compile_here(case: Case, opened: OpenedCase) -> Compiled:
+    """Build the case's step and compile it in this process. Raises Infeasible or CompileFailed.
+
+    Shapes only: nothing of the model's size is allocated.
+    """
+    target = opened.target
+    step = build_step(case, opened.mesh, target=target.family)
+    template = Program(
+        name=f"{case.plan.name} {case.model.name}",
+        backend=target.family,
+        hlo_text="",
+        num_devices=len(target.devices),
+        mesh=dict(case.plan.axes),
+        device_ids=opened.device_ids,
+        device_coords=target.coords,
+        versions=versions(target.family),
+        autotuned=target.autotuned,
+        notes=(*opened.notes, *step.notes),
+    )
+    return compile_lowered(
+        lambda: step.function.trace(*step.arguments).lower(lowering_platforms=(target.platform,)), template
+    )

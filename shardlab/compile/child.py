@@ -1,0 +1,114 @@
+"""The compile child: `python -m shardlab.compile.child`, one request as a line of JSON on standard input.
+
+The parent has set the environment (flags, number of devices, platforms), which jax reads when it is imported:
+hence a process of its own, which a bad flag or a crash of the compiler may kill. It writes `program` or
+`outcome.json` (an error as data) into the request's folder, each atomically, and prints whatever the
+compilers print.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from shardlab.errors import CompileFailed, Infeasible, ShardlabError, TargetMissing, UserError
+from shardlab.program import Program, save, write_atomically
+from shardlab.spec.case import Case
+
+PROGRAM_FILE, PROTO_FILE, OUTCOME_FILE = "program", "module.pb", "outcome.json"
+
+
+class Request(BaseModel):
+    """What the parent asks for; `folder` is an empty folder that the answer goes to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    case: Case
+    folder: Path
+    want_proto: bool = False
+    find_largest_batch: bool = True
+
+
+def answer(request: Request) -> None:
+    """Compile the case and save the program; after a refusal, save again once the largest batch is known."""
+    from shardlab.compile.build import compile_here, open_case
+
+    opened = open_case(request.case)
+    compiled = compile_here(request.case, opened)
+    if request.want_proto and compiled.executable is not None:
+        from shardlab.compile.collect import serialized_modules
+
+        write_atomically(request.folder / PROTO_FILE, serialized_modules(compiled.executable))
+    save(compiled.program, request.folder / PROGRAM_FILE)
+    if compiled.program.refusal is not None and request.find_largest_batch:
+        save(_with_largest_batch(request.case, opened, compiled.program), request.folder / PROGRAM_FILE)
+
+
+def _with_largest_batch(case: Case, opened: Any, program: Program) -> Program:
+    from shardlab.compile.build import compile_here
+    from shardlab.compile.fit import batch_unit, largest_batch
+
+    def fits(batch: int) -> bool:
+        try:
+            return compile_here(case.model_copy(update={"batch": batch}), opened).program.refusal is None
+        except (CompileFailed, Infeasible):
+            return False
+
+    assert program.refusal is not None
+    largest = largest_batch(batch_unit(case), case.batch, fits)
+    return replace(program, refusal=replace(program.refusal, largest_batch=largest))
+
+
+def outcome_of(error: Exception) -> dict[str, Any]:
+    """An error as the JSON that `shardlab.compile.launch` turns back into an exception."""
+    if isinstance(error, UserError):
+        return {"kind": "user", "problems": [[p.where, p.what, p.fix] for p in error.problems]}
+    if isinstance(error, Infeasible):
+        return {"kind": "infeasible", "reason": error.reason, "nearest": error.nearest}
+    if isinstance(error, TargetMissing):
+        return {"kind": "missing", "target": error.target, "why": error.why, "install": error.install}
+    if isinstance(error, CompileFailed):
+        return {"kind": "failed", "why": error.why}
+    return {"kind": "failed", "why": f"{type(error).__name__}: {error}"}
+
+
+def _die_with_parent() -> None:
+    """The parent holds our standard input open while it lives; its end means that nobody waits for the
+    answer.
+    """
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main() -> int:
+    """Answer one request: 0 when `program` was written, 1 when `outcome.json` was."""
+    request = Request.model_validate_json(sys.stdin.buffer.readline())
+    _die_with_parent()
+    try:
+        answer(request)
+    except Exception as error:  # whatever goes wrong here must reach the parent as a sentence
+        if not isinstance(error, ShardlabError):
+            traceback.print_exc()
+        write_atomically(request.folder / OUTCOME_FILE, json.dumps(outcome_of(error)).encode())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.flush()
+    code = main()
+    sys.stderr.flush()
+    # Not sys.exit: tearing down compile-only clients takes time and has crashed; everything is on disk.
+    os._exit(code)

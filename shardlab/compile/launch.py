@@ -1,0 +1,185 @@
+"""The parent's side of a compile: start the child, read what it did or how it died. Imports no jax."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shardlab import program as programs
+from shardlab.compile.child import OUTCOME_FILE, PROGRAM_FILE, PROTO_FILE, Request
+from shardlab.compile.doctor import require_target
+from shardlab.compile.environment import child_environment, split_flags
+from shardlab.compile.logs import flag_name, last_words, rejected_flags, warnings
+from shardlab.errors import CompileFailed, Infeasible, Problem, ShardlabError, TargetMissing, UserError
+from shardlab.hardware.catalog import load_machine
+from shardlab.hardware.machine import Machine
+from shardlab.program import Flags, Program
+from shardlab.spec.case import Case
+
+_PACKAGE_PARENT = Path(__file__).parents[2]
+_MAX_LOG_CHARACTERS = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How a child ended: its exit status (negative: the signal), whether we stopped it, and what it
+    printed.
+    """
+
+    status: int
+    timed_out: bool
+    log: str
+
+
+def compile_case(
+    case: Case,
+    *,
+    proto_to: Path | None = None,
+    timeout_s: float | None = None,
+    find_largest_batch: bool = True,
+) -> Program:
+    """Compile a case ahead of time in a child process.
+
+    proto_to: also write the optimised module there as a serialised HloModuleProto. A TPU program that does
+    not fit comes back with `refusal` set, and with `find_largest_batch` the largest global batch that does
+    compile. A flag that the compiler does not know is recorded as rejected, and the program compiled without
+    it. Raises UserError, Infeasible, TargetMissing (with the install command) or CompileFailed; none leaves a
+    file.
+    """
+    machine = load_machine(case.machine)
+    require_target(machine)
+    passed, rejected = split_flags(case.plan.flags, machine.family)
+    while True:
+        with tempfile.TemporaryDirectory(prefix="shardlab-compile-") as name:
+            folder = Path(name)
+            request = Request(
+                case=case,
+                folder=folder,
+                want_proto=proto_to is not None,
+                find_largest_batch=find_largest_batch,
+            )
+            ending = run_child(request, machine, passed, timeout_s)
+            program = _read_program(folder)
+            newly_rejected = _match_rejected(passed, ending.log) if program is None else ()
+            if newly_rejected:
+                rejected += newly_rejected
+                passed = tuple(flag for flag in passed if flag not in dict(newly_rejected))
+                continue
+            if program is None:
+                raise _failure(case, folder, ending, timeout_s)
+            if proto_to is not None and (folder / PROTO_FILE).exists():
+                programs.write_atomically(proto_to, (folder / PROTO_FILE).read_bytes())
+        flags = Flags(requested=case.plan.flags, effective=passed, rejected=rejected)
+        return replace(program, flags=flags, warnings=warnings(ending.log))
+
+
+def run_child(request: Request, machine: Machine, flags: tuple[str, ...], timeout_s: float | None) -> Ending:
+    """Run one compile child to its end, in a session of its own; kill all of it on a time-out or an
+    interrupt.
+    """
+    environment = child_environment(machine, flags, os.environ)
+    paths = (str(_PACKAGE_PARENT), environment.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    # -P: a file called jax.py in the working directory must not become the jax that compiles.
+    command = [sys.executable, "-P", "-m", "shardlab.compile.child"]
+    log_path = request.folder / "log"
+    with log_path.open("wb") as log:
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        with _ended(child):
+            timed_out = _converse(child, request.model_dump_json().encode() + b"\n", timeout_s)
+    text = log_path.read_text(encoding="utf-8", errors="replace")[-_MAX_LOG_CHARACTERS:]
+    return Ending(status=child.returncode, timed_out=timed_out, log=text)
+
+
+def _converse(child: subprocess.Popen[bytes], line: bytes, timeout_s: float | None) -> bool:
+    """Send the request and wait; True when time ran out. Standard input stays open: it tells the child we
+    live.
+    """
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        child.stdin.write(line)
+        child.stdin.flush()
+    try:
+        child.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _ended(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Leave no process behind: not the child, nor the assembler that it may have started."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
+
+
+def _read_program(folder: Path) -> Program | None:
+    path = folder / PROGRAM_FILE
+    return programs.load(path) if path.exists() else None
+
+
+def _match_rejected(passed: tuple[str, ...], log: str) -> tuple[tuple[str, str], ...]:
+    """The flags as the plan wrote them, for the names that the compiler rejected."""
+    reasons = dict(rejected_flags(log))
+    return tuple((flag, reasons[flag_name(flag)]) for flag in passed if flag_name(flag) in reasons)
+
+
+def _failure(case: Case, folder: Path, ending: Ending, timeout_s: float | None) -> ShardlabError:
+    what = f"{case.plan.name} on {case.machine}"
+    outcome = folder / OUTCOME_FILE
+    if outcome.exists():
+        error = _error_of(what, json.loads(outcome.read_bytes()))
+        if not isinstance(error, CompileFailed):
+            return error
+        return CompileFailed(what, error.why, _keep_log(folder))
+    if ending.timed_out:
+        why = f"stopped after {timeout_s:g} s; give it more time, or fewer layers unrolled"
+    elif ending.status < 0:
+        why = f"the compiler was killed by {signal_name(-ending.status)}: {last_words(ending.log)}"
+    else:
+        why = f"the compiler exited with {ending.status}: {last_words(ending.log)}"
+    return CompileFailed(what, why, _keep_log(folder))
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL` for 9; the kernel's way to say that memory ran out is worth a hint."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"{name} (out of memory on this host?)" if name == "SIGKILL" else name
+
+
+def _error_of(what: str, outcome: dict[str, object]) -> ShardlabError:
+    """The exception that `child.outcome_of` wrote down."""
+    text = {key: str(value) for key, value in outcome.items()}
+    if outcome["kind"] == "infeasible":
+        return Infeasible(text["reason"], text["nearest"])
+    if outcome["kind"] == "missing":
+        return TargetMissing(text["target"], text["why"], text["install"])
+    if outcome["kind"] == "user" and isinstance(outcome["problems"], list):
+        return UserError(*(Problem(*map(str, problem)) for problem in outcome["problems"]))
+    return CompileFailed(what, text["why"])
+
+
+def _keep_log(folder: Path) -> str:
+    """Copy the log out of the folder that is about to go, so that the error can point to it."""
+    descriptor, name = tempfile.mkstemp(prefix="shardlab-compile-", suffix=".log")
+    os.close(descriptor)
+    shutil.copyfile(folder / "log", name)
+    return name
