@@ -1,7 +1,8 @@
 """Honest formatting of bytes, seconds and counts for people. Imports nothing of shardlab.
 
 A figure never looks rounder than it is: an exact value is printed short (`2 GB`), a rounded one with three
-significant digits (`2.00 GB`), and nothing that is not zero is printed as zero. Prefixes are decimal (1 GB = 10^9 bytes).
+significant digits (`2.00 GB`), and nothing that is not zero is printed as zero. Prefixes are decimal (1 GB
+= 10^9 bytes).
 """
 
 from __future__ import annotations

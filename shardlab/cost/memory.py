@@ -1,0 +1,108 @@
+"""Does a compiled program fit: the compiler's memory figures against the limit that really holds on the
+machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shardlab.hardware.machine import Machine
+from shardlab.program import Memory, Refusal
+
+TIGHT_ABOVE = 0.92  # of the limit: fragmentation and what the runtime itself allocates eat the rest
+
+Fits = Literal["yes", "tight", "no"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryFit:
+    """Memory per device against its limit. Bytes; None is unknown, never zero.
+
+    deficit_bytes: what is missing, 0 when it fits. fits: `tight` above 92 % of the limit; None without a
+    limit. note: what a reader must know of these figures, "" when nothing.
+    """
+
+    argument_bytes: int | None
+    temp_bytes: int | None
+    peak_bytes: int | None
+    limit_bytes: int | None
+    limit_source: str
+    deficit_bytes: int | None
+    fits: Fits | None
+    note: str = ""
+
+
+def memory_report(memory: Memory | None, refusal: Refusal | None, machine: Machine) -> MemoryFit:
+    """Judge a program's memory on `machine`.
+
+    The limit is JAX's default pool on GPUs (`pool_fraction` of the card), the compiler's own on TPUs, and
+    does not exist on emulated devices. A refusal of the compiler decides by itself, since nothing else is
+    known of the program.
+    """
+    if refusal is not None:
+        return _refused(refusal, memory or Memory())
+    memory = memory or Memory()
+    peak, note = peak_bytes(memory)
+    limit, source = memory_limit(machine)
+    fits = _fits(peak, limit)
+    if fits == "no" and machine.chip.family == "tpu":
+        # The TPU compiler refuses what does not fit. It compiled this, so the listed limit is what is in
+        # doubt.
+        fits, note = "tight", "the compiler accepted a peak above the chip's listed memory"
+    return MemoryFit(
+        argument_bytes=memory.argument_bytes,
+        temp_bytes=memory.temp_bytes,
+        peak_bytes=peak,
+        limit_bytes=limit,
+        limit_source=source,
+        deficit_bytes=_deficit(peak, limit, fits),
+        fits=fits,
+        note=note,
+    )
+
+
+def peak_bytes(memory: Memory) -> tuple[int | None, str]:
+    """The compiler's peak; where it has none, arguments + outputs - aliases + temporaries, with a note that
+    says so."""
+    if memory.peak_bytes:
+        return memory.peak_bytes, ""
+    if memory.argument_bytes is None or memory.temp_bytes is None:
+        return None, "the compiler gave no memory analysis"
+    outputs = (memory.output_bytes or 0) - (memory.alias_bytes or 0)
+    return (
+        memory.argument_bytes + outputs + memory.temp_bytes,
+        "the compiler gave no peak: arguments + outputs - aliases + temporaries",
+    )
+
+
+def memory_limit(machine: Machine) -> tuple[int | None, str]:
+    """Bytes one device may use, and where that limit comes from; None where no limit is known."""
+    if machine.emulated:
+        return None, "none: emulated devices share the host's memory"
+    return machine.chip.memory_limit_bytes, machine.chip.memory_limit_source
+
+
+def _refused(refusal: Refusal, memory: Memory) -> MemoryFit:
+    return MemoryFit(
+        argument_bytes=memory.argument_bytes,
+        temp_bytes=memory.temp_bytes,
+        peak_bytes=refusal.needed_bytes,
+        limit_bytes=refusal.limit_bytes,
+        limit_source="the compiler, which refused the program",
+        deficit_bytes=max(0, refusal.needed_bytes - refusal.limit_bytes),
+        fits="no",
+    )
+
+
+def _deficit(peak: int | None, limit: int | None, fits: Fits | None) -> int | None:
+    if peak is None or limit is None:
+        return None
+    return peak - limit if fits == "no" else 0
+
+
+def _fits(peak: int | None, limit: int | None) -> Fits | None:
+    if peak is None or limit is None:
+        return None
+    if peak > limit:
+        return "no"
+    return "tight" if peak > TIGHT_ABOVE * limit else "yes"
