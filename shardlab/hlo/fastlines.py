@@ -36,7 +36,18 @@ _TAIL = (
 _ROW = re.compile(
     rf"\ *+(ROOT\ )?+%?+({NAME})\ =\ {_SHAPE}\ ([a-z][a-z0-9\-]*+)\({_IN_PARENS}\){_TAIL}\n|([^\n]*+)\n"
 )
+_HEAD = re.compile(
+    rf"(ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\ (?:[^()\"'{{}}\n/]++|\({_IN_PARENS}\))++)?+\{{(?=\n)"
+)
 _STARTS = re.compile(r"[A-Za-z0-9_%}]")
+
+
+def printed_head(text: Text, offset: int) -> tuple[str, int] | None:
+    """The name of the computation whose printed first line starts at `offset`, and the offset of its body."""
+    match = _HEAD.match(text.text, offset)
+    if not match or not _is_balanced(text.text, offset, match.end() - 1):
+        return None
+    return match.group(2), match.end()
 
 
 def add_printed_lines(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 from shardlab.errors import ParseError
-from shardlab.hlo.fastlines import add_printed_lines
+from shardlab.hlo.fastlines import add_printed_lines, printed_head
 from shardlab.hlo.instructions import Instructions, Lines, read_instruction
 from shardlab.hlo.lexer import WORD, Text
 from shardlab.hlo.module import Computation, Module
@@ -134,29 +134,25 @@ class _Reader:
         return next(reversed(list(computations)))
 
     def _computation(self, offset: int, *, has_header: bool) -> tuple[Computation, int]:
-        text = self.text
-        start = offset
-        entry = _ENTRY.match(text.text, offset)
-        offset = text.skip(entry.end()) if entry else offset
-        match = WORD.match(text.text, offset)
-        if not match:
-            raise text.error(offset, f"expected a computation, found {text.found(offset)}")
-        after = text.skip(match.end())
-        is_instruction = text.at(after) == "=" or match.group() == "ROOT"
-        if is_instruction and not entry and not has_header:
-            return self._bare_instructions(start)
-        if text.at(after) == "(":
-            after = self._signature_end(after)
-        body = text.expect(after, "{", f"to open computation {match.group(1)}")
-        instructions, root, end = self._body(match.group(1), body, start)
+        text, start = self.text, offset
+        head = printed_head(text, offset) if self.printed_lines else None
+        if not head:
+            entry = _ENTRY.match(text.text, offset)
+            offset = text.skip(entry.end()) if entry else offset
+            match = WORD.match(text.text, offset)
+            if not match:
+                raise text.error(offset, f"expected a computation, found {text.found(offset)}")
+            after = text.skip(match.end())
+            is_instruction = text.at(after) == "=" or match.group() == "ROOT"
+            if is_instruction and not entry and not has_header:
+                return self._bare_instructions(start)
+            after = self._signature_end(after) if text.at(after) == "(" else after
+            head = match.group(1), text.expect(after, "{", f"to open computation {match.group(1)}")
+        name, body = head
+        instructions, root, end = self._body(name, body, start)
         trailer, end = text.attributes(end)
-        computation = Computation(
-            name=match.group(1),
-            instructions=instructions,
-            root=root,
-            execution_thread=trailer.get("execution_thread", "").strip('"'),
-        )
-        return computation, end
+        thread = trailer.get("execution_thread", "").strip('"')
+        return Computation(name=name, instructions=instructions, root=root, execution_thread=thread), end
 
     def _signature_end(self, offset: int) -> int:
         """The offset after `(p: f32[8]) -> f32[8]{0}`. `{` after an array is a layout if a digit, ':' or '}' follows."""
