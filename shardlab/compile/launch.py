@@ -27,6 +27,7 @@ from shardlab.spec.case import Case
 
 _PACKAGE_PARENT = Path(__file__).parents[2]
 _MAX_LOG_CHARACTERS = 64 << 20
+_RUNNING: set[subprocess.Popen[bytes]] = set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,15 +118,30 @@ def _converse(child: subprocess.Popen[bytes], line: bytes, timeout_s: float | No
     return False
 
 
+def stop_children() -> None:
+    """Kill every compile that this process waits for, in whichever thread; its `compile_case` then fails.
+
+    Ctrl-C reaches only the main thread, and the children are in sessions of their own.
+    """
+    for child in tuple(_RUNNING):
+        _kill(child)
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def _ended(child: subprocess.Popen[bytes]) -> Iterator[None]:
     """Leave no process behind: not the child, nor the assembler that it may have started."""
+    _RUNNING.add(child)
     try:
         yield
     finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)
+        _kill(child)
         child.wait()
+        _RUNNING.discard(child)
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             child.stdin.close()
