@@ -13,7 +13,16 @@ from typing import Any
 
 from shardlab.errors import Problem, UserError
 from shardlab.hardware.machine import Chip, Domain, GpuTarget
-from shardlab.hardware.toml_file import KeyPath, Table, at, did_you_mean, key_lines, parse_toml, read_text
+from shardlab.hardware.toml_file import (
+    KeyPath,
+    Table,
+    at,
+    did_you_mean,
+    key_lines,
+    parse_toml,
+    quoted,
+    read_text,
+)
 
 DATA = Path(__file__).parent / "data"
 TIERS = ("nvlink", "pcie", "infiniband", "ethernet", "ici", "dcn", "wan", "loopback")
@@ -234,7 +243,8 @@ def _word_problem(
 ) -> list[Problem]:
     if not isinstance(word, str) or word in known:
         return []  # a wrong type is reported where types are
-    return [Problem(at(where, key, lines), f"unknown {key[-1]} {word!r}", did_you_mean(word, known, "known"))]
+    what = f"unknown {key[-1]} {quoted(word)}"
+    return [Problem(at(where, key, lines), what, did_you_mean(word, known, "known"))]
 
 
 def _table_problems(
@@ -258,7 +268,7 @@ def _table_problems(
 def _value_wrong(value: object, types: tuple[type, ...]) -> str:
     expected = _TYPE_NAMES[types[-1]]
     if type(value) not in types:
-        return f"{value!r:.60} is not {expected}"
+        return f"{quoted(value)} is not {expected}"
     finite = not isinstance(value, float) or value < float("inf")
     return "" if not isinstance(value, (int, float)) or (value > 0 and finite) else f"{value} is not positive"
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from shardlab.errors import Problem, UserError
 
 MAX_FILE_BYTES = 1 << 20
+MAX_LINE = 500  # characters; longer lines are not searched for keys
+MAX_QUOTED = 60  # characters of a value shown in a message
 Table = dict[str, object]
 KeyPath = tuple[str, ...]
 
@@ -50,10 +52,13 @@ def key_lines(text: str) -> Mapping[KeyPath, int]:
     """Line (from 1) at which each key or table header first stands. Best effort: no quoting tricks."""
     lines: dict[KeyPath, int] = {}
     table: KeyPath = ()
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
+        if len(line) > MAX_LINE:
+            continue
         if header := _HEADER.match(line):
             table = _split(header[1])
-            lines.setdefault(table, number)
+            for n in range(1, len(table) + 1):
+                lines.setdefault(table[:n], number)
         elif key := _KEY.match(line):
             lines.setdefault((*table, *_split(key[1])), number)
     return lines
@@ -67,12 +72,29 @@ def at(where: str, key: KeyPath, lines: Mapping[KeyPath, int]) -> str:
     """`file:line: key.path`; the line of the nearest enclosing table where the key itself has none."""
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     place = where if line is None else f"{where}:{line}"
-    return f"{place}: {'.'.join(key)}" if key else place
+    return f"{place}: {'.'.join(map(_shown, key))}" if key else place
+
+
+def quoted(value: object) -> str:
+    """A value for a message: short, on one line, whatever it is."""
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list):
+        if any(isinstance(item, (list, dict)) for item in value):
+            return "a nested list"
+        return "[" + ", ".join(quoted(item) for item in value[:4]) + (", …]" if len(value) > 4 else "]")
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "…"
+
+
+def _shown(part: str) -> str:
+    """A key as it is written: bare where TOML allows it."""
+    return part if re.fullmatch(r"[\w-]{1,60}", part) else quoted(part)
 
 
 def did_you_mean(word: str, known: Iterable[str], noun: str) -> str:
     """The fix for an unknown word: `did you mean 'fsdp'? mesh axes: fsdp, tensor`."""
     names = list(known)
-    close = difflib.get_close_matches(word, names, n=1)
+    close = difflib.get_close_matches(word[:MAX_QUOTED], names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}{noun}: {', '.join(names) or 'none'}"

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from shardlab.spec.models import ModelConfig
+from shardlab.errors import Infeasible, Problem, UserError
+from shardlab.hardware.catalog import load_machine
+from shardlab.hardware.machine import Machine
+from shardlab.spec.models import ModelConfig, find_model
+from shardlab.spec.params import parameter_table
 from shardlab.spec.plan import Plan
+from shardlab.spec.plan_checks import grid_size
+from shardlab.spec.sharding import (
+    ACTIVATION_ARRAYS,
+    CACHE_ARRAY,
+    array_sharding,
+    num_ways,
+    replicated_kv_heads,
+    split_groups,
+)
 
 Workload = Literal["train", "prefill", "decode"]
+MAX_DEFAULT_SEQ = 4_096
 
 
 class Case(BaseModel):
-    """Everything that decides the compiled program. `machine` is the machine as written; resolve it in `hardware/`.
+    """Everything that decides the compiled program. `machine` is the machine as written; resolve it in
+    `hardware/`.
 
-    batch: global batch in sequences. seq: tokens per sequence. Serialises to JSON for the compile child process.
+    batch: global batch in sequences. seq: tokens per sequence. Serialises to JSON for the compile child
+    process.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,3 +44,171 @@ class Case(BaseModel):
     seq: int
     workload: Workload = "train"
     scan_layers: bool = True
+
+    def on(self, machine: str) -> Case:
+        """The same case on another machine. Raises UserError when the plan has another number of devices."""
+        return self.model_copy(update={"machine": _machine_spec(self.plan, machine)})
+
+    def load_machine(self) -> Machine:
+        """The machine as a record."""
+        return load_machine(self.machine)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of how the rules meet the model: replicated KV heads, straddled groups."""
+        heads, kv_heads, axes = self.model.heads, self.model.kv_heads, self.plan.axes
+        found = (
+            replicated_kv_heads(kv_heads, self.plan.params, axes),
+            split_groups(heads, kv_heads, self.plan.params, axes),
+        )
+        return tuple(note for note in found if note is not None)
+
+
+def make_case(
+    plan: Plan,
+    model: str | ModelConfig | None = None,
+    machine: str | None = None,
+    batch: int | None = None,
+    seq: int | None = None,
+    workload: Workload = "train",
+    *,
+    scan_layers: bool = True,
+) -> Case:
+    """The plan put on a model and a machine; what is not given comes from the plan, then from the defaults.
+
+    Defaults: machine from `on`; model, batch and seq from `[check]`; else seq = min(context, 4096) and one
+    sequence per batch shard and microbatch. Raises UserError for mistakes (all at once) and Infeasible, with
+    the nearest value that works, when a dimension cannot be split as the rules say.
+    """
+    config, spec = _resolved(plan, model, machine)
+    length = _given(seq, plan.check.seq) or min(config.context, MAX_DEFAULT_SEQ)
+    sequences = _given(batch, plan.check.batch) or default_batch(plan)
+    case = Case(
+        plan=plan,
+        model=config,
+        machine=spec,
+        batch=sequences,
+        seq=length,
+        workload=workload,
+        scan_layers=scan_layers,
+    )
+    check_feasible(case)
+    return case
+
+
+def default_batch(plan: Plan) -> int:
+    """One sequence per batch shard and microbatch, in sequences."""
+    return num_ways(plan.activations.get("batch", ()), plan.axes) * plan.method.accumulate
+
+
+def check_feasible(case: Case) -> None:
+    """Raises Infeasible, with every reason, when an array cannot be split as the rules say."""
+    found: dict[str, str] = {}
+    for shape, axes, rules, what in _arrays(case):
+        try:
+            array_sharding(shape, axes, rules, case.plan.axes, what=what)
+        except Infeasible as error:
+            # Many arrays share a dimension: one reason each, named after the first array.
+            found.setdefault(error.reason.rpartition(" in ")[0] or error.reason, error.nearest)
+    _check_sizes(case, found)
+    if found:
+        raise Infeasible("; ".join(found), "; ".join(dict.fromkeys(filter(None, found.values()))))
+
+
+def _check_sizes(case: Case, found: dict[str, str]) -> None:
+    accumulate, context = case.plan.method.accumulate, case.model.context
+    if case.workload == "train" and case.batch % accumulate:
+        near = -(-case.batch // accumulate) * accumulate
+        found[f"{case.batch} sequences in {accumulate} microbatches"] = f"nearest batch that divides: {near}"
+    if case.seq > context and case.model.positions == "learned":
+        reason = f"{case.seq} tokens with {context} learned positions ({case.model.name})"
+        found[reason] = f"seq at most {context}"
+
+
+_Array = tuple[tuple[int, ...], tuple[str | None, ...], Mapping[str, tuple[str, ...]], str]
+
+
+def _arrays(case: Case) -> Iterator[_Array]:
+    """Every array that the rules split: parameters, their optimizer state, the key activations."""
+    train = case.workload == "train"
+    for spec in parameter_table(case.model, scan_layers=case.scan_layers):
+        yield spec.shape, spec.axes, case.plan.param_rules(spec.path), spec.path
+        if train:
+            yield (
+                spec.shape,
+                spec.axes,
+                case.plan.optimizer_rules(spec.path),
+                f"optimizer state of {spec.path}",
+            )
+    arrays = dict(ACTIVATION_ARRAYS)
+    if case.workload == "decode":
+        arrays = {"KV cache": CACHE_ARRAY}
+    extents = _extents(case)
+    for what, axes in arrays.items():
+        shape = tuple(extents[axis] if axis is not None else 1 for axis in axes)
+        yield shape, axes, case.plan.activations, what
+
+
+def _extents(case: Case) -> dict[str, int]:
+    """How long each logical axis of the activations is, in one microbatch."""
+    model, steps = case.model, case.plan.method.accumulate if case.workload == "train" else 1
+    return {
+        # What does not divide is reported as a batch that does not divide into microbatches.
+        "batch": case.batch // steps if case.batch % steps == 0 else case.batch * steps,
+        **dict.fromkeys(("seq", "norm_seq", "kv_seq", "cache"), case.seq),
+        "embed": model.embed,
+        "heads": model.heads,
+        "kv_heads": model.kv_heads,
+        "mlp": model.mlp,
+        "vocab": model.padded_vocab,
+    }
+
+
+def _resolved(plan: Plan, model: str | ModelConfig | None, machine: str | None) -> tuple[ModelConfig, str]:
+    """The model and the machine; every mistake of the two at once."""
+    problems: list[Problem] = []
+    config, spec = None, None
+    try:
+        config = _config(plan, model)
+    except UserError as error:
+        problems += error.problems
+    try:
+        spec = _machine_spec(plan, machine)
+    except UserError as error:
+        problems += error.problems
+    if config is None or spec is None:
+        raise UserError(*problems)
+    return config, spec
+
+
+def _config(plan: Plan, model: str | ModelConfig | None) -> ModelConfig:
+    if isinstance(model, ModelConfig):
+        return model
+    name = model or plan.check.model
+    if name is None:
+        raise UserError(
+            Problem(plan.path or plan.name, "no model", "give --model, or [check] model in the plan")
+        )
+    return find_model(name)
+
+
+def _machine_spec(plan: Plan, machine: str | None) -> str:
+    """The machine as written, with as many devices as the plan has."""
+    spec = machine or plan.on
+    if spec is None:
+        raise UserError(Problem(plan.path or plan.name, "no machine", "give --on, or on = … in the plan"))
+    grid, product = grid_size(plan.axes)
+    if spec == "attached":
+        return f"attached:{product}"
+    devices = load_machine(spec).num_devices
+    if devices != product:
+        what = f"the plan has {grid} devices, but {spec} has {devices}"
+        fix = f"choose a machine with {product} devices, or another plan"
+        raise UserError(Problem(plan.path or plan.name, what, fix))
+    return spec
+
+
+def _given(value: int | None, default: int | None) -> int | None:
+    """The number the user gave, which must be at least 1, or the plan's."""
+    if value is not None and value < 1:
+        raise UserError(Problem("--batch, --seq", f"{value}", "use 1 or more"))
+    return default if value is None else value

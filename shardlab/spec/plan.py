@@ -1,48 +1,40 @@
-"""Mesh files: a plan as one frozen value. `load_plan` reads TOML and reports every mistake of the file at once."""
+"""Mesh files: a plan as one frozen value. `load_plan` reads TOML and reports all mistakes at once."""
 
 from __future__ import annotations
 
+import math
+import re
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from shardlab.errors import Problem, UserError
+from shardlab.hardware.toml_file import read_text
+from shardlab.spec import plan_checks as checks
+from shardlab.spec.plan_checks import ACTIVATION_AXES, PARAM_AXES
+from shardlab.spec.plan_file import PlanText, read_flags_file, read_plan_text
+from shardlab.spec.plan_schema import Check, Method, PlanTable, RuleLists, read_table
+
+__all__ = ["ACTIVATION_AXES", "PARAM_AXES", "Check", "Method", "Plan", "Rules", "load_plan", "plan_from_text"]
+
 # Logical axis -> mesh axes, major to minor. A logical axis that is absent is replicated.
 Rules = dict[str, tuple[str, ...]]
 
-PARAM_AXES = ("embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "layers", "expert", "stage")
-ACTIVATION_AXES = (
-    "batch", "seq", "norm_seq", "kv_seq", "embed", "heads", "kv_heads", "mlp", "vocab", "expert", "cache",
-)  # fmt: skip
-
-
-class Method(BaseModel):
-    """What rules cannot say."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    pipeline: Literal["none", "gpipe", "1f1b", "interleaved", "zb-h1"] = "none"
-    microbatches: int | None = None
-    virtual_stages: int | None = None
-    accumulate: int = 1
-    context: Literal["none", "all-gather", "ring", "ulysses", "ring+ulysses"] = "none"
-    experts: str = "dropless"
-    remat: Literal["none", "full", "matmuls", "offload"] = "full"
-    attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
-
-
-class Check(BaseModel):
-    """What `shardlab check` compiles the plan with; defaults for the other verbs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str | None = None
-    batch: int | None = None
-    seq: int | None = None
+FOLLOWS_PARAMS = (
+    "heads",
+    "kv_heads",
+    "mlp",
+    "vocab",
+    "expert",
+)  # activations that are split as the weights are
 
 
 class Plan(BaseModel):
     """One mesh file. `axes` is ordered major to minor. `params`, `activations`, `optimizer` are complete:
     what follows from another table (heads of activations, optimizer from params) has been filled in.
+
+    blocks: block family (`attention`, `mlp`, …) -> {"params": rules, "optimizer": rules}, complete as well.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,3 +52,120 @@ class Plan(BaseModel):
     method: Method = Method()
     flags: tuple[str, ...] = ()
     check: Check = Check()
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the logical mesh: the product of the axes."""
+        return math.prod(self.axes.values())
+
+    def param_rules(self, path: str) -> Rules:
+        """Rules for the parameter at this path (`layers/mlp/up/kernel`): its block's, or `params`."""
+        return self._block_rules(path, "params", self.params)
+
+    def optimizer_rules(self, path: str) -> Rules:
+        """The rules for the optimizer state of the parameter at this path."""
+        return self._block_rules(path, "optimizer", self.optimizer)
+
+    def _block_rules(self, path: str, part: str, default: Rules) -> Rules:
+        family = next((name for name in path.split("/") if name in self.blocks), None)
+        return default if family is None else self.blocks[family][part]
+
+
+def load_plan(path: str | Path) -> Plan:
+    """The mesh file at `path`. Raises UserError with every mistake in it, each with its line and key."""
+    file = Path(path)
+    return _plan(read_plan_text(read_text(file), str(file), file.parent), file.stem, file)
+
+
+def plan_from_text(text: str, name: str = "plan", path: str | Path | None = None) -> Plan:
+    """A mesh file's text to a plan; `path`: where it stands. Raises UserError with every mistake."""
+    file = Path(path) if path is not None else None
+    where = str(file) if file is not None else name
+    return _plan(read_plan_text(text, where, file.parent if file is not None else None), name, file)
+
+
+def _plan(text: PlanText, name: str, file: Path | None) -> Plan:
+    """Everything that is wrong is found before anything is raised."""
+    table, problems = read_table(text.table, text.locate)
+    folder = file.parent if file is not None else None
+    try:
+        flags = _flags(table.compiler.flags, folder)
+    except UserError as error:
+        flags, problems = (), [*problems, *error.problems]
+    plan = _filled_in(table, name, str(file) if file is not None else "", _resolved(table.on, folder), flags)
+    problems = [*problems, *_problems(plan, table, text)]
+    if problems:
+        raise UserError(*sorted(problems, key=_line))
+    return plan
+
+
+def _filled_in(table: PlanTable, name: str, path: str, on: str | None, flags: tuple[str, ...]) -> Plan:
+    """The plan, with what one table takes from another."""
+    params = _tuples(table.params)
+    optimizer = params | _tuples(table.optimizer)
+    return Plan(
+        name=name,
+        path=path,
+        description=table.description,
+        on=on,
+        order=tuple(table.order) if isinstance(table.order, list) else table.order,
+        axes=table.axes,
+        params=params,
+        activations={axis: params[axis] for axis in FOLLOWS_PARAMS if axis in params}
+        | _tuples(table.activations),
+        optimizer=optimizer,
+        blocks={
+            family: {
+                "params": params | _tuples(block.params),
+                "optimizer": optimizer | _tuples(block.params) | _tuples(block.optimizer),
+            }
+            for family, block in table.blocks.items()
+        },
+        method=table.method,
+        flags=flags,
+        check=table.check,
+    )
+
+
+def _problems(plan: Plan, table: PlanTable, text: PlanText) -> list[Problem]:
+    """What is wrong between the keys, given those whose shape is right."""
+    where = text.locate
+    written = text.table.get("axes", {})
+    problems: list[Problem] = []
+    grid_known = False
+    if isinstance(written, dict):  # else the shape was wrong, and nothing that names axes can be judged
+        axes = checks.axes_problems(written, plan.axes, where)
+        problems += [*axes, *checks.rules_problems(table, tuple(written), where)]
+        grid_known = not axes and len(plan.axes) == len(written)
+    if grid_known:
+        problems += checks.order_problems(plan.order, plan.num_devices, where)
+    if plan.on is not None:
+        problems += checks.machine_problems(plan.on, plan.axes if grid_known else None, where)
+    problems += checks.double_use_problems(plan.params, plan.activations, plan.optimizer, plan.blocks, where)
+    problems += checks.method_problems(plan.method, where)
+    problems += checks.flags_problems(plan.flags, where)
+    return problems + checks.check_problems(plan.check, where)
+
+
+def _line(problem: Problem) -> int:
+    """The line that a problem's `file:line: key` names; 0 where it names none."""
+    match = re.search(r":(\d+)(?:: |$)", problem.where)
+    return int(match[1]) if match else 0
+
+
+def _flags(flags: list[str] | str, folder: Path | None) -> tuple[str, ...]:
+    """The flags themselves, read from their file where the plan gives a path."""
+    if isinstance(flags, str):
+        return read_flags_file((folder or Path()) / flags)
+    return tuple(flags)
+
+
+def _resolved(on: str | None, folder: Path | None) -> str | None:
+    """A machine file is looked for beside the plan."""
+    if on is None or folder is None or not on.partition(":")[0].endswith(".toml"):
+        return on
+    return str(folder / on)
+
+
+def _tuples(rules: RuleLists) -> Rules:
+    return {axis: tuple(split) for axis, split in rules.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from shardlab.errors import Infeasible, Problem, UserError
 
@@ -61,7 +62,8 @@ def array_sharding(
     """
     if len(shape) != len(axes):
         raise ValueError(f"{what or 'array'}: {len(shape)} dimensions but {len(axes)} logical axes")
-    problems = double_use(axes, rules, what=what) + _unknown_axes(axes, rules, mesh, what)
+    clashes = [clash.problem(what or "rules", what) for clash in double_use(axes, rules)]
+    problems = clashes + _unknown_axes(axes, rules, mesh, what)
     if problems:
         raise UserError(*problems)
     return tuple(_dimension(size, axis, rules, mesh, what) for size, axis in zip(shape, axes, strict=True))
@@ -107,24 +109,30 @@ def num_ways(split: Iterable[str], mesh: Mapping[str, int]) -> int:
     return math.prod(mesh[name] for name in split)
 
 
-def double_use(
-    axes: Sequence[str | None], rules: Mapping[str, Sequence[str]], *, what: str = "", where: str = ""
-) -> list[Problem]:
-    """One Problem for each mesh axis that would split two dimensions of an array with these logical axes."""
+class Clash(NamedTuple):
+    """One mesh axis that would split two dimensions, `first` and `second` (equal for a doubled name)."""
+
+    mesh_axis: str
+    first: str
+    second: str
+
+    def problem(self, where: str, what: str) -> Problem:
+        """The mistake, for messages; what: the array."""
+        array = f"of the {what}" if what else "of one array"
+        wrong = f"mesh axis {self.mesh_axis!r} would split both {self.first!r} and {self.second!r} {array}"
+        return Problem(where, wrong, f"take {self.mesh_axis!r} out of one of the two rules")
+
+
+def double_use(axes: Sequence[str | None], rules: Mapping[str, Sequence[str]]) -> list[Clash]:
+    """The mesh axes that would split two dimensions of an array with these logical axes."""
     first: dict[str, str] = {}
-    problems = []
+    clashes = []
     for axis in axes:
         for name in rules.get(axis, ()) if axis is not None else ():
             if name in first:
-                problems.append(_double_problem(name, first[name], str(axis), what, where))
+                clashes.append(Clash(name, first[name], str(axis)))
             first.setdefault(name, str(axis))
-    return problems
-
-
-def _double_problem(name: str, first: str, second: str, what: str, where: str) -> Problem:
-    array = f"of {what}" if what else "of one array"
-    wrong = f"mesh axis {name!r} would split both {first!r} and {second!r} {array}"
-    return Problem(where or what or "rules", wrong, f"take {name!r} out of one of the two rules")
+    return clashes
 
 
 def _unknown_axes(

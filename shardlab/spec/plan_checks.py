@@ -1,0 +1,184 @@
+"""What must hold between the keys of a mesh file. Each check returns problems; none stops the others."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from shardlab.errors import Problem, UserError
+from shardlab.hardware.catalog import MAX_DEVICES, load_machine
+from shardlab.hardware.toml_file import KeyPath, Table, did_you_mean, quoted
+from shardlab.spec.models import find_model
+from shardlab.spec.plan_schema import Check, Method, PlanTable
+from shardlab.spec.sharding import ACTIVATION_ARRAYS, CACHE_ARRAY, PARAM_ARRAYS, double_use
+
+PARAM_AXES = ("embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "layers", "expert", "stage")
+ACTIVATION_AXES = (
+    "batch", "seq", "norm_seq", "kv_seq", "embed", "heads", "kv_heads", "mlp", "vocab", "expert", "cache",
+)  # fmt: skip
+BLOCKS = ("embedding", "attention", "mlp", "moe", "head")
+
+Where = Callable[[KeyPath], str]
+Rules = Mapping[str, Sequence[str]]
+
+_AXIS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,30}")  # reports join axes with + and write sub-axes x:(2)4
+
+
+def axes_problems(written: Table, axes: Mapping[str, int], where: Where) -> list[Problem]:
+    """Axes exist, with names that reports can write and sizes from 1. written: `[axes]` as in the file."""
+    if not written:
+        return [Problem(where(("axes",)), "no mesh axis", "add a table [axes] with, for example, fsdp = 8")]
+    problems = [
+        Problem(where(("axes", name)), "not a name for an axis", "use letters, digits, - and _")
+        for name in written
+        if not _AXIS_NAME.fullmatch(name) or name == "unknown"
+    ]
+    return problems + [
+        Problem(where(("axes", name)), f"size {size}", "an axis has a size of at least 1")
+        for name, size in axes.items()
+        if size < 1
+    ]
+
+
+def rules_problems(table: PlanTable, axes: Iterable[str], where: Where) -> list[Problem]:
+    """Rules name logical axes and mesh axes that exist, each mesh axis once."""
+    tables: list[tuple[KeyPath, Rules, Sequence[str]]] = [
+        (("params",), table.params, PARAM_AXES),
+        (("activations",), table.activations, ACTIVATION_AXES),
+        (("optimizer",), table.optimizer, PARAM_AXES),
+    ]
+    problems = []
+    for name, block in table.blocks.items():
+        if name not in BLOCKS:
+            fix = did_you_mean(name, BLOCKS, "block families")
+            problems.append(Problem(where(("blocks", name)), "unknown block family", fix))
+        tables.append((("blocks", name, "params"), block.params, PARAM_AXES))
+        tables.append((("blocks", name, "optimizer"), block.optimizer, PARAM_AXES))
+    for key, rules, logical in tables:
+        problems += _table_problems(key, rules, logical, axes, where)
+    return problems
+
+
+def _table_problems(
+    key: KeyPath, rules: Rules, logical: Sequence[str], axes: Iterable[str], where: Where
+) -> list[Problem]:
+    problems = []
+    for axis, split in rules.items():
+        place = where((*key, axis))
+        if axis not in logical:
+            fix = did_you_mean(axis, logical, "logical axes")
+            problems.append(Problem(place, "unknown logical axis", fix))
+        for position, name in enumerate(split):
+            if name not in axes:
+                what = f"names no mesh axis {quoted(name)}"
+                problems.append(Problem(place, what, did_you_mean(name, axes, "mesh axes")))
+            elif name in split[:position]:
+                problems.append(Problem(place, f"names mesh axis {name!r} twice", "name it once"))
+    return problems
+
+
+def double_use_problems(
+    params: Rules,
+    activations: Rules,
+    optimizer: Rules,
+    blocks: Mapping[str, Mapping[str, Rules]],
+    where: Where,
+) -> list[Problem]:
+    """No mesh axis splits two dimensions of one array. The tables are complete: what follows is filled in."""
+    weights = PARAM_ARRAYS.items()
+    streams = [*ACTIVATION_ARRAYS.items(), ("KV cache", CACHE_ARRAY)]
+    tables: list[tuple[KeyPath, Rules, Iterable[tuple[str, Sequence[str | None]]]]] = [
+        (("params",), params, weights),
+        (("activations",), activations, streams),
+        (("optimizer",), optimizer, weights),
+        *((("blocks", name, part), block[part], weights) for name, block in blocks.items() for part in block),
+    ]
+    problems: dict[tuple[str, ...], Problem] = {}
+    for key, rules, arrays in tables:
+        for what, axes in arrays:
+            for clash in double_use(axes, rules):
+                # The same clash shows in several arrays, and in tables that follow another: report it once.
+                same = (clash.mesh_axis, *sorted((clash.first, clash.second)))
+                if clash.first != clash.second:
+                    problems.setdefault(same, clash.problem(where((*key, clash.second)), what))
+    return list(problems.values())
+
+
+def order_problems(order: str | tuple[int, ...], devices: int, where: Where) -> list[Problem]:
+    """An explicit order lists every device once."""
+    if isinstance(order, str) or sorted(order) == list(range(min(devices, MAX_DEVICES))):
+        return []
+    what = f"{len(order)} ids that are not a permutation of the {devices} devices"
+    return [Problem(where(("order",)), what, f"list each of 0 to {devices - 1} once")]
+
+
+def machine_problems(on: str, axes: Mapping[str, int] | None, where: Where) -> list[Problem]:
+    """The default machine exists and has as many devices as the axes (None: the axes are not known)."""
+    if on == "attached":
+        return []  # as many devices as the axes ask for
+    try:
+        devices = load_machine(on).num_devices
+    except UserError as error:
+        return [Problem(where(("on",)), f"{p.where}: {p.what}", p.fix) for p in error.problems]
+    if axes is None:
+        return []
+    grid, product = grid_size(axes)
+    if product != devices:
+        fix = f"make the axes multiply to {devices}, or change on"
+        return [Problem(where(("axes",)), f"{grid} devices, but {on} has {devices}", fix)]
+    return []
+
+
+def grid_size(axes: Mapping[str, int]) -> tuple[str, int]:
+    """`fsdp 64 x tensor 8 = 512`, and 512."""
+    product = math.prod(axes.values())
+    return f"{' x '.join(f'{name} {size}' for name, size in axes.items())} = {product}", product
+
+
+def method_problems(method: Method, where: Where) -> list[Problem]:
+    """What is not built yet, and numbers that mean nothing."""
+    problems = [
+        Problem(where(("method", key)), f"{quoted(value)} is not built yet", f"use {usable}")
+        for key, value, usable in (
+            ("pipeline", method.pipeline, '"none"'),
+            ("context", method.context, '"none"'),
+            ("experts", method.experts, '"dropless"'),
+        )
+        if value != usable.strip('"')
+    ]
+    if method.remat == "offload":
+        fix = 'use "none", "full" or "matmuls"'
+        problems.append(Problem(where(("method", "remat")), "'offload' is not built yet", fix))
+    for key in ("microbatches", "virtual_stages"):
+        if getattr(method, key) is not None:
+            what = "belongs to a pipeline, which is not built yet"
+            problems.append(Problem(where(("method", key)), what, f"remove {key}, or use accumulate"))
+    if method.accumulate < 1:
+        what = f"{method.accumulate} microbatches"
+        problems.append(Problem(where(("method", "accumulate")), what, "use 1 or more"))
+    return problems
+
+
+def check_problems(check: Check, where: Where) -> list[Problem]:
+    """The model of `[check]` is known; batch and seq are at least 1."""
+    problems: list[Problem] = []
+    if check.model is not None:
+        try:
+            find_model(check.model, where(("check", "model")))
+        except UserError as error:
+            problems += error.problems
+    for key in ("batch", "seq"):
+        value = getattr(check, key)
+        if value is not None and value < 1:
+            problems.append(Problem(where(("check", key)), f"{value}", "use 1 or more"))
+    return problems
+
+
+def flags_problems(flags: Sequence[str], where: Where) -> list[Problem]:
+    """Flags look like flags."""
+    return [
+        Problem(where(("compiler", "flags")), f"{quoted(flag)} is not a flag", "flags start with --")
+        for flag in flags
+        if not re.fullmatch(r"--[\w-]+(=\S*)?", flag)
+    ]
