@@ -6,48 +6,104 @@ What a stage could not know is None, and absent from the JSON; never zero.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import Literal
+from dataclasses import asdict, dataclass
 
 from shardlab.analysis import Analysis
-from shardlab.program import Program
+from shardlab.cost.memory import MemoryFit
+from shardlab.program import Program, Refusal
 from shardlab.spec.case import Case
+from shardlab.spec.names import strategy_names
 
+SCHEMA = "shardlab.report/1"
+EMULATED_NOTE = (
+    "emulated devices: this shows what the partitioner does, not what a backend does "
+    "(bf16 collectives run in f32, gradients are all-reduced); never ranked among real machines"
+)
+NOT_AUTOTUNED_NOTE = "compiled ahead of time, not autotuned: temporary memory may differ in a real run"
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryReport:
-    """Memory per device against the limit that really holds. Bytes."""
-
-    argument_bytes: int | None
-    temp_bytes: int | None
-    peak_bytes: int | None
-    limit_bytes: int | None
-    limit_source: str
-    deficit_bytes: int | None
-    fits: Literal["yes", "tight", "no"] | None
+Json = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaseReport:
     """One case, analysed or with the reason why not.
 
-    infeasible: the plan cannot be put on this model and machine. failure: it could not be compiled (with what to do).
-    hardware_flops: per device per step, from the compiled program with trip counts; model_flops: 6·N·D plus attention
-    over all devices. communication_s: Σ executions · max over tiers of bytes / bandwidth (no latency, no overlap).
+    infeasible: the plan cannot be put on this model and machine. failure: it could not be compiled (with
+    what to do).
+    hardware_flops: per device per step, from the compiled program with trip counts; model_flops: 6·N·D plus
+    attention over all devices. communication_s: Σ executions · max over tiers of bytes / bandwidth (no
+    latency, no overlap).
     tier_s: the same per tier. emulated rows are never ranked among real ones.
     """
 
     case: Case
     program: Program | None = None
     analysis: Analysis | None = None
-    memory: MemoryReport | None = None
+    memory: MemoryFit | None = None
     hardware_flops: int | None = None
     model_flops: int | None = None
     communication_s: float | None = None
     tier_s: Mapping[str, float] | None = None
-    wire_bytes: Fraction | None = None
     infeasible: str | None = None
     failure: str | None = None
     emulated: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """What the compiler said when the program did not fit, None when it compiled or was never tried."""
+        return self.program.refusal if self.program is not None else None
+
+
+def to_json(report: CaseReport) -> Json:
+    """The report as a document of schema `shardlab.report/1`: what is not known is absent, never zero."""
+    document: Json = {"schema": SCHEMA, "case": case_json(report), "notes": list(report.notes)}
+    if report.infeasible is not None:
+        document["infeasible"] = report.infeasible
+    if report.failure is not None:
+        document["failure"] = report.failure
+    if report.analysis is not None:
+        document["analysis"] = report.analysis.to_json()
+    members = {
+        "memory": _memory_json(report),
+        "compute": _known(flops=report.hardware_flops, model_flops=report.model_flops),
+        "prediction": _known(
+            communication_s=report.communication_s,
+            communication_by_tier_s=dict(report.tier_s) if report.tier_s else None,
+        ),
+    }
+    return document | {key: value for key, value in members.items() if value}
+
+
+def case_json(report: CaseReport) -> Json:
+    """The `case` member: what was compiled, for which machine, with the names the plan's rules amount to."""
+    case, plan = report.case, report.case.plan
+    return {
+        "plan": plan.name,
+        "path": plan.path,
+        "strategies": list(strategy_names(plan)),
+        "axes": dict(plan.axes),
+        "order": plan.order if isinstance(plan.order, str) else list(plan.order),
+        "method": plan.method.model_dump(exclude_none=True),
+        "flags": list(plan.flags),
+        "model": case.model.name,
+        "machine": case.machine,
+        "batch": case.batch,
+        "seq": case.seq,
+        "workload": case.workload,
+        "emulated": report.emulated,
+    }
+
+
+def _memory_json(report: CaseReport) -> Json:
+    memory = _known(**asdict(report.memory)) if report.memory is not None else {}
+    if not memory.get("note"):
+        memory.pop("note", None)
+    refusal = report.refusal
+    if refusal is not None:
+        memory |= _known(needed_bytes=refusal.needed_bytes, largest_batch=refusal.largest_batch)
+    return memory
+
+
+def _known(**members: object) -> Json:
+    return {key: value for key, value in members.items() if value is not None}

@@ -1,0 +1,167 @@
+"""Stage 6 COMPARE: reports of several cases, best first.
+
+Plans that fit come first, then the shorter communication time: Σ executions · max over tiers of bytes /
+bandwidth. Neither compute nor overlap is in that time, so it ranks plans by what they move, not by what a
+step takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from shardlab.analysis import Analysis, CollectiveRow
+from shardlab.case_report import CaseReport, Json, to_json
+from shardlab.units import format_bytes
+
+SCHEMA = "shardlab.comparison/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unranked:
+    """A case without a rank, and why."""
+
+    report: CaseReport
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Cases side by side: `ranked` best first, `emulated` by wire bytes, `unranked` with a reason each."""
+
+    ranked: tuple[CaseReport, ...]
+    emulated: tuple[CaseReport, ...]
+    unranked: tuple[Unranked, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reports(self) -> tuple[CaseReport, ...]:
+        """Every case once, best first: real machines, emulated ones, those without an answer."""
+        return (*self.ranked, *self.emulated, *(row.report for row in self.unranked))
+
+
+def rank(reports: Iterable[CaseReport], notes: Iterable[str] = ()) -> Comparison:
+    """Order the reports. Raises ValueError when they differ in batch, sequence, workload or model.
+
+    Fits (yes and tight) before unknown before no; then communication time, wire bytes, name. A case that was
+    not analysed, or whose time is not known, has no rank.
+    """
+    reports = tuple(reports)
+    if len({(r.case.batch, r.case.seq, r.case.workload, r.case.model) for r in reports}) > 1:
+        raise ValueError("only cases of one model, batch, sequence and workload can be compared")
+    unranked = [Unranked(report=r, reason=why) for r in reports if (why := reason_unranked(r)) is not None]
+    rest = [r for r in reports if reason_unranked(r) is None]
+    return Comparison(
+        ranked=tuple(sorted((r for r in rest if not r.emulated), key=_real_key)),
+        emulated=tuple(sorted((r for r in rest if r.emulated), key=_emulated_key)),
+        unranked=tuple(sorted(unranked, key=lambda row: _label_key(row.report))),
+        notes=tuple(notes),
+    )
+
+
+def reason_unranked(report: CaseReport) -> str | None:
+    """Why a case has no place in the order: it has no analysis, or no time. None when it has one."""
+    if report.infeasible is not None:
+        return f"infeasible: {report.infeasible}"
+    if report.failure is not None:
+        return report.failure
+    if report.refusal is not None:
+        return refusal_reason(report)
+    if report.analysis is None:
+        return "not analysed"
+    if report.communication_s is None and not report.emulated:
+        return _why_no_time(report.analysis, report.case.machine)
+    return None
+
+
+def _why_no_time(analysis: Analysis, machine: str) -> str:
+    endless = [row.name for row in analysis.collectives if row.executions[1] is None]
+    if endless:
+        return f"communication time unknown: {endless[0]} is in a loop that could not be bounded"
+    return f"communication time unknown: no bandwidth known for every link of {machine}"
+
+
+def refusal_reason(report: CaseReport) -> str:
+    """`does not fit: needs 33.1 GB of 15.8 GB, 17.3 GB too much; largest batch that compiles: 64`."""
+    refusal = report.refusal
+    if refusal is None:
+        return ""
+    needed, limit = refusal.needed_bytes, refusal.limit_bytes
+    sizes = f"needs {format_bytes(needed)} of {format_bytes(limit)}, {format_bytes(needed - limit)} too much"
+    batch = refusal.largest_batch
+    return f"does not fit: {sizes}; " + (
+        f"largest batch that compiles: {batch}"
+        if batch is not None
+        else "no smaller batch that compiles is known"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dominant:
+    """The kind of collective over one set of axes that costs most, and its part of the whole (0 to 1).
+
+    of: what it is a part of, `time` where every collective has one, else `bytes`.
+    """
+
+    kind: str
+    axes: tuple[str, ...] | None
+    share: float
+    of: str
+
+
+def dominant(rows: Iterable[CollectiveRow]) -> Dominant | None:
+    """What costs most: by time where every row has one, else by wire bytes; None when nothing moves."""
+    rows = tuple(rows)
+    timed = all(row.tier_s is not None for row in rows)
+    costs: dict[tuple[str, tuple[str, ...] | None], float] = {}
+    for row in rows:
+        each = max((row.tier_s or {}).values(), default=0.0) if timed else float(row.wire_bytes)
+        key = (row.realizes or row.kind, row.axes)
+        costs[key] = costs.get(key, 0.0) + each * most_executions(row)
+    total = sum(costs.values())
+    if not total:
+        return None
+    kind, axes = max(costs, key=lambda key: costs[key])
+    return Dominant(kind=kind, axes=axes, share=costs[kind, axes] / total, of="time" if timed else "bytes")
+
+
+def most_executions(row: CollectiveRow) -> int:
+    """The upper end of the executions; the lower end where the upper one is unknown."""
+    low, high = row.executions
+    return low if high is None else high
+
+
+def comparison_json(comparison: Comparison) -> Json:
+    """`shardlab.comparison/1`: the reports best first; `rank` (from 1) only on those that have one."""
+    ranks = {id(report): number for number, report in enumerate(comparison.ranked, start=1)}
+    reasons = {id(row.report): row.reason for row in comparison.unranked}
+    reports: list[Json] = []
+    for report in comparison.reports:
+        extra: Json = {"rank": ranks[id(report)]} if id(report) in ranks else {}
+        if id(report) in reasons:
+            extra["unranked"] = reasons[id(report)]
+        reports.append(extra | to_json(report))
+    return {"schema": SCHEMA, "reports": reports, "notes": list(comparison.notes)}
+
+
+def _real_key(report: CaseReport) -> tuple[int, float, Fraction, str, str]:
+    fits = report.memory.fits if report.memory is not None else None
+    order = {"yes": 0, "tight": 0, None: 1, "no": 2}[fits]
+    return (order, report.communication_s or 0.0, _wire_bytes(report), *_label_key(report))
+
+
+def _emulated_key(report: CaseReport) -> tuple[Fraction, str, str]:
+    return (_wire_bytes(report), *_label_key(report))
+
+
+def _wire_bytes(report: CaseReport) -> Fraction:
+    """The upper end of the step's wire bytes; the lower end where the upper one is unknown."""
+    if report.analysis is None:
+        return Fraction(0)
+    low, high = report.analysis.totals.wire_bytes
+    return low if high is None else high
+
+
+def _label_key(report: CaseReport) -> tuple[str, str]:
+    return (report.case.plan.name, report.case.machine)

@@ -1,0 +1,130 @@
+"""Which cases a comparison runs: every plan on every machine, with one model, batch and sequence for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from shardlab.case_report import CaseReport
+from shardlab.errors import Infeasible, Problem, UserError
+from shardlab.spec.case import Case, Workload, make_case
+from shardlab.spec.models import find_model
+from shardlab.spec.plan import Plan, load_plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What the user asked for; None is for the plans to say. `machines`: () is each plan's own."""
+
+    model: str | None = None
+    machines: tuple[str, ...] = ()
+    batch: int | None = None
+    seq: int | None = None
+    workload: Workload = "train"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cases:
+    """`cases` to compile, `rejected` ones with their reason, and what was chosen for the user (`notes`)."""
+
+    cases: tuple[Case, ...]
+    rejected: tuple[CaseReport, ...]
+    notes: tuple[str, ...]
+
+
+def load_plans(paths: Iterable[str]) -> tuple[Plan, ...]:
+    """Read mesh files. Raises UserError with every mistake of every file."""
+    plans: list[Plan] = []
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            plans.append(load_plan(path))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return tuple(plans)
+
+
+def comparison_cases(plans: Sequence[Plan], question: Question) -> Cases:
+    """Every plan on every machine, one batch and sequence for all.
+
+    A plan that cannot be put on a model or machine is `rejected` with its reason. Raises UserError when a
+    mistake leaves nothing to compare, or when no model is named.
+    """
+    model = question.model or _common_model(plans)
+    find_model(model)
+    pairs = [(plan, machine) for plan in plans for machine in question.machines or (_own_machine(plan),)]
+    question, notes = _settled(pairs, replace(question, model=model))
+    made = [_try_case(plan, machine, question) for plan, machine in pairs]
+    cases = tuple(item for item in made if isinstance(item, Case))
+    mistakes = [item for item in made if isinstance(item, UserError)]
+    if mistakes and not cases:
+        raise UserError(*dict.fromkeys(problem for error in mistakes for problem in error.problems))
+    rejected = tuple(
+        CaseReport(case=_unchecked(plan, machine, question), infeasible="; ".join(str(item).splitlines()))
+        for (plan, machine), item in zip(pairs, made, strict=True)
+        if not isinstance(item, Case)
+    )
+    return Cases(cases=cases, rejected=rejected, notes=notes)
+
+
+def _own_machine(plan: Plan) -> str:
+    if plan.on is None:
+        raise UserError(
+            Problem(plan.path or plan.name, "names no machine", 'add on = "…" to it or give --on MACHINE')
+        )
+    return plan.on
+
+
+def _common_model(plans: Sequence[Plan]) -> str:
+    names = {plan.check.model for plan in plans}
+    name = names.pop()
+    if names or name is None:
+        raise UserError(Problem("--model", "the plans do not name one model in [check]", "give --model NAME"))
+    return name
+
+
+def _try_case(plan: Plan, machine: str, question: Question) -> Case | Infeasible | UserError:
+    try:
+        return make_case(
+            plan,
+            model=question.model,
+            machine=machine,
+            batch=question.batch,
+            seq=question.seq,
+            workload=question.workload,
+        )
+    except (Infeasible, UserError) as error:
+        return error
+
+
+def _settled(pairs: Sequence[tuple[Plan, str]], question: Question) -> tuple[Question, tuple[str, ...]]:
+    """The question with one batch and sequence: least common multiple and minimum of the plans' own."""
+    if question.batch is not None and question.seq is not None:
+        return question, ()
+    made = [_try_case(plan, machine, question) for plan, machine in pairs]
+    cases = [item for item in made if isinstance(item, Case)]
+    notes: list[str] = []
+    batch, seq = question.batch, question.seq
+    if batch is None and cases:
+        batch = math.lcm(*(case.batch for case in cases))
+        notes.append(f"global batch {batch}: the smallest that every plan accepts; --batch N sets it")
+    if seq is None and cases:
+        seq = min(case.seq for case in cases)
+        if len({case.seq for case in cases}) > 1:
+            notes.append(f"sequence {seq}: the shortest that a plan asks for; --seq N sets it")
+    return replace(question, batch=batch, seq=seq), tuple(notes)
+
+
+def _unchecked(plan: Plan, machine: str, question: Question) -> Case:
+    """The case as it was asked for, though it cannot be: for the row that says why."""
+    return Case(
+        plan=plan,
+        model=find_model(question.model or ""),
+        machine=machine,
+        batch=question.batch or 1,
+        seq=question.seq or 1,
+        workload=question.workload,
+    )

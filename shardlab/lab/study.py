@@ -1,0 +1,50 @@
+"""From mesh files and a question to an answer: what `compare`, `explain` and experiments run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TextIO
+
+from shardlab.case_report import CaseReport
+from shardlab.compare import Comparison, rank
+from shardlab.errors import CompileFailed
+from shardlab.lab.cases import Question, comparison_cases, load_plans
+from shardlab.lab.progress import progress_on
+from shardlab.lab.run import Steps, run_cases
+
+
+def compare_plans(
+    paths: Sequence[str],
+    question: Question,
+    *,
+    progress: TextIO,
+    jobs: int | None = None,
+    steps: Steps | None = None,
+) -> Comparison:
+    """Compile and rank the plans. `progress` is where progress goes (standard error).
+
+    A plan without an answer is a row with its reason. Raises UserError for mistakes in files and flags, and
+    CompileFailed when not one case could be compiled.
+    """
+    wanted = comparison_cases(load_plans(paths), question)
+    with progress_on(progress, len(wanted.cases)) as reporter:
+        reports = run_cases(wanted.cases, jobs, reporter, steps)
+    failures = list(dict.fromkeys(report.failure for report in reports if report.failure is not None))
+    if failures and all(report.failure is not None for report in reports):
+        raise NothingCompiled(failures)
+    return rank((*reports, *wanted.rejected), wanted.notes)
+
+
+def explain_plan(
+    path: str, question: Question, *, progress: TextIO, steps: Steps | None = None
+) -> CaseReport:
+    """Compile and analyse one plan; infeasible and too large are answers. Raises as `compare_plans`."""
+    return compare_plans([path], question, progress=progress, jobs=1, steps=steps).reports[0]
+
+
+class NothingCompiled(CompileFailed):
+    """Not one case could be compiled; one line per reason."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__("compile", "; ".join(reasons))
+        self.args = ("\n".join(reasons),)

@@ -1,0 +1,225 @@
+"""The page of `shardlab explain` and `analyze`: one program broken down, and what was not counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from shardlab.analysis import Analysis, ByteRange, CollectiveRow
+from shardlab.case_report import EMULATED_NOTE, CaseReport
+from shardlab.compare import refusal_reason
+from shardlab.report.comparison import time_text
+from shardlab.report.figures import (
+    axes_text,
+    key_text,
+    largest_first,
+    most,
+    scaled,
+    shares,
+    times,
+)
+from shardlab.report.page import Cell, Column, Line, Page, Table, cell, code
+from shardlab.spec.names import strategy_names
+from shardlab.units import format_bytes, format_count, format_seconds
+
+TOP = 20
+Breakdown = Mapping[str, Mapping[str, ByteRange]]
+
+
+def explain_page(report: CaseReport, top: int = TOP) -> Page:
+    """One case: what it is, whether it fits, what it moves and why. `top`: rows of the collectives table."""
+    case = report.case
+    title = f"{case.plan.name} on {case.machine}: {case.model.name}, {case.workload}"
+    notes = (*((EMULATED_NOTE,) if report.emulated else ()), *report.notes)
+    if report.analysis is None:
+        return Page(title=title, facts=(*_case_facts(report), ("no analysis", _why(report))), notes=notes)
+    facts = (*_case_facts(report), *_figure_facts(report))
+    tables = (*_tables(report.analysis, top, report), *_warning_tables(report))
+    return Page(title=title, facts=facts, tables=tables, notes=notes)
+
+
+def analysis_page(analysis: Analysis, top: int = TOP) -> Page:
+    """An analysed dump: the same breakdown, without a case."""
+    names = ", ".join(module.name for module in analysis.modules)
+    backends = ", ".join(sorted({module.backend for module in analysis.modules}))
+    devices = ", ".join(sorted({str(module.num_devices) for module in analysis.modules}))
+    facts = [
+        ("module", names),
+        ("backend", f"{backends}, {devices} devices"),
+        ("mesh", _mesh_text(analysis.mesh)),
+    ]
+    facts += [("machine", analysis.machine)] if analysis.machine else []
+    facts.append(("sent", f"{format_bytes(analysis.totals.wire_bytes)} per device and step"))
+    return Page(title="What this program communicates", facts=tuple(facts), tables=_tables(analysis, top))
+
+
+def _why(report: CaseReport) -> str:
+    if report.infeasible is not None:
+        return f"infeasible: {report.infeasible}"
+    return report.failure or refusal_reason(report) or "not analysed"
+
+
+def _case_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
+    case = report.case
+    names = ", ".join(strategy_names(case.plan))
+    return (
+        *((("plan", case.plan.description),) if case.plan.description else ()),
+        ("strategy", names),
+        ("mesh", _mesh_text(case.plan.axes)),
+        ("workload", f"{case.workload}, batch {case.batch} sequences of {case.seq} tokens"),
+    )
+
+
+def _figure_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
+    analysis = report.analysis
+    facts = [("memory", _memory_text(report))] if report.memory is not None else []
+    if report.hardware_flops is not None:
+        facts.append(("FLOPs", f"{format_count(report.hardware_flops)} per device and step, as compiled"))
+    if report.model_flops is not None:
+        facts.append(("model FLOPs", f"{format_count(report.model_flops)} per step, all devices"))
+    if analysis is not None:
+        facts.append(("sent", f"{format_bytes(analysis.totals.wire_bytes)} per device and step"))
+    if report.communication_s is not None:
+        facts.append(("comm. time", f"{time_text(report)} of links in use; no compute, no overlap"))
+    return tuple(facts)
+
+
+def _memory_text(report: CaseReport) -> str:
+    memory = report.memory
+    if memory is None or memory.peak_bytes is None:
+        return "unknown"
+    parts = [f"{format_bytes(memory.peak_bytes)} at the peak"]
+    if memory.argument_bytes is not None:
+        parts.append(f"arguments {format_bytes(memory.argument_bytes)}")
+    if memory.temp_bytes is not None:
+        parts.append(f"temporaries {format_bytes(memory.temp_bytes)}")
+    if memory.limit_bytes is not None:
+        parts.append(f"limit {format_bytes(memory.limit_bytes)} ({memory.limit_source})")
+    if memory.fits is not None:
+        parts.append({"yes": "fits", "tight": "tight", "no": "does not fit"}[memory.fits])
+    return ", ".join(parts)
+
+
+def _mesh_text(mesh: Mapping[str, int] | None) -> str:
+    return " × ".join(f"{axis} {size}" for axis, size in mesh.items()) if mesh else "not given"
+
+
+def _tables(analysis: Analysis, top: int, report: CaseReport | None = None) -> tuple[Table, ...]:
+    totals = analysis.totals
+    tables = [
+        _breakdown("By kind", "kind", totals.by_kind),
+        _breakdown("By mesh axes", "axes", totals.by_axes),
+        _breakdown("By phase", "phase", totals.by_phase),
+        _breakdown("By layer", "layer", totals.by_layer, top),
+        _links(analysis, (report.tier_s if report is not None else None) or {}),
+        _collectives(analysis, top),
+        _ledger(analysis),
+    ]
+    return tuple(table for table in tables if table.rows)
+
+
+def _breakdown(title: str, header: str, parts: Breakdown, top: int | None = None) -> Table:
+    wire = {key: entry["wire_bytes"] for key, entry in parts.items()}
+    ordered = largest_first(wire)
+    portions = shares(value for _, value in ordered)
+    rows = tuple(
+        (
+            code(key_text(key)),
+            cell(format_bytes(parts[key]["payload_bytes"])),
+            cell(format_bytes(value)),
+            cell(portion),
+        )
+        for (key, value), portion in zip(ordered, portions, strict=True)
+    )
+    columns = (
+        Column(header, keep=False),
+        Column("payload", "right"),
+        Column("sent", "right"),
+        Column("share", "right"),
+    )
+    return Table(title=title, columns=columns, rows=rows[:top], caption=_left_out(len(rows), top, ordered))
+
+
+def _left_out(count: int, top: int | None, ordered: list[tuple[str, ByteRange]]) -> str:
+    if top is None or count <= top:
+        return ""
+    rest = sum((most(value) for _, value in ordered[top:]), most(ordered[top][1]) * 0)
+    return f"{count - top} smaller ones not shown, {format_bytes(rest)} together; --json has all"
+
+
+def _links(analysis: Analysis, tier_s: Mapping[str, float]) -> Table:
+    rows = tuple(
+        (
+            cell(tier),
+            cell(format_bytes(value)),
+            cell(format_seconds(tier_s[tier]) if tier in tier_s else "unknown"),
+        )
+        for tier, value in largest_first(analysis.totals.traffic)
+    )
+    columns = (Column("link"), Column("each device sends", "right"), Column("time", "right"))
+    return Table(title="By link", columns=columns, rows=rows)
+
+
+def _collectives(analysis: Analysis, top: int) -> Table:
+    sent = {id(row): scaled(row.executions, row.wire_bytes) for row in analysis.collectives}
+    ordered = sorted(analysis.collectives, key=lambda row: (-most(sent[id(row)]), row.name))
+    shown = ordered[:top]
+    caption = _left_out(len(ordered), top, [(row.name, sent[id(row)]) for row in ordered])
+    return Table(
+        title="Collectives by bytes sent" if len(ordered) <= top else f"The {top} collectives that send most",
+        columns=(
+            Column("sent", "right"),
+            Column("collective", keep=False),
+            Column("over", keep=False),
+            Column("where", keep=False),
+        ),
+        rows=tuple(_collective_row(row, sent[id(row)]) for row in shown),
+        caption=caption,
+    )
+
+
+def _collective_row(row: CollectiveRow, sent: ByteRange) -> tuple[Cell, ...]:
+    bound = "at most " if row.bound == "upper" else ""
+    realizes = f" (realizes {row.realizes})" if row.realizes else ""
+    each = f"{times(row.executions)} {bound}{format_bytes(row.wire_bytes)}"
+    over = (
+        Line(axes_text(row.axes)),
+        Line(f"{row.num_groups} × {row.group_size}" + (f", {row.tier}" if row.tier else "")),
+    )
+    reason = (Line(row.axes_reason, "dim"),) if row.axes is None and row.axes_reason else ()
+    phase = row.phase + (", recompute" if row.recompute else "")
+    return (
+        (
+            Line("unknown" if sent[1] is None and not sent[0] else bound + format_bytes(sent), "strong"),
+            Line(each, "dim"),
+        ),
+        (Line(f"{row.kind} {', '.join(row.dtypes)}{realizes}"), *code(row.name)),
+        (*over, *reason),
+        (Line(phase), *code(row.layer), *code(row.source)),
+    )
+
+
+def _ledger(analysis: Analysis) -> Table:
+    columns = (Column("what"), Column("name", keep=False), Column("why", keep=False))
+    rows = tuple((code(entry.what), code(entry.name), cell(entry.why)) for entry in analysis.ledger)
+    return Table(title="Ledger: not counted, or not exactly", columns=columns, rows=rows)
+
+
+def _warning_tables(report: CaseReport) -> tuple[Table, ...]:
+    program = report.program
+    if program is None:
+        return ()
+    warned = tuple((cell(w.kind, "warn"), code(", ".join(w.names) or w.text)) for w in program.warnings)
+    rejected = tuple((code(flag), cell(why, "warn")) for flag, why in program.flags.rejected)
+    tables = (
+        Table(
+            title="The compiler warned",
+            columns=(Column("what", keep=False), Column("names", keep=False)),
+            rows=warned,
+        ),
+        Table(
+            title="Flags rejected",
+            columns=(Column("flag", keep=False), Column("why", keep=False)),
+            rows=rejected,
+        ),
+    )
+    return tuple(table for table in tables if table.rows)

@@ -1,0 +1,114 @@
+"""The page of `compare`, from reports made by hand."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from case_reports import analysis, case, collective, emulated, memory, refused, report
+
+from shardlab.analysis import LedgerEntry
+from shardlab.case_report import EMULATED_NOTE, CaseReport
+from shardlab.compare import rank
+from shardlab.report.comparison import comparison_page
+from shardlab.report.markdown import to_markdown
+from shardlab.report.page import Page, Table
+from shardlab.report.terminal import print_page
+
+
+def texts(table: Table) -> list[list[str]]:
+    return [["\n".join(line.text for line in value) for value in row] for row in table.rows]
+
+
+def titles(page: Page) -> list[str]:
+    return [table.title.split(":")[0] for table in page.tables]
+
+
+def test_a_ranked_row_holds_every_figure() -> None:
+    page = comparison_page(rank([report("fsdp8", 0.5)]))
+    (row,) = texts(page.tables[0])
+    assert row[0] == "1"
+    assert row[1].startswith("fsdp8\n")
+    assert row[2:] == [
+        "60 GB of 80 GB\nfits",
+        "500 ms",
+        "all-gather over fsdp, 100 % of time",
+        "fsdp 14 GB",  # twice 7/8 of 8 GB
+        "nvlink 14 GB 500 ms",
+        "200 TFLOP",
+    ]
+
+
+def test_narrow_pages_say_the_same_in_two_tables() -> None:
+    wide = comparison_page(rank([report()])).tables[0]
+    upper, lower = comparison_page(rank([report()]), wide=False).tables
+    assert texts(upper)[0] + texts(lower)[0][2:] == texts(wide)[0]
+    assert texts(lower)[0][1] == "fsdp8"
+
+
+def test_emulated_rows_have_no_rank_and_their_note() -> None:
+    page = comparison_page(rank([emulated("cpu8-fsdp", 3), report("real")]))
+    assert titles(page)[1] == "Emulated, not ranked"
+    (row,) = texts(page.tables[1])
+    assert row[0] == "–"
+    assert row[1].startswith("cpu8-fsdp\non cpu:8\n")
+    assert page.notes == (f"cpu8-fsdp: {EMULATED_NOTE}",)
+
+
+def test_rows_without_an_answer_say_why() -> None:
+    infeasible = CaseReport(case=case("odd"), infeasible="12 heads over 8 devices; 4 would do")
+    page = comparison_page(rank([infeasible, refused("big", 33, 16, 64), report()]))
+    rows = {name.split("\n")[0]: why for name, why in texts(page.tables[-1])}
+    assert rows == {
+        "odd": "infeasible: 12 heads over 8 devices; 4 would do",
+        "big": "does not fit: needs 33 GB of 16 GB, 17 GB too much; largest batch that compiles: 64",
+    }
+
+
+@pytest.mark.parametrize(
+    ("held", "shown"),
+    [
+        (memory(peak_gb=90), "90 GB of 80 GB\n10 GB too much"),
+        (None, "–"),
+    ],
+    ids=["too-much", "unknown"],
+)
+def test_memory_cell(held: object, shown: str) -> None:
+    page = comparison_page(rank([report(memory=held)]))
+    assert texts(page.tables[0])[0][2] == shown
+
+
+def test_unknown_is_a_dash_and_never_a_zero() -> None:
+    bare = report("bare", None, memory=None, hardware_flops=None, model_flops=None, emulated=True)
+    row = texts(comparison_page(rank([bare])).tables[0])[0]
+    assert (row[2], row[3], row[7]) == ("–", "–", "–")
+
+
+def test_a_note_that_all_plans_share_is_said_once() -> None:
+    page = comparison_page(rank([report("a", notes=("same", "only a")), report("b", notes=("same",))]))
+    assert page.notes == ("same", "a: only a")
+
+
+def test_a_ledger_that_is_not_empty_is_mentioned() -> None:
+    entry = LedgerEntry(what="custom-call", name="x", why="opaque")
+    with_ledger = report("a", analysis=replace(analysis(), ledger=(entry,)))
+    page = comparison_page(rank([with_ledger]))
+    assert page.notes == ("1 entry on the ledger (not counted, or not exactly): see shardlab explain",)
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+    sent = analysis(collective(), collective("r", axes=("data", "fsdp", "tensor"), kind="reduce-scatter"))
+    rows = [report(f"h100x512-fsdp64-tensor8-{n}", n, analysis=sent) for n in (1.0, 2.0)]
+    stream = io.StringIO()
+    print_page(comparison_page(rank(rows), wide=width >= 150), stream, width)
+    lines = stream.getvalue().splitlines()
+    assert max(len(line) for line in lines) <= width
+    assert any("h100x512-fsdp64-tensor8-1.0" in line for line in lines)
+
+
+def test_markdown_has_a_row_per_plan() -> None:
+    text = to_markdown(comparison_page(rank([report("a_b", 1.0), report("c", 2.0)])))
+    assert text.count("\n| **1** | **a\\_b**<br>") == 1
+    assert text.count("\n| **2** | **c**<br>") == 1

@@ -1,0 +1,108 @@
+"""The page of `explain` and `analyze`, from reports made by hand."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from case_reports import GB, analysis, case, collective, refused, report
+
+from shardlab.case_report import EMULATED_NOTE, CaseReport
+from shardlab.program import CompilerWarning, Flags, Program
+from shardlab.report.explain import analysis_page, explain_page
+from shardlab.report.page import Page, Table
+
+
+def texts(table: Table) -> list[list[str]]:
+    return [["\n".join(line.text for line in value) for value in row] for row in table.rows]
+
+
+def table(page: Page, title: str) -> Table:
+    return next(one for one in page.tables if one.title.startswith(title))
+
+
+def test_every_breakdown_is_there() -> None:
+    page = explain_page(report())
+    names = [one.title for one in page.tables]
+    assert names == [
+        "By kind",
+        "By mesh axes",
+        "By phase",
+        "By layer",
+        "By link",
+        "Collectives by bytes sent",
+    ]
+    assert texts(table(page, "By kind")) == [["all-gather", "16 GB", "14 GB", "100 %"]]
+    assert texts(table(page, "By link")) == [["nvlink", "14 GB", "500 ms"]]
+
+
+def test_a_collective_is_named_with_its_source() -> None:
+    assert texts(table(explain_page(report()), "Collectives")) == [
+        [
+            "14 GB\n×2 7 GB",
+            "all-gather bf16\nall-gather.1",
+            "fsdp\n1 × 8, nvlink",
+            "forward\nlayers/mlp/gate\ntransformer.py:112",
+        ]
+    ]
+
+
+def test_only_the_largest_are_listed_and_the_rest_is_summed() -> None:
+    rows = [collective(f"g.{gb}", executions=(1, 1), wire_bytes=Fraction(gb * GB)) for gb in (1, 2, 3, 4)]
+    shown = table(explain_page(report(analysis=analysis(*rows)), top=2), "The 2 collectives")
+    assert [row[1].split("\n")[1] for row in texts(shown)] == ["g.4", "g.3"]
+    assert shown.caption == "2 smaller ones not shown, 3 GB together; --json has all"
+
+
+def test_bounds_and_unknown_counts_are_not_hidden() -> None:
+    ragged = collective("r", kind="ragged-all-to-all", bound="upper", executions=(0, None))
+    row = texts(table(explain_page(report(analysis=analysis(collective(), ragged))), "Collectives"))[1]
+    assert row[0] == "unknown\n×0 at least at most 7 GB"
+
+
+def test_facts_say_what_the_case_is() -> None:
+    facts = dict(explain_page(report()).facts)
+    assert facts["mesh"] == "fsdp 8"
+    assert facts["workload"] == "train, batch 8 sequences of 128 tokens"
+    assert facts["FLOPs"] == "200 TFLOP per device and step, as compiled"
+    assert (
+        facts["memory"]
+        == "60 GB at the peak, arguments 40 GB, temporaries 20 GB, limit 80 GB (by hand), fits"
+    )
+
+
+def test_warnings_and_rejected_flags_are_shown() -> None:
+    program = Program(
+        name="step",
+        backend="gpu",
+        hlo_text="HloModule m",
+        num_devices=8,
+        warnings=(CompilerWarning(kind="involuntary full rematerialization", text="…", names=("%dot.1",)),),
+        flags=Flags(requested=("--a", "--b"), effective=("--a",), rejected=(("--b", "unknown flag"),)),
+    )
+    page = explain_page(report(program=program))
+    assert texts(table(page, "The compiler warned")) == [["involuntary full rematerialization", "%dot.1"]]
+    assert texts(table(page, "Flags rejected")) == [["--b", "unknown flag"]]
+
+
+def test_a_case_without_analysis_says_why() -> None:
+    infeasible = CaseReport(case=case(), infeasible="12 heads over 8 devices")
+    assert dict(explain_page(infeasible).facts)["no analysis"] == "infeasible: 12 heads over 8 devices"
+    assert dict(explain_page(refused("big", 33, 16, None)).facts)["no analysis"].startswith(
+        "does not fit: needs 33 GB"
+    )
+
+
+def test_emulated_devices_carry_their_note() -> None:
+    assert explain_page(report(emulated=True, notes=("more",))).notes == (EMULATED_NOTE, "more")
+
+
+def test_an_analysed_dump_needs_no_case() -> None:
+    page = analysis_page(analysis())
+    assert dict(page.facts) == {
+        "module": "jit_step",
+        "backend": "gpu, 8 devices",
+        "mesh": "fsdp 8",
+        "machine": "h100:1x8",
+        "sent": "14 GB per device and step",
+    }
+    assert [one.title for one in page.tables] == [one.title for one in explain_page(report()).tables]
