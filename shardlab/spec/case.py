@@ -80,8 +80,8 @@ def make_case(
     the nearest value that works, when a dimension cannot be split as the rules say.
     """
     config, spec = _resolved(plan, model, machine)
-    length = _given(seq, plan.check.seq) or min(config.context, MAX_DEFAULT_SEQ)
-    sequences = _given(batch, plan.check.batch) or default_batch(plan)
+    length = _given(seq, min(plan.check.seq or MAX_DEFAULT_SEQ, config.context))
+    sequences = _given(batch, plan.check.batch or default_batch(plan))
     case = Case(
         plan=plan,
         model=config,
@@ -207,7 +207,7 @@ def _machine_spec(plan: Plan, machine: str | None) -> str:
     return spec
 
 
-def _given(value: int | None, default: int | None) -> int | None:
+def _given(value: int | None, default: int) -> int:
     """The number the user gave, which must be at least 1, or the plan's."""
     if value is not None and value < 1:
         raise UserError(Problem("--batch, --seq", f"{value}", "use 1 or more"))

@@ -1,0 +1,75 @@
+"""What a plan is called in the literature, derived from its rules: shown in reports, never a second truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from shardlab.spec.plan import Plan, Rules
+
+
+def strategy_names(plan: Plan) -> tuple[str, ...]:
+    """The strategies that the rules amount to, such as ("FSDP", "tensor parallel", "sequence parallel
+    (Megatron)").
+
+    Mesh axes of size 1 do nothing and name nothing; an axis that no rule uses repeats the work, and is named
+    so. Definitions: FSDP, arXiv:2304.11277 (HSDP is its hybrid sharding); ZeRO-1, arXiv:1910.02054; tensor
+    parallel, arXiv:1909.08053; sequence parallel, arXiv:2205.05198.
+    """
+    if plan.num_devices == 1:
+        return ("single device",)
+    names = (*_data_names(plan), *_model_names(plan), *_unused_names(plan))
+    return tuple(names)
+
+
+def _data_names(plan: Plan) -> Iterable[str]:
+    """What the batch axes do: an axis that splits weights too is FSDP, one that does not is data parallel."""
+    batch = _live(plan, plan.activations.get("batch", ()))
+    weights, states = _used(plan.params), _used(plan.optimizer)
+    sharded = [axis for axis in batch if axis in weights]
+    replicated = [axis for axis in batch if axis not in weights]
+    if sharded and replicated:
+        yield "HSDP"
+    elif sharded:
+        yield "FSDP"
+    elif replicated:
+        yield "data parallel"
+    if any(axis in states for axis in replicated):
+        yield "ZeRO-1"
+
+
+def _model_names(plan: Plan) -> Iterable[str]:
+    """What the other axes do to weights and to the sequence."""
+    batch = plan.activations.get("batch", ())
+    experts = plan.params.get("expert", ())
+    layers = (*plan.params.get("stage", ()), *plan.params.get("layers", ()))
+    tensor = [a for a in _used(plan.params) if a not in batch and a not in experts and a not in layers]
+    sequence = _live(plan, plan.activations.get("seq", ()))
+    norms = _live(plan, plan.activations.get("norm_seq", ()))
+    if _live(plan, tensor):
+        yield "tensor parallel"
+    if any(axis in tensor for axis in norms):
+        yield "sequence parallel (Megatron)"
+    if sequence:
+        yield "context parallel"
+    if _live(plan, experts):
+        yield "expert parallel"
+    if any(axis not in batch for axis in _live(plan, layers)):
+        yield "layers sharded"
+
+
+def _unused_names(plan: Plan) -> Iterable[str]:
+    used = {*_used(plan.params), *_used(plan.activations), *_used(plan.optimizer)}
+    for block in plan.blocks.values():
+        used |= {axis for rules in block.values() for axis in _used(rules)}
+    for axis in _live(plan, plan.axes):
+        if axis not in used:
+            yield f"replicated over {axis}"
+
+
+def _live(plan: Plan, axes: Iterable[str]) -> list[str]:
+    return [axis for axis in axes if plan.axes[axis] > 1]
+
+
+def _used(rules: Rules) -> list[str]:
+    """The mesh axes that these rules name, each once."""
+    return list(dict.fromkeys(axis for split in rules.values() for axis in split))
