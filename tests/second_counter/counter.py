@@ -50,7 +50,10 @@ DEVICES_PER_SLICE_ID = 100_000
 
 @dataclass(frozen=True)
 class Tally:
-    """Wire bytes by (axes, kind) of one execution of something."""
+    """Wire bytes of one execution of something: ("axes", "a+b"), ("kind", "all-reduce"), ("total", "").
+
+    Each is a figure of its own: the most that a conditional can send is not the sum of the most per kind.
+    """
 
     cells: Mapping[tuple[str, str], Range] = field(default_factory=dict)
 
@@ -77,13 +80,16 @@ class Tally:
     def bounded(self) -> bool:
         return all(high is not None for _, high in self.cells.values())
 
-    def by(self, part: int) -> dict[str, Range]:
-        """Sums by axes (0) or kind (1); what moves nothing is left out."""
-        result: dict[str, Range] = {}
-        for key, (low, high) in self.cells.items():
-            before = result.get(key[part], NOTHING)
-            result[key[part]] = (before[0] + low, _sum(before[1], high))
-        return {key: value for key, value in result.items() if value != NOTHING}
+    def by(self, breakdown: str) -> dict[str, Range]:
+        """The figures of one breakdown; what moves nothing is left out."""
+        return {
+            key: value for (name, key), value in self.cells.items() if name == breakdown and value != NOTHING
+        }
+
+
+def sent(axes: str, kind: str, wire: Fraction) -> Tally:
+    """One collective's bytes."""
+    return Tally(dict.fromkeys((("axes", axes), ("kind", kind), ("total", "")), (wire, wire)))
 
 
 def _sum(a: Fraction | None, b: Fraction | None) -> Fraction | None:
@@ -110,17 +116,9 @@ class Count:
 
     by_axes: Mapping[str, Range]
     by_kind: Mapping[str, Range]
+    total: Range
     opaque: tuple[str, ...]
     loops: Mapping[str, tuple[int | None, int | None]]
-
-    @property
-    def total(self) -> Range:
-        """The sum over all axes. A step with conditionals: the sum of each axis' own bounds."""
-        low = sum((low for low, _ in self.by_axes.values()), Fraction(0))
-        high: Fraction | None = Fraction(0)
-        for _, bound in self.by_axes.values():
-            high = _sum(high, bound)
-        return low, high
 
 
 def count(proto: bytes, num_devices: int, mesh: Mapping[str, int]) -> Count:
@@ -131,7 +129,8 @@ def count(proto: bytes, num_devices: int, mesh: Mapping[str, int]) -> Count:
     """
     walker = Walker(decode_module(proto), num_devices, mesh)
     tally = walker.run()
-    return Count(tally.by(0), tally.by(1), tuple(walker.opaque), walker.loops)
+    total = tally.by("total").get("", NOTHING)
+    return Count(tally.by("axes"), tally.by("kind"), total, tuple(walker.opaque), walker.loops)
 
 
 class Walker:
@@ -156,13 +155,13 @@ class Walker:
         entry = self.module.computations[self.module.entry_id]
         return self.computation(Frame(self.module, entry, unknown))
 
-    def computation(self, frame: Frame) -> Tally:
-        """Everything that one run of the frame's computation sends."""
+    def computation(self, frame: Frame, scatters: bool = False) -> Tally:
+        """Everything that one run of the frame's computation sends. scatters: all-reduces keep a slice."""
         result = Tally()
         if self.silent(frame.computation.id):
             return result
         for instruction in frame.computation.instructions.values():
-            result = result + self.instruction(frame, instruction)
+            result = result + self.instruction(frame, instruction, scatters)
         return result
 
     def silent(self, computation_id: int) -> bool:
@@ -177,24 +176,27 @@ class Walker:
     def talks(self, instruction: Instruction) -> bool:
         return instruction.opcode in KINDS | NATIVE_STARTS.keys() | {"send"} or is_opaque(instruction)
 
-    def instruction(self, frame: Frame, instruction: Instruction) -> Tally:
+    def instruction(self, frame: Frame, instruction: Instruction, scatters: bool) -> Tally:
         opcode = instruction.opcode
         if opcode == "while":
             return self.loop(frame, instruction)
         if opcode == "conditional":
             return self.branches(frame, instruction)
         if opcode in KINDS or opcode in NATIVE_STARTS:
-            return self.collective(frame.computation, instruction, NATIVE_STARTS.get(opcode, opcode))
+            kind = NATIVE_STARTS.get(opcode, opcode)
+            kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
+            return self.collective(frame.computation, instruction, kind)
         if opcode == "send":
             return self.send(frame.computation, instruction)
         if opcode.endswith(("-done", "-update")):
             return Tally()
         if is_opaque(instruction):
             self.opaque.append(instruction.name)
+        scatters = is_reduce_scatter(self.module, instruction)
         result = Tally()
         for called in instruction.called:
-            result = result + self.computation(frame.call(called, instruction.operands))
-        return scattered(result) if is_reduce_scatter(self.module, instruction) else result
+            result = result + self.computation(frame.call(called, instruction.operands), scatters)
+        return result
 
     def branches(self, frame: Frame, instruction: Instruction) -> Tally:
         """Operand 0 chooses, operand i + 1 is the argument of branch i."""
@@ -240,7 +242,7 @@ class Walker:
 
     def charge(self, groups: Groups, kind: str, operand_bytes: int) -> Tally:
         wire = max((wire_bytes(kind, len(ids), operand_bytes) for ids in groups), default=Fraction(0))
-        return Tally({(self.axes.name(groups), kind): (wire, wire)})
+        return sent(self.axes.name(groups), kind, wire)
 
     def in_every_slice(self, groups: Groups) -> Groups:
         """The same groups in each slice: a multi-slice module holds the ids of one slice."""
@@ -256,8 +258,7 @@ class Walker:
 
     def pairs(self, pairs: Iterable[tuple[int, ...]], kind: str, payload: int) -> Tally:
         moving = [(source, target) for source, target in pairs if source != target]
-        wire = Fraction(payload if moving else 0)
-        return Tally({(self.axes.spanned(moving), kind): (wire, wire)})
+        return sent(self.axes.spanned(moving), kind, Fraction(payload if moving else 0))
 
     def send(self, computation: Computation, instruction: Instruction) -> Tally:
         """A GPU send names its pairs; a TPU send to the megascale runtime is one half of a DCN collective."""
@@ -350,13 +351,3 @@ def is_reduce_scatter(module: Module, instruction: Instruction) -> bool:
     emitter = instruction.backend_config.get("collective_algorithm_config", {}).get("emitter", "")
     named = "AllReduceScatter" in emitter or body.name.startswith("all-reduce-scatter")
     return named and {"all-reduce", "dynamic-slice"} <= opcodes
-
-
-def scattered(tally: Tally) -> Tally:
-    """The all-reduces inside, counted as the reduce-scatters that they are: half the bytes."""
-    cells: dict[tuple[str, str], Range] = {}
-    for (axes, kind), (low, high) in tally.cells.items():
-        if kind == "all-reduce":
-            kind, low, high = "reduce-scatter", low / 2, None if high is None else high / 2
-        cells[axes, kind] = (low, high)
-    return Tally(cells)

@@ -1,0 +1,66 @@
+"""Collective programs against their closed forms, to the byte; the transformer against the literature.
+
+The programs (second_counter/shard_map_programs.py) are compiled here and now for eight emulated CPU devices.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from second_counter import count
+from second_counter.counter import Range
+from second_counter.shard_map_programs import NUM_DEVICES, Program, programs, wire_bytes
+
+from shardlab.analysis import analyze
+
+SCRIPT = Path(__file__).parent / "second_counter" / "shard_map_programs.py"
+NOTHING = (0, 0)
+every_program = pytest.mark.parametrize("program", programs(), ids=lambda program: program.name)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with NAME.hlo and NAME.pb of every program, compiled in a process of its own."""
+    folder = tmp_path_factory.mktemp("shard_map")
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={NUM_DEVICES}",
+    }
+    subprocess.run([sys.executable, str(SCRIPT), str(folder)], env=environment, check=True, timeout=300)
+    return folder
+
+
+def expected(program: Program, breakdown: str) -> dict[str, Range]:
+    """The closed form's figures of one breakdown: axes, kind, or total."""
+    return {
+        key: value
+        for (name, key), value in wire_bytes(program.nodes, program.mesh).items()
+        if name == breakdown
+    }
+
+
+def moving(figures: Mapping[str, Mapping[str, Range]]) -> dict[str, Range]:
+    """The wire bytes of an Analysis breakdown, without what moves nothing."""
+    return {key: value["wire_bytes"] for key, value in figures.items() if value["wire_bytes"] != NOTHING}
+
+
+@every_program
+def test_second_counter_equals_closed_form(program: Program, compiled: Path) -> None:
+    result = count((compiled / f"{program.name}.pb").read_bytes(), NUM_DEVICES, program.mesh)
+    assert result.by_axes == expected(program, "axes")
+    assert result.by_kind == expected(program, "kind")
+    assert result.total == expected(program, "total")[""]
+
+
+@every_program
+def test_analysis_equals_closed_form(program: Program, compiled: Path) -> None:
+    totals = analyze((compiled / f"{program.name}.hlo").read_text(), axes=program.mesh).totals
+    assert moving(totals.by_axes) == expected(program, "axes")
+    assert moving(totals.by_kind) == expected(program, "kind")
+    assert totals.wire_bytes == expected(program, "total")[""]
