@@ -405,7 +405,7 @@ def test_conditional_runs_one_branch() -> None:
 # --- real modules
 
 MIB = 1 << 20
-            # in a slice as above; between slices one all-reduce per weight and layer, of its shard
+# FSDP(data) x TP(model) MLPs with remat: per layer two weights, each gathered twice; one activation all-reduce
 # forward and one backward; two gradient reduce-scatters of the gathered weight.
 REAL = {
     "cpu_permuted_mesh.pb": (MESH, {"all-reduce": 768}),
