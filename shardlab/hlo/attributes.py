@@ -1,4 +1,5 @@
-"""Values of the attributes that later stages ask for: called computations, metadata, backend config, frontend.
+"""Values of the attributes that later stages ask for: called computations, metadata, backend config,
+frontend.
 
 Each function takes an `Instruction` and reads its raw text; an attribute that is absent gives an empty value.
 """
@@ -36,7 +37,8 @@ _INT = re.compile(r"-?[0-9]{1,18}")
 class Metadata:
     """Where an instruction comes from; empty or 0 where the text does not say.
 
-    source_file and source_line: older text. stack_frame_id: since December 2025, a key of `Module.stack_frames`.
+    source_file and source_line: older text. stack_frame_id: since December 2025, a key of
+    `Module.stack_frames`.
     """
 
     op_name: str = ""
@@ -56,7 +58,7 @@ def computation_names(instruction: Instruction, attribute: str) -> tuple[str, ..
 
 
 def called_computations(instruction: Instruction) -> tuple[str, ...]:
-    """All computations that an instruction names, whatever the attribute, in the order of CALLING_ATTRIBUTES."""
+    """All computations that an instruction names, in the order of CALLING_ATTRIBUTES."""
     return tuple(
         name for attribute in CALLING_ATTRIBUTES for name in computation_names(instruction, attribute)
     )
@@ -113,7 +115,7 @@ def _json_object(text: str) -> Mapping[str, object]:
 
 
 def config_value(instruction: Instruction, *path: str) -> object | None:
-    """The member of the backend config at `path`, or None. Does not parse a config that never names the first key."""
+    """The member of the backend config at `path`, or None; a config without the key is not parsed."""
     if f'"{path[0]}"' not in backend_config_text(instruction):
         return None
     value: object = backend_config(instruction)
@@ -135,7 +137,7 @@ def known_trip_count(instruction: Instruction) -> int | None:
 
 
 def frontend_attributes(instruction: Instruction) -> dict[str, str]:
-    """`frontend_attributes={a="text",b={{0,4},{4,8}}}` as values by key; quoted values are unescaped, braced raw."""
+    """Values by key of `frontend_attributes={a="text",b={{0,4}}}`: quoted ones unescaped, braced ones raw."""
     raw = instruction.attributes.get("frontend_attributes")
     if not raw or not raw.startswith("{"):
         return {}

@@ -1,7 +1,8 @@
 """The fast path: printed one-line instructions, recognised by one regular expression over blocks of lines.
 
-A line is taken only if the expression proves that its strings and braces are closed on that line; parentheses and
-square brackets are then counted over the whole block. Whatever is not proved this way is left to the careful reader.
+A line is taken only if the expression proves that its strings and braces are closed on that line; parentheses
+and square brackets are then counted over the whole block. Whatever is not proved this way is left to the
+careful reader.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _QUOTED = r"'[^'\n]*+'"
 
 
 def _nested(plain: str, opener: str, closer: str, depth: int) -> str:
-    """An expression for the inside of a bracket whose nesting is at most `depth`; `plain` is what needs no bracket."""
+    """An expression for the inside of a bracket that nests to `depth`; `plain` needs no bracket."""
     inside = rf"(?:{plain})*+"
     for _ in range(depth):
         inside = rf"(?:{plain}|{opener}{inside}{closer})*+"
@@ -53,7 +54,8 @@ def printed_head(text: Text, offset: int) -> tuple[str, int] | None:
 def add_printed_lines(
     text: Text, lines: Lines, offset: int, instructions: Instructions, last: str
 ) -> tuple[int, str, str]:
-    """Add the instructions that fill the lines from `offset` on, until one needs care or the computation ends.
+    """Add the instructions that fill the lines from `offset` on, until one needs care or the computation
+    ends.
 
     last: the name of the instruction before `offset`. Returns the offset to go on from, the name of the last
     instruction, and the name of the root if it was among them.

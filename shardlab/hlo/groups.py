@@ -1,7 +1,7 @@
 """Replica groups in all three notations, source-target pairs, and what their ids mean (HLO.md section 3).
 
-V1 `{{0,1},{2,3}}`, V2 `[2,2]<=[2,2]T(1,0)`, V3 `mesh['x'=2,'y'=2] {'y'}`. All are expanded to tuples of ids and
-memoised by their text, since large programs repeat few texts many times.
+V1 `{{0,1},{2,3}}`, V2 `[2,2]<=[2,2]T(1,0)`, V3 `mesh['x'=2,'y'=2] {'y'}`. All are expanded to tuples of ids
+and memoised by their text, since large programs repeat few texts many times.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _IOTA_IDS = re.compile(rf"\s*\[({_INTS})\]\s*(?:T\(({_INTS})\))?\s*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AxisRef:
-    """A mesh axis as V3 prints it, or the part of it that splits it into [pre, size, rest]; whole: size None."""
+    """A mesh axis as V3 prints it, or its middle part in [pre, size, rest]; size None: all of it."""
 
     name: str
     pre: int = 1
@@ -216,7 +216,7 @@ def _axis_ref(
 def _expand_mesh(
     text: str, mesh: Sequence[tuple[str, int]], axes: Sequence[AxisRef], ids_text: str | None
 ) -> IdGroups:
-    """Lay the ids out over the mesh, move the listed (sub-)axes to the end in listed order: rows are the groups."""
+    """Lay the ids out over the mesh, move the listed (sub-)axes to the end: rows are the groups."""
     sizes = [size for _, size in mesh]
     ids = _mesh_ids(text, _check_size(text, sizes), ids_text)
     factors: list[tuple[int, int]] = []
@@ -248,7 +248,8 @@ def _mesh_ids(text: str, count: int, ids_text: str | None) -> list[int]:
 def _split_axis(
     text: str, size: int, stride: int, refs: dict[int, AxisRef]
 ) -> list[tuple[int | None, tuple[int, int]]]:
-    """Cut one axis into (size, stride) factors, each with the reference that takes it (None: not in the group).
+    """Cut one axis into (size, stride) factors, each with the reference that takes it (None: not in the
+    group).
 
     A sub-axis `(pre)part` takes the middle factor of [pre, part, size / (pre * part)].
     """

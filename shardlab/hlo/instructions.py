@@ -1,7 +1,8 @@
 """The instructions of one computation, read when they are asked for.
 
-Reading a module only has to find where each instruction starts and that its line is whole; most instructions are
-never looked at again. `Instructions` therefore keeps line numbers and builds an `Instruction` on first use.
+Reading a module only has to find where each instruction starts and that its line is whole; most instructions
+are never looked at again. `Instructions` therefore keeps line numbers and builds an `Instruction` on first
+use.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Attributes(Mapping[str, str]):
 
 
 class Instructions(Mapping[str, Instruction]):
-    """Instructions by name, in printed order; each is read on first use. `opcodes` maps opcode to names, in order."""
+    """Instructions by name in printed order, read on first use. `opcodes`: names by opcode, in order."""
 
     __slots__ = ("_found", "_lines", "_text", "opcodes")
 

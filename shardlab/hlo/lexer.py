@@ -78,7 +78,7 @@ class Text:
         return match.end()
 
     def bracket_end(self, offset: int) -> int:
-        """The offset after the bracket that closes the one at `offset`; strings and comments inside are honoured."""
+        """The offset after the bracket that closes the one at `offset`, past strings and comments."""
         stack = [(_CLOSER[self.text[offset]], offset)]
         offset += 1
         while stack:
@@ -107,7 +107,7 @@ class Text:
         return self.skip(offset)
 
     def dict_end(self, offset: int) -> int:
-        """The offset after the braced dict at `offset`: braces balance outside double-quoted strings, no more."""
+        """The offset after the braced dict at `offset`: braces balance outside double-quoted strings."""
         opened, depth = offset, 0
         while True:
             char = self.at(offset)
@@ -125,7 +125,7 @@ class Text:
             offset = plain.end() if plain else offset
 
     def chunk_end(self, offset: int) -> int:
-        """The offset after a run of words, strings and bracket groups that no white space or comma divides."""
+        """The offset after words, strings and bracket groups that no white space or comma divides."""
         while True:
             char = self.at(offset)
             if char and char in "\"'":
@@ -141,8 +141,8 @@ class Text:
     def value_end(self, offset: int, name: str) -> int:
         """The offset after the value of attribute `name` that starts at `offset`.
 
-        A value ends before `, identifier=`, before `}` and before whatever is not a value. Only the mesh form of
-        `replica_groups` and lists of computations (`calls=%a, %b`) hold a comma outside brackets.
+        A value ends before `, identifier=`, before `}` and before whatever is not a value. Only the mesh form
+        of `replica_groups` and lists of computations (`calls=%a, %b`) hold a comma outside brackets.
         """
         if name in ("backend_config", "frontend_attributes") and self.at(offset) == "{":
             return self.dict_end(offset)

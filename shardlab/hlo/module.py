@@ -1,4 +1,5 @@
-"""The records that reading HLO gives: Module > Computation > Instruction > Shape. Pure values, no logic of cost.
+"""The records that reading HLO gives: Module > Computation > Instruction > Shape. Pure values, no logic of
+cost.
 
 Text, dump text and proto readers all produce these, so that everything after them is written once.
 Async sugar is kept as written (`all-gather-start`); `attribute/` gives it meaning.
@@ -41,9 +42,10 @@ class Operand:
 class Instruction:
     """One HLO instruction.
 
-    attributes: raw text of each attribute by name (`replica_groups`, `metadata`, `backend_config`, …); values are
-        parsed by whoever needs them. For `parameter`, `constant` and literals the text between the parentheses
-        is in `literal`.
+    attributes: raw text of each attribute by name (`replica_groups`, `metadata`, `backend_config`, …); values
+    are
+        parsed by whoever needs them. For `parameter`, `constant` and literals the text between the
+        parentheses is in `literal`.
     line: 1-based line in the text, 0 when it came from a proto.
     """
 

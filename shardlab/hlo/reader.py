@@ -1,8 +1,9 @@
 """HLO text to modules: one tolerant grammar for every print style of 2023 to today (HLO.md section 1).
 
-The grammar is not line based. `read_instruction` reads any legal instruction; since printed text has nearly always
-one instruction per line, whole bodies are first matched line by line with one regular expression, which proves that
-strings and brackets of a line are closed, and only lines that do not match are read with care.
+The grammar is not line based. `read_instruction` reads any legal instruction; since printed text has nearly
+always one instruction per line, whole bodies are first matched line by line with one regular expression,
+which proves that strings and brackets of a line are closed, and only lines that do not match are read with
+care.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def parse(text: str, source: str = "<hlo>") -> tuple[Module, ...]:
 
 
 def parse_with_care(text: str, source: str = "<hlo>") -> tuple[Module, ...]:
-    """The same as `parse` without the fast path for printed lines: for tests that hold one against the other."""
+    """`parse` without the fast path for printed lines: tests hold one against the other."""
     return _parse(text, source, printed_lines=False)
 
 
@@ -155,7 +156,7 @@ class _Reader:
         return Computation(name=name, instructions=instructions, root=root, execution_thread=thread), end
 
     def _signature_end(self, offset: int) -> int:
-        """The offset after `(p: f32[8]) -> f32[8]{0}`. `{` after an array is a layout if a digit, ':' or '}' follows."""
+        """The offset after `(p: f32[8]) -> f32[8]{0}`. A layout's `{` is followed by a digit, ':' or '}'."""
         text = self.text
         result = text.skip(text.expect(text.bracket_end(offset), "->", "after the parameters"))
         if text.at(result) == "(" or text.text.startswith("b(", result):

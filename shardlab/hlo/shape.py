@@ -122,7 +122,8 @@ def array_leaves(shape: Shape) -> list[Shape]:
 def array_bytes(shape: Shape) -> int | None:
     """Bytes of one array: ceil(elements * E / 8) where the layout packs, else elements * ceil(bits / 8).
 
-    None when it cannot be known: an unbounded extent or a type shardlab has no size for. Bounds count as extents.
+    None when it cannot be known: an unbounded extent or a type shardlab has no size for. Bounds count as
+    extents.
     """
     if shape.dtype in _UNSIZED:
         return 0
@@ -134,7 +135,7 @@ def array_bytes(shape: Shape) -> int | None:
 
 
 def try_shape_bytes(shape: Shape) -> int | None:
-    """Bytes of a shape, a tuple's leaves summed, or None when a leaf's size is unknown (`?` extent, unknown type)."""
+    """Bytes of a shape, leaves summed, or None when a size is unknown (`?` extent, unknown type)."""
     sizes = [array_bytes(leaf) for leaf in array_leaves(shape)]
     return None if None in sizes else sum(size for size in sizes if size is not None)
 
@@ -142,7 +143,8 @@ def try_shape_bytes(shape: Shape) -> int | None:
 def shape_bytes(shape: Shape) -> int:
     """Bytes of a shape, a tuple's leaves summed; tokens and opaques are 0, bounded extents count their bound.
 
-    Raises ParseError when it is unknown (`?` extent, unknown type): use `try_shape_bytes` to get None instead.
+    Raises ParseError when it is unknown (`?` extent, unknown type): use `try_shape_bytes` to get None
+    instead.
     """
     size = try_shape_bytes(shape)
     if size is None:
@@ -156,7 +158,8 @@ def is_bounded(shape: Shape) -> bool:
 
 
 def format_shape(shape: Shape) -> str:
-    """The shape as HLO text without dimension order and tiles; `parse_shape` reads it back to an equal record.
+    """The shape as HLO text without dimension order and tiles; `parse_shape` reads it back to an equal
+    record.
 
     Which of several extents is the bound is not kept in the record: all of them are then printed with `<=`.
     """

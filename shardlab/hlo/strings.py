@@ -27,3 +27,14 @@ def _replace(match: re.Match[str]) -> str:
         return _SIMPLE.get(char, char)
     value = int(octal, 8) & 0xFF if octal else int(hexadecimal, 16)
     return chr(value) if value < 0x80 else chr(0xDC00 + value)
+
+
+def escape(text: str) -> str:
+    """`text` as it stands between double quotes: backslash, quote and control characters are escaped."""
+    if not _UNSAFE.search(text):
+        return text
+    return _UNSAFE.sub(lambda match: _ESCAPES.get(match.group()) or f"\\{ord(match.group()):03o}", text)
+
+
+_UNSAFE = re.compile(r"[\\\"'\x00-\x1f\x7f]")
+_ESCAPES = {"\\": "\\\\", '"': '\\"', "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}

@@ -34,7 +34,7 @@ def read_table(text: Text, offset: int) -> tuple[dict[int, str], int]:
 
 
 def stack_frames(tables: Tables) -> dict[int, SourceFrame]:
-    """Join the four tables. `parent_frame_id` is printed as parent + 1, so that 1 is no parent, which is 0 here."""
+    """Join the four tables. `parent_frame_id` is printed as parent + 1: 1 is no parent, 0 here."""
     files, functions = tables.get("FileNames", {}), tables.get("FunctionNames", {})
     locations = {key: dict(_FIELD.findall(value)) for key, value in tables.get("FileLocations", {}).items()}
     frames = {}
