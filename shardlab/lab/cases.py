@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import TypeVar
 
 from shardlab.case_report import CaseReport
 from shardlab.errors import Infeasible, Problem, UserError
-from shardlab.spec.case import Case, Workload, make_case
+from shardlab.hardware.catalog import load_machine
+from shardlab.spec.case import Case, Workload, default_batch, make_case
 from shardlab.spec.models import find_model
 from shardlab.spec.plan import Plan, load_plan
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,16 +41,21 @@ class Cases:
 
 def load_plans(paths: Iterable[str]) -> tuple[Plan, ...]:
     """Read mesh files. Raises UserError with every mistake of every file."""
-    plans: list[Plan] = []
+    return _all_or_every_mistake(partial(load_plan, path) for path in paths)
+
+
+def _all_or_every_mistake(calls: Iterable[Callable[[], Answer]]) -> tuple[Answer, ...]:
+    """What the calls return; when some raise UserError, one UserError with the problems of all."""
+    answers: list[Answer] = []
     problems: list[Problem] = []
-    for path in paths:
+    for call in calls:
         try:
-            plans.append(load_plan(path))
+            answers.append(call())
         except UserError as error:
             problems += error.problems
     if problems:
-        raise UserError(*problems)
-    return tuple(plans)
+        raise UserError(*dict.fromkeys(problems))
+    return tuple(answers)
 
 
 def comparison_cases(plans: Sequence[Plan], question: Question) -> Cases:
@@ -54,8 +65,11 @@ def comparison_cases(plans: Sequence[Plan], question: Question) -> Cases:
     mistake leaves nothing to compare, or when no model is named.
     """
     model = question.model or _common_model(plans)
-    find_model(model)
-    pairs = [(plan, machine) for plan in plans for machine in question.machines or (_own_machine(plan),)]
+    # Names that no plan can make up for; a plan that does not suit a machine is a row instead.
+    names: list[Callable[[], object]] = [partial(find_model, model)]
+    _all_or_every_mistake([*names, *(partial(load_machine, machine) for machine in question.machines)])
+    own = () if question.machines else _all_or_every_mistake(partial(_own_machine, plan) for plan in plans)
+    pairs = list(zip(plans, own, strict=True)) if own else list(product(plans, question.machines))
     question, notes = _settled(pairs, replace(question, model=model))
     made = [_try_case(plan, machine, question) for plan, machine in pairs]
     cases = tuple(item for item in made if isinstance(item, Case))
@@ -106,25 +120,25 @@ def _settled(pairs: Sequence[tuple[Plan, str]], question: Question) -> tuple[Que
         return question, ()
     made = [_try_case(plan, machine, question) for plan, machine in pairs]
     cases = [item for item in made if isinstance(item, Case)]
+    batches = [case.batch for case in cases] or [default_batch(plan) for plan, _ in pairs]
+    seqs = [case.seq for case in cases] or [find_model(question.model or "").context]
+    batch, seq = question.batch or math.lcm(*batches), question.seq or min(seqs)
     notes: list[str] = []
-    batch, seq = question.batch, question.seq
-    if batch is None and cases:
-        batch = math.lcm(*(case.batch for case in cases))
-        notes.append(f"global batch {batch}: the smallest that every plan accepts; --batch N sets it")
-    if seq is None and cases:
-        seq = min(case.seq for case in cases)
-        if len({case.seq for case in cases}) > 1:
-            notes.append(f"sequence {seq}: the shortest that a plan asks for; --seq N sets it")
+    if question.batch is None and len(pairs) > 1:
+        notes.append(f"global batch {batch}: a multiple of what each plan asks for; --batch N sets it")
+    if question.seq is None and len(set(seqs)) > 1:
+        notes.append(f"sequence {seq}: the shortest that a plan asks for; --seq N sets it")
     return replace(question, batch=batch, seq=seq), tuple(notes)
 
 
 def _unchecked(plan: Plan, machine: str, question: Question) -> Case:
-    """The case as it was asked for, though it cannot be: for the row that says why."""
+    """The case as it was asked for (a settled question), though it cannot be: for the row that says why."""
+    assert question.model is not None and question.batch is not None and question.seq is not None
     return Case(
         plan=plan,
-        model=find_model(question.model or ""),
+        model=find_model(question.model),
         machine=machine,
-        batch=question.batch or 1,
-        seq=question.seq or 1,
+        batch=question.batch,
+        seq=question.seq,
         workload=question.workload,
     )

@@ -66,7 +66,7 @@ def _section(
     return [_table(title, (*place, *verdict), upper), _table("What each sends", (*place, *moves), lower)]
 
 
-def _table(title: str, columns: tuple[Column, ...], rows: list[tuple[Cell, ...]]) -> Table:
+def _table(title: str, columns: tuple[Column, ...], rows: Sequence[tuple[Cell, ...]]) -> Table:
     return Table(title=title, columns=columns, rows=tuple(rows))
 
 
@@ -95,9 +95,7 @@ def axes_cell(analysis: Analysis | None) -> Cell:
     if analysis is None or not analysis.totals.by_axes:
         return cell("nothing") if analysis is not None else cell(NONE)
     wire = {key: entry["wire_bytes"] for key, entry in analysis.totals.by_axes.items()}
-    return lines(
-        f"{key_text(key)} {format_bytes(value)}" for key, value in largest_first(wire) if value != (0, 0)
-    )
+    return lines(f"{key_text(key)} {format_bytes(value)}" for key, value in largest_first(wire) if any(value))
 
 
 def links_cell(report: CaseReport) -> Cell:
