@@ -6,7 +6,9 @@ Shapes: q_BxLxHxD, k_BxSxKxD, v_BxSxKxD with H a multiple of K (grouped queries:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,9 @@ MASKED = -1e30
 
 # Splash attention works on tiles of this many positions; sequences must be whole tiles.
 SPLASH_TILE = 128
+
+# cuDNN 9.11, as its version function counts: what a program compiled without cuDNN is assumed to run on.
+ASSUMED_CUDNN_VERSION = 91100
 
 
 def masked_attention(
@@ -44,9 +49,31 @@ def reference_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: j
 
 def cudnn_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array) -> jax.Array:
     """cuDNN's fused causal attention (`__cudnn$fmha…` custom calls); half-precision inputs only."""
-    return jax.nn.dot_product_attention(
-        q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, is_causal=True, implementation="cudnn"
-    )
+    with _cudnn_for_tracing():
+        return jax.nn.dot_product_attention(
+            q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, is_causal=True, implementation="cudnn"
+        )
+
+
+@contextmanager
+def _cudnn_for_tracing() -> Iterator[None]:
+    """Let JAX trace the call where cuDNN is not installed: it only asks for the version to refuse old ones.
+
+    There is no public way; the patched function has this name and no argument in jax 0.10 to 0.12. The program is the
+    same: cuDNN itself is needed when it runs, not when it is compiled ahead of time.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    installed = fused.check_cudnn_version
+
+    def version() -> int:
+        try:
+            return int(installed())
+        except RuntimeError:
+            return ASSUMED_CUDNN_VERSION
+
+    with mock.patch.object(fused, "check_cudnn_version", version):
+        yield
 
 
 def splash_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array) -> jax.Array:

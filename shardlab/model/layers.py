@@ -222,22 +222,23 @@ class Layer(nnx.Module):
     ) -> tuple[jax.Array, KeysValues]:
         """Returns the residual stream x_BxLxE, and the keys and values of this layer."""
         with jax.named_scope("attention_norm"):
-            normed = self._gathered(self.attention_norm(x_BxLxE, run), run)
+            normed = for_products(self.attention_norm(x_BxLxE, run), run)
         with jax.named_scope("attention"):
             out_BxLxE, keys_values = self.attention(normed, position_L, run, cache)
         x_BxLxE = residual(x_BxLxE, out_BxLxE, run)
         with jax.named_scope("mlp_norm"):
-            normed = self._gathered(self.mlp_norm(x_BxLxE, run), run)
+            normed = for_products(self.mlp_norm(x_BxLxE, run), run)
         with jax.named_scope("mlp"):
             out_BxLxE = self.mlp(normed, run)
         return residual(x_BxLxE, out_BxLxE, run), keys_values
 
-    @staticmethod
-    def _gathered(x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
-        """A norm's output where the norm was computed, then where the products want it (sequence parallelism)."""
-        return run.constrain(
-            run.constrain(x_BxLxE, ("batch", "norm_seq", "embed")), ("batch", "seq", "embed")
-        )
+
+def for_products(x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+    """A norm's output, first pinned where the norm was computed, then where the products want it.
+
+    Pinned at both ends the gather of sequence parallelism moves the compute type, not the norm's f32.
+    """
+    return run.constrain(run.constrain(x_BxLxE, ("batch", "norm_seq", "embed")), ("batch", "seq", "embed"))
 
 
 def residual(x_BxLxE: jax.Array, out_BxLxE: jax.Array, run: Runtime) -> jax.Array:

@@ -19,6 +19,9 @@ from shardlab.spec.params import LogicalAxes
 # Pins an activation to where the plan wants it: (array, one logical axis per dimension) -> array.
 Constrain = Callable[[jax.Array, LogicalAxes], jax.Array]
 
+# Rows of a table by index: (table_VxE, tokens_BxL) -> x_BxLxE.
+Lookup = Callable[[jax.Array, jax.Array], jax.Array]
+
 Remat = Literal["none", "full", "matmuls", "offload"]
 
 # What `Runtime.weight` returns carries this name, so that no remat policy keeps gathered weights for the backward pass.
@@ -31,6 +34,11 @@ def keep(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     return x
 
 
+def take_rows(table_VxE: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
+    """The rows on one device. Tokens are in bounds by construction."""
+    return table_VxE.at[tokens_BxL].get(mode="clip")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
     """Compute type, rematerialisation, attention kernel and placement.
@@ -38,6 +46,7 @@ class Runtime:
     compute_dtype: of activations and matrix products; parameters stay in their own type (f32 in training).
     attention: causal attention over a whole sequence. kv_repeats: how often each KV head is repeated before it.
     constrain: places activations. place_weight: gathers a parameter for use, and places its gradient.
+    lookup: the token embedding.
     """
 
     compute_dtype: DTypeLike = jnp.bfloat16
@@ -46,6 +55,7 @@ class Runtime:
     kv_repeats: int = 1
     constrain: Constrain = keep
     place_weight: Constrain = keep
+    lookup: Lookup = take_rows
 
 
 def checkpointed(function: Callable[..., object], remat: Remat, *, in_scan: bool) -> Callable[..., object]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardlab.model.attention import MASKED
-from shardlab.model.layers import KeysValues, Layer, Norm, Projection, parameter, weight
+from shardlab.model.layers import KeysValues, Layer, Norm, Projection, for_products, parameter, weight
 from shardlab.model.runtime import Runtime, checkpointed
 from shardlab.spec.models import ModelConfig
 
@@ -23,10 +23,6 @@ class Table(nnx.Module):
     def __init__(self, rows: int, embed: int, row_axis: str | None, *, rngs: nnx.Rngs) -> None:
         # GPT-2's initialisation: normal with std 0.02.
         self.table = parameter(jax.random.normal(rngs.params(), (rows, embed)) * 0.02, (row_axis, "embed"))
-
-    def __call__(self, index: jax.Array, run: Runtime) -> jax.Array:
-        """index[...] -> rows[..., E] in the compute type. Indices are in bounds by construction."""
-        return weight(self.table, run).at[index].get(mode="clip")
 
 
 class Transformer(nnx.Module):
@@ -49,54 +45,62 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BxL: jax.Array, run: Runtime) -> jax.Array:
         """Logits of every position."""
-        return self.logits(self.hidden_states(tokens_BxL, run), run)
-
-    def hidden_states(self, tokens_BxL: jax.Array, run: Runtime) -> jax.Array:
-        """x_BxLxE after the final norm."""
         position_L = jnp.arange(tokens_BxL.shape[1])
-        x_BxLxE = self._embed(tokens_BxL, position_L, run)
+        table_VxE = self._table(run)
+        x_BxLxE = self._embed(table_VxE, tokens_BxL, position_L, run)
         x_BxLxE, _ = self._through_layers(x_BxLxE, position_L, run)
-        return self._final(x_BxLxE, run)
+        return self._logits(table_VxE, self._final(x_BxLxE, run), run)
 
     def prefill(self, tokens_BxL: jax.Array, run: Runtime) -> tuple[jax.Array, KeysValues]:
         """Logits of the last position [B, V], and the KV cache of the prompt [N, B, L, K, D]."""
         position_L = jnp.arange(tokens_BxL.shape[1])
-        x_BxLxE = self._embed(tokens_BxL, position_L, run)
+        table_VxE = self._table(run)
+        x_BxLxE = self._embed(table_VxE, tokens_BxL, position_L, run)
         x_BxLxE, cache = self._through_layers(x_BxLxE, position_L, run, keep=True)
         assert cache is not None
-        return self.logits(self._final(x_BxLxE, run)[:, -1:], run)[:, 0], cache
+        return self._logits(table_VxE, self._final(x_BxLxE, run)[:, -1:], run)[:, 0], cache
 
     def decode(
         self, token_B: jax.Array, position: jax.Array, cache: KeysValues, run: Runtime
     ) -> tuple[jax.Array, KeysValues]:
-        """One token at `position` (a scalar) after a cache [N, B, S, K, D]: logits [B, V] and the new cache."""
+        """One token at `position` (a scalar) after a cache [N, B, S, K, D]: logits [B, V], the new cache."""
         position_1 = position[None]
-        x_Bx1xE = self._embed(token_B[:, None], position_1, run)
-        x_Bx1xE, cache_or_none = self._through_layers(x_Bx1xE, position_1, run, cache=cache, keep=True)
-        assert cache_or_none is not None
-        return self.logits(self._final(x_Bx1xE, run), run)[:, 0], cache_or_none
+        table_VxE = self._table(run)
+        x_Bx1xE = self._embed(table_VxE, token_B[:, None], position_1, run)
+        x_Bx1xE, new_cache = self._through_layers(x_Bx1xE, position_1, run, cache=cache, keep=True)
+        assert new_cache is not None
+        return self._logits(table_VxE, self._final(x_Bx1xE, run), run)[:, 0], new_cache
 
-    def logits(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+    def _table(self, run: Runtime) -> jax.Array:
+        """The token embedding, placed once: where it is also the head, its two gradients add up before one reduction."""
+        with jax.named_scope("embedding"):
+            return weight(self.embedding.table, run)
+
+    def _logits(self, table_VxE: jax.Array, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
         """x_BxLxE -> logits_BxLxV in f32; the vocabulary's padding gets no probability mass."""
         with jax.named_scope("head"):
             if self.config.tied_embeddings:
-                logits = jnp.einsum("ble,ve->blv", x_BxLxE, weight(self.embedding.table, run))
+                logits = jnp.einsum("ble,ve->blv", x_BxLxE, table_VxE)
             else:
                 logits = self.head(x_BxLxE, run)
             logits = run.constrain(logits, ("batch", "seq", "vocab")).astype(jnp.float32)
             real_V = jnp.arange(self.config.padded_vocab) < self.config.vocab
             return jnp.where(real_V, logits, MASKED)
 
-    def _embed(self, tokens_BxL: jax.Array, position_L: jax.Array, run: Runtime) -> jax.Array:
+    def _embed(
+        self, table_VxE: jax.Array, tokens_BxL: jax.Array, position_L: jax.Array, run: Runtime
+    ) -> jax.Array:
         with jax.named_scope("embedding"):
-            x_BxLxE = self.embedding(tokens_BxL, run)
+            x_BxLxE = run.lookup(table_VxE, tokens_BxL)
             if self.config.positions == "learned":
-                x_BxLxE = x_BxLxE + self.positions(position_L, run)
+                positions = weight(self.positions.table, run)
+                length = position_L.shape[0]
+                x_BxLxE = x_BxLxE + jax.lax.dynamic_slice_in_dim(positions, position_L[0], length)[None]
             return run.constrain(x_BxLxE, ("batch", "norm_seq", "embed"))
 
     def _final(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
         with jax.named_scope("final_norm"):
-            return run.constrain(self.final_norm(x_BxLxE, run), ("batch", "seq", "embed"))
+            return for_products(self.final_norm(x_BxLxE, run), run)
 
     def _through_layers(
         self,

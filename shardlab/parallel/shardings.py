@@ -16,6 +16,9 @@ from shardlab.spec.params import LogicalAxes, ParamSpec
 from shardlab.spec.plan import Plan, Rules
 from shardlab.spec.sharding import array_sharding
 
+# Logical axes that count tokens of the step's own input; decode and the last logits of prefill have one.
+SEQUENCE_AXES = ("seq", "norm_seq", "kv_seq")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shardings:
@@ -40,7 +43,10 @@ class Shardings:
         return self._named(spec.shape, spec.axes, self.optimizer, f"optimizer state of {spec.path}")
 
     def activation(self, shape: tuple[int, ...], axes: LogicalAxes) -> NamedSharding:
-        """Of an activation with one logical axis per dimension."""
+        """Of an activation with one logical axis per dimension. A sequence of one token is not split."""
+        axes = tuple(
+            None if axis in SEQUENCE_AXES and size == 1 else axis for size, axis in zip(shape, axes, strict=True)
+        )
         return self._named(shape, axes, self.activations, f"activation ({', '.join(map(str, axes))})")
 
     def replicated(self) -> NamedSharding:
@@ -54,11 +60,18 @@ class Shardings:
     def place_weight(self, weight: jax.Array, axes: LogicalAxes) -> jax.Array:
         """Gather a parameter for use; its gradient goes to where the optimizer state is.
 
-        A transposed sharding constraint would gather the gradient too (all-reduce); this one lets it reduce-scatter.
+        A transposed sharding constraint would leave the gradient gathered (all-reduce); this lets it reduce-scatter.
         """
-        used = self._named(weight.shape, axes, self.compute, f"weight ({', '.join(map(str, axes))})")
-        gradient = self._named(weight.shape, axes, self.optimizer, f"gradient ({', '.join(map(str, axes))})")
-        return checkpoint_name(_gather(used, gradient)(weight), GATHERED_WEIGHT)
+        what = f"({', '.join(map(str, axes))})"
+        stored, used, gradient = (
+            self._named(weight.shape, axes, rules, f"{kind} {what}")
+            for kind, rules in (("parameter", self.params), ("weight", self.compute), ("gradient", self.optimizer))
+        )
+        return checkpoint_name(_gather(stored, used, gradient)(weight), GATHERED_WEIGHT)
+
+    def weight_in_use(self, shape: tuple[int, ...], axes: LogicalAxes) -> NamedSharding:
+        """Of what `place_weight` returns."""
+        return self._named(shape, axes, self.compute, f"weight ({', '.join(map(str, axes))})")
 
     def _named(
         self, shape: tuple[int, ...], axes: LogicalAxes, rules: Mapping[str, tuple[str, ...]], what: str
@@ -84,18 +97,25 @@ def shardings_of(plan: Plan, mesh: Mesh) -> Shardings:
     )
 
 
-def _gather(used: NamedSharding, gradient: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    """Identity that is placed at `used` going forward, and whose cotangent is placed at `gradient`."""
+def _gather(
+    stored: NamedSharding, used: NamedSharding, gradient: NamedSharding
+) -> Callable[[jax.Array], jax.Array]:
+    """Identity that goes from `stored` to `used`, and whose cotangent goes straight to `gradient`.
+
+    Forward both ends are pinned, else the partitioner gathers before the cast (twice the bytes). Backward only the
+    end is: it then reduce-scatters over what splits the gradient and all-reduces what is left over the other axes.
+    """
+    constrain = jax.lax.with_sharding_constraint
 
     @jax.custom_vjp
     def gather(x: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, used)
+        return constrain(constrain(x, stored), used)
 
     def forward(x: jax.Array) -> tuple[jax.Array, None]:
         return gather(x), None
 
     def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
-        return (jax.lax.with_sharding_constraint(cotangent, gradient),)
+        return (constrain(cotangent, gradient),)
 
     gather.defvjp(forward, backward)
     return gather

@@ -17,6 +17,7 @@ from shardlab.model.layers import KeysValues
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import Params, Transformer, abstract_model, init_params, with_params
+from shardlab.parallel.embedding import mesh_lookup
 from shardlab.parallel.kernels import choose_kernel, kv_repeats, mesh_attention
 from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer, optimizer_shardings
 from shardlab.parallel.shardings import Shardings, shardings_of
@@ -137,6 +138,7 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
         kv_repeats=kv_repeats(case),
         constrain=shardings.constrain,
         place_weight=shardings.place_weight,
+        lookup=mesh_lookup(shardings),
     )
     heads = (
         replicated_kv_heads(case.model.kv_heads, case.plan.params, case.plan.axes),
