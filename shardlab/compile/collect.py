@@ -97,7 +97,7 @@ def compile_step(
     family = str(devices[0].platform)
     platform = _LOWERING_PLATFORMS.get(family, family)
     template = Program(
-        name=name or getattr(fn, "__name__", "step"),
+        name=name or str(getattr(fn, "__name__", "step")),
         backend=family,
         hlo_text="",
         num_devices=len(devices),

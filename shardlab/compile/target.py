@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,5 +30,10 @@ def open_target(machine: Machine) -> Target:
     """The target for a machine, in this process. Raises TargetMissing or CompileFailed when there is none."""
     from shardlab.compile import attached, cpu, gpu, tpu
 
-    families = {"cpu": cpu, "gpu": gpu, "tpu": tpu, "attached": attached}
-    return families[machine.family].open_target(machine)
+    families: dict[str, Callable[[Machine], Target]] = {
+        "cpu": cpu.open_target,
+        "gpu": gpu.open_target,
+        "tpu": tpu.open_target,
+        "attached": attached.open_target,
+    }
+    return families[machine.family](machine)
