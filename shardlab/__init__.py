@@ -1,1 +1,33 @@
-"""shardlab: what a sharding plan costs, read from the compiled program."""
+"""shardlab: what a sharding plan costs, read from the compiled program.
+
+`analyze` and `load_mesh` are loaded when they are first asked for: importing shardlab is cheap, and no jax.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardlab.analysis import Analysis, analyze
+    from shardlab.spec.plan import load_plan as load_mesh
+
+__all__ = ["Analysis", "analyze", "load_mesh"]
+
+_HOME = {
+    "analyze": ("shardlab.analysis", "analyze"),
+    "Analysis": ("shardlab.analysis", "Analysis"),
+    "load_mesh": ("shardlab.spec.plan", "load_plan"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module that holds it. Raises AttributeError for any other name."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, member = _HOME[name]
+    return getattr(import_module(module), member)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,6 +1,8 @@
-"""Which mesh axes a set of devices spans: compared with the mesh by positions, never by the names in the text.
+"""Which mesh axes a set of devices spans: compared with the mesh by positions, never by the names in the
+text.
 
-Positions count the mesh row-major, axes major to minor (HLO.md section 3.4). A part of an axis is written as Shardy
+Positions count the mesh row-major, axes major to minor (HLO.md section 3.4). A part of an axis is written as
+Shardy
 does: `fsdp:(8)8` is the minor 8 of a 64-way axis whose major part is 8.
 """
 
@@ -16,7 +18,9 @@ Pairs = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """names: axes in mesh order; () when nothing varies; None when no axes fit, and then `reason` says why."""
+    """names: axes in mesh order; () when nothing varies; None when no axes fit, and then `reason` says
+    why.
+    """
 
     names: tuple[str, ...] | None
     reason: str | None = None
@@ -49,7 +53,9 @@ def axes_of_groups(groups: Groups, mesh: Mapping[str, int]) -> Axes:
     shapes = {_shape(group, axes) for group in real}
     shape = shapes.pop()
     if shapes or shape is None:
-        return Axes(None, f"groups vary over {_varying(real, axes)} but are not a product of axes or parts of axes")
+        return Axes(
+            None, f"groups vary over {_varying(real, axes)} but are not a product of axes or parts of axes"
+        )
     return Axes(tuple(name for axis, parts in zip(axes, shape, strict=True) for name in _names(axis, parts)))
 
 
@@ -89,7 +95,9 @@ def _shape(group: Sequence[int], axes: Sequence[_Axis]) -> tuple[tuple[_Part, ..
 
 
 def _parts(coordinates: Sequence[int], extent: int) -> tuple[_Part, ...] | None:
-    """Coordinates as a base plus a product of strided runs, each aligned to its own period; None if they are not."""
+    """Coordinates as a base plus a product of strided runs, each aligned to its own period; None if they are
+    not.
+    """
     base = coordinates[0]
     offsets = [coordinate - base for coordinate in coordinates]
     parts: list[_Part] = []
@@ -106,7 +114,9 @@ def _parts(coordinates: Sequence[int], extent: int) -> tuple[_Part, ...] | None:
 
 
 def _run(offsets: Sequence[int], block: int, stride: int) -> int:
-    """How often the first `block` offsets repeat, `stride` apart, before something else comes; 0 if they do not."""
+    """How often the first `block` offsets repeat, `stride` apart, before something else comes; 0 if they do
+    not.
+    """
     count = 1
     while (count + 1) * block <= len(offsets) and all(
         offsets[count * block + i] == offsets[i] + count * stride for i in range(block)

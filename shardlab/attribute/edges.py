@@ -6,12 +6,12 @@ step. The walk is iterative, since call chains of thousands of computations occu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from shardlab.errors import ParseError
+from shardlab.hlo.attributes import computation_names
 from shardlab.hlo.instructions import Instructions
 from shardlab.hlo.module import Computation, Instruction, Module
 
@@ -29,15 +29,16 @@ _ROLES: Mapping[str, Role] = {
 }
 # `to_apply` of these runs the computation; of anything else it names a reducer.
 _APPLYING = frozenset({"call", "call-start", "scan", "scan-start"})
-_NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 # What most instructions are. They run no computation and move nothing between devices: not worth reading.
-_PLAIN = frozenset(
-    """abs add and bitcast bitcast-convert broadcast clamp compare concatenate constant convert convolution copy
-    copy-done copy-start cosine divide dot dynamic-slice dynamic-update-slice exponential exponential-minus-one floor
-    gather get-tuple-element iota log log-plus-one logistic maximum minimum multiply negate not or pad parameter
-    partition-id power reduce reduce-precision reduce-window remainder reshape reverse rsqrt scatter select shift-left
-    shift-right-logical sign sine slice sort sqrt subtract tanh transpose tuple xor""".split()
-)
+_PLAIN_WORDS = """
+    abs add and bitcast bitcast-convert broadcast clamp compare concatenate constant convert convolution
+    copy copy-done copy-start cosine divide dot dynamic-slice dynamic-update-slice exponential
+    exponential-minus-one floor gather get-tuple-element iota log log-plus-one logistic maximum minimum
+    multiply negate not or pad parameter partition-id power reduce reduce-precision reduce-window
+    remainder reshape reverse rsqrt scatter select shift-left shift-right-logical sign sine slice sort
+    sqrt subtract tanh transpose tuple xor
+"""
+_PLAIN = frozenset(_PLAIN_WORDS.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +101,6 @@ def active_instructions(computation: Computation) -> list[Instruction]:
     return sorted((instructions[name] for name in names), key=lambda instruction: instruction.line)
 
 
-def called_names(text: str) -> tuple[str, ...]:
-    """Names in `%a`, `%a, %b` or `{%a, %b}`."""
-    return tuple(_NAME.findall(text))
-
-
 def _enter(
     module: Module,
     name: str,
@@ -129,11 +125,11 @@ def _sites_of(caller: str, instruction: Instruction) -> Iterator[CallSite]:
         if key not in attributes:
             continue
         started = role == "call" and opcode.endswith("-start")
-        for callee in called_names(attributes[key]):
+        for callee in computation_names(instruction, key):
             yield CallSite(caller, instruction, callee, "async" if started else role, position)
             position += 1
     if opcode in _APPLYING and "to_apply" in attributes:
-        for callee in called_names(attributes["to_apply"]):
+        for callee in computation_names(instruction, "to_apply"):
             yield CallSite(caller, instruction, callee, "async" if opcode.endswith("-start") else "call")
 
 

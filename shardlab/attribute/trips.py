@@ -7,17 +7,16 @@ interpreted.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from shardlab.attribute.edges import CallSites, called_names
+from shardlab.attribute.edges import CallSites
 from shardlab.attribute.scalars import LoopKey, Node, Path, Ref, Slice, evaluate, limits
+from shardlab.hlo.attributes import computation_names, known_trip_count
 from shardlab.hlo.module import Instruction, Module
 
 MAX_ITERATIONS = 1_000_000
 MAX_OPERATIONS = 4_000_000
 
-_KNOWN = re.compile(r'\\*"known_trip_count\\*"\s*:\s*\{\s*\\*"n\\*"\s*:\s*\\*"?(\d+)')
 _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "EQ": "EQ", "NE": "NE"}
 
 
@@ -34,11 +33,11 @@ class Trips:
 
 def trip_count(module: Module, sites: CallSites, caller: str, loop: Instruction) -> Trips:
     """Trips of the while instruction `loop` of computation `caller`."""
-    known = _KNOWN.search(loop.attributes.get("backend_config", ""))
-    if known:
-        return Trips(int(known[1]), int(known[1]))
-    condition = called_names(loop.attributes.get("condition", ""))
-    body = called_names(loop.attributes.get("body", ""))
+    known = known_trip_count(loop)
+    if known is not None:
+        return Trips(known, known)
+    condition = computation_names(loop, "condition")
+    body = computation_names(loop, "body")
     if not condition or not body or not loop.operands:
         return Trips(0, None, "the loop has no condition, body or state")
     return _derive(_Loop(Slice(module, sites), caller, loop, condition[0], body[0]))

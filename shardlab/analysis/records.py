@@ -1,6 +1,7 @@
-"""Stages 3 + 4 + 5 on one program: the Analysis record, to and from JSON (`shardlab.analysis/1`).
+"""The Analysis record and what it is made of: pure values.
 
-All byte figures are per device. `Range` is `(min, max)`; a max of None is unknown (a loop that cannot be bounded).
+All byte figures are per device. `Range` is `(min, max)`; a max of None is unknown (a loop that cannot be
+bounded).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 Range = tuple[int, int | None]
 ByteRange = tuple[Fraction, Fraction | None]
@@ -20,8 +22,9 @@ class CollectiveRow:
     axes: mesh axes that vary inside a group, in mesh order, sub-axes as `fsdp:(8)8`; () for groups of one;
         None with `axes_reason` when nothing fits.
     executions: (min, max) per step. traffic: bytes each device sends per tier, None without a machine.
-    tier_s: seconds that traffic keeps each tier busy, per execution (`cost.traffic.Traffic.tier_s`); None where a
-        bandwidth is unknown. Tiers work at once: one execution takes the longest.
+    tier_s: seconds that traffic keeps each tier busy, per execution (`cost.traffic.Traffic.tier_s`); None
+    where a
+        bandwidth is unknown. Tiers work at once: one execution takes the longest, `time_s`.
     bound: "upper" where only a bound is known. phase: forward | backward | optimizer | other.
     """
 
@@ -42,6 +45,7 @@ class CollectiveRow:
     logical_wire_bytes: Fraction | None = None
     traffic: Mapping[str, Fraction] | None = None
     tier_s: Mapping[str, float] | None = None
+    time_s: float | None = None
     algorithm: Mapping[str, str] | None = None
     bound: str | None = None
     realizes: str | None = None
@@ -66,7 +70,9 @@ class LedgerEntry:
 class Totals:
     """Sums over the step: executions x bytes; a conditional adds its branches' minimum and maximum.
 
-    by_*: key -> {"payload_bytes": range, "wire_bytes": range}; keys of by_axes join axes with `+`, `unknown` for None.
+    by_*: key -> {"payload_bytes": range, "wire_bytes": range}; keys of by_axes join axes with `+`, `unknown`
+    for None,
+        `none` for ().
     traffic: tier -> range, empty without a machine.
     """
 
@@ -100,3 +106,14 @@ class Analysis:
     totals: Totals
     ledger: tuple[LedgerEntry, ...]
     made_by: Mapping[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `analyze --json`: `shardlab.analysis/1`, whole numbers as integers."""
+        from shardlab.analysis.document import analysis_to_json
+
+        return analysis_to_json(self)
+
+
+def axes_key(axes: tuple[str, ...] | None) -> str:
+    """The key of a set of axes in totals and budgets: joined by `+`, `unknown` for None, `none` for ()."""
+    return "unknown" if axes is None else "+".join(axes) or "none"

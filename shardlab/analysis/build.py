@@ -1,0 +1,145 @@
+"""Stages 3 + 4 + 5 on one program: read the HLO, attribute each collective, cost it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from shardlab.analysis.records import Analysis, LedgerEntry, ModuleFacts
+from shardlab.analysis.rows import Rows
+from shardlab.analysis.totals import sum_totals, totals_of
+from shardlab.attribute.backend import backend_of
+from shardlab.attribute.calls import call_graph
+from shardlab.attribute.collectives import Collective, Uncounted, find_collectives
+from shardlab.attribute.edges import active_instructions
+from shardlab.attribute.members import place
+from shardlab.attribute.origin import is_training
+from shardlab.errors import Problem, UserError
+from shardlab.hardware.machine import Machine
+from shardlab.hlo.inputs import Source as HloSource
+from shardlab.hlo.inputs import read_bytes, read_sources
+from shardlab.hlo.module import Module
+from shardlab.hlo.reader import parse
+from shardlab.program import Flags, Program
+
+Source = str | bytes | Path | Program | Module
+
+
+def analyze(
+    source: Source | Sequence[Source],
+    axes: Mapping[str, int] | None = None,
+    device_ids: Sequence[int] | None = None,
+    machine: Machine | None = None,
+) -> Analysis:
+    """What a compiled program communicates, per collective and in total.
+
+    source: HLO text, a path or bytes (text, proto, either compressed, a saved program), a Program or a
+    Module; or several of these.
+    axes: mesh axis -> size, major to minor; device_ids: the device at each position, row-major; both are a
+    Program's own unless given. machine: adds traffic per link tier, and time.
+    Raises ParseError when the source is not HLO, UserError when axes, device ids or machine do not fit it.
+    """
+    parts = [_analyze_module(module, made, axes, device_ids, machine) for module, made in _modules_of(source)]
+    return parts[0] if len(parts) == 1 else merge(parts)
+
+
+def merge(analyses: Sequence[Analysis]) -> Analysis:
+    """Several analyses as one document: rows name their module, totals are sums. Raises ValueError for
+    none.
+    """
+    if not analyses:
+        raise ValueError("nothing to merge")
+    rows = tuple(
+        replace(row, module=row.module or part.modules[0].name)
+        for part in analyses
+        for row in part.collectives
+    )
+    meshes = [part.mesh for part in analyses]
+    return Analysis(
+        modules=tuple(facts for part in analyses for facts in part.modules),
+        mesh=meshes[0] if all(mesh == meshes[0] for mesh in meshes) else None,
+        machine=analyses[0].machine,
+        collectives=rows,
+        totals=sum_totals([part.totals for part in analyses]),
+        ledger=tuple(entry for part in analyses for entry in part.ledger),
+        made_by=analyses[0].made_by,
+    )
+
+
+def _modules_of(source: Source | Sequence[Source]) -> Iterator[tuple[Module, Program | None]]:
+    if isinstance(source, Module):
+        yield source, None
+    elif isinstance(source, Program):
+        modules = parse(source.hlo_text, source.name) if source.hlo_text.strip() else ()
+        yield from _of_file(HloSource(name=source.name, modules=modules, program=source))
+    elif isinstance(source, bytes):
+        yield from _of_file(read_bytes(source))
+    elif isinstance(source, str) and (not source.strip() or "\n" in source or source.startswith("HloModule")):
+        yield from _of_file(read_bytes(source.encode(), "<hlo>"))
+    elif isinstance(source, str | Path):
+        for found in read_sources(source):
+            yield from _of_file(found)
+    else:
+        for one in source:
+            yield from _modules_of(one)
+
+
+def _of_file(found: HloSource) -> Iterator[tuple[Module, Program | None]]:
+    if not found.modules:
+        what = "it holds no compiled program, since the compiler refused it"
+        raise UserError(Problem(found.name, what, "analyse a plan that fits in memory"))
+    for module in found.modules:
+        yield module, found.program
+
+
+def _analyze_module(
+    module: Module,
+    program: Program | None,
+    axes: Mapping[str, int] | None,
+    device_ids: Sequence[int] | None,
+    machine: Machine | None,
+) -> Analysis:
+    mesh = axes if axes is not None else program.mesh if program else None
+    if device_ids is None and program is not None and axes is None:
+        device_ids = program.device_ids
+    graph = call_graph(module)
+    active = [i for name in graph.sites.order for i in active_instructions(module.computations[name])]
+    backend = program.backend if program else backend_of(active)
+    found = find_collectives(module, graph.sites, backend)
+    collectives = [item for item in found if isinstance(item, Collective)]
+    placement = place(module, mesh, device_ids, [c.instruction for c in collectives if c.target is None])
+    rows = Rows(module, graph, mesh, device_ids, machine, placement, is_training(active))
+    built = [rows.row(collective) for collective in collectives]
+    ledger = [LedgerEntry(what=u.what, name=u.name, why=u.why) for u in found if isinstance(u, Uncounted)]
+    ledger += rows.notes(collectives, built)
+    facts = ModuleFacts(
+        name=module.name, backend=backend, num_devices=placement.num_devices, scheduled=module.is_scheduled
+    )
+    return Analysis(
+        modules=(facts,),
+        mesh=mesh,
+        machine=machine.spec if machine else None,
+        collectives=tuple(built),
+        totals=totals_of(graph, zip((c.computation for c in collectives), built, strict=True)),
+        ledger=tuple(dict.fromkeys(ledger)),
+        made_by=_made_by(program, device_ids),
+    )
+
+
+def _made_by(program: Program | None, device_ids: Sequence[int] | None) -> dict[str, object]:
+    """What made the program, as far as it is known."""
+    made: dict[str, object] = {}
+    if device_ids is not None:
+        in_order = all(device == position for position, device in enumerate(device_ids))
+        made["device_order"] = "row-major" if in_order else list(device_ids)
+    if program is None:
+        return made
+    flags = program.flags
+    asked = {
+        "requested": list(flags.requested),
+        "effective": list(flags.effective),
+        "rejected": [list(pair) for pair in flags.rejected],
+    }
+    made = {"versions": dict(program.versions), "flags": "stock" if flags == Flags() else asked, **made}
+    return made if program.autotuned is None else {**made, "autotuned": program.autotuned}

@@ -1,0 +1,162 @@
+"""From one collective of a program to its row: devices, axes, bytes, tier, origin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from shardlab.analysis.records import CollectiveRow, LedgerEntry
+from shardlab.attribute.axes import Axes, axes_of_groups, axes_of_pairs
+from shardlab.attribute.calls import CallGraph
+from shardlab.attribute.collectives import Collective
+from shardlab.attribute.members import Members, Placement, megascale_members, members, send_members
+from shardlab.attribute.origin import origin_of
+from shardlab.cost.traffic import Traffic, traffic_of
+from shardlab.cost.wire import Wire, wire_of
+from shardlab.hardware.machine import Machine
+from shardlab.hlo.module import Module
+
+
+@dataclass(slots=True)
+class Rows:
+    """What rows of one module are made from."""
+
+    module: Module
+    graph: CallGraph
+    mesh: Mapping[str, int] | None
+    device_ids: Sequence[int] | None
+    machine: Machine | None
+    placement: Placement
+    training: bool
+    _axes: dict[tuple[str, ...], Axes] = field(default_factory=dict)
+    _inexact: dict[str, str] = field(default_factory=dict)
+
+    def row(self, collective: Collective) -> CollectiveRow:
+        """The row of one collective."""
+        joined = self._members(collective)
+        wire = _wire(collective, joined)
+        logical = _wire(collective, joined, logical=True) if collective.logical else None
+        axes = self._axes_of(collective, joined)
+        origin = origin_of(self.module, (collective.instruction, *collective.around), self.training)
+        traffic = self._traffic(collective, wire, joined)
+        pairs = [pair for pair in joined.pairs if pair[0] != pair[1]]
+        sizes = [len(group) for group in joined.groups] or [2] * len(pairs) or [1] * len(joined.pairs)
+        tier = traffic.tier if traffic else None
+        return CollectiveRow(
+            name=collective.name,
+            kind=collective.kind,
+            axes=axes.names,
+            axes_reason=axes.reason,
+            tier=tier or ("dcn" if collective.target is not None else None),
+            group_size=max(sizes, default=1),
+            num_groups=len(sizes),
+            executions=self.graph.times[collective.computation],
+            asynchronous=collective.asynchronous,
+            dtypes=collective.payload.dtypes,
+            payload_bytes=wire.payload_bytes,
+            wire_bytes=wire.wire_bytes,
+            fabric_bytes=wire.fabric_bytes,
+            logical_payload_bytes=logical.payload_bytes if logical else None,
+            logical_wire_bytes=logical.wire_bytes if logical else None,
+            traffic=traffic.tiers if traffic else None,
+            tier_s=traffic.tier_s if traffic else None,
+            time_s=traffic.time_s if traffic else None,
+            algorithm=traffic.algorithm if traffic else None,
+            bound="upper" if collective.payload.upper_bound else None,
+            realizes=collective.realizes,
+            phase=origin.phase,
+            recompute=origin.recompute,
+            op_name=origin.op_name,
+            layer=origin.layer,
+            source=origin.source,
+        )
+
+    def _members(self, collective: Collective) -> Members:
+        if collective.target is not None:
+            joined = megascale_members(collective.target, self.placement)
+        elif collective.pairs_text is not None:
+            joined = send_members(collective.pairs_text, self.placement)
+        else:
+            joined = members(collective.instruction, self.placement)
+        taking_part = sum(map(len, joined.groups))
+        if joined.assumed:
+            self._inexact[collective.name] = f"the device order is unknown: assumed that {joined.assumed}"
+        elif joined.groups and taking_part < self.placement.num_devices:
+            self._inexact[collective.name] = (
+                f"only {taking_part} of {self.placement.num_devices} devices take part"
+            )
+        return joined
+
+    def _axes_of(self, collective: Collective, joined: Members) -> Axes:
+        if not any(len(group) > 1 for group in joined.groups) and all(a == b for a, b in joined.pairs):
+            return Axes(())
+        if self.mesh is None:
+            return Axes(None, "no mesh axes were given")
+        attributes = collective.instruction.attributes
+        # Large programs repeat few texts; the other attributes say what the ids in the text are.
+        key = (
+            attributes.get("replica_groups", ""),
+            attributes.get("source_target_pairs", "") + (collective.pairs_text or ""),
+            collective.target or "",
+            attributes.get("use_global_device_ids", ""),
+            str("channel_id" in attributes),
+            collective.kind,
+        )
+        if key not in self._axes:
+            fit = (
+                axes_of_pairs(joined.pairs, self.mesh)
+                if joined.pairs
+                else axes_of_groups(joined.groups, self.mesh)
+            )
+            self._axes[key] = fit
+        return self._axes[key]
+
+    def _traffic(self, collective: Collective, wire: Wire, joined: Members) -> Traffic | None:
+        if self.machine is None:
+            return None
+        return traffic_of(
+            kind=collective.kind,
+            payload_bytes=wire.payload_bytes,
+            wire_bytes=wire.wire_bytes,
+            groups=joined.groups,
+            pairs=joined.pairs,
+            machine=self.machine,
+            device_ids=self.device_ids,
+        )
+
+    def notes(
+        self, collectives: Sequence[Collective], rows: Sequence[CollectiveRow]
+    ) -> Iterator[LedgerEntry]:
+        """What is known about the whole that is not exact."""
+        if not collectives and self.placement.num_devices > 1:
+            why = f"compiled for {self.placement.num_devices} devices, but no collective was found"
+            yield LedgerEntry(what="module", name=self.module.name, why=why)
+        for name, why in self._inexact.items():
+            yield LedgerEntry(what="groups", name=name, why=why)
+        moving = _reaching(self.graph, {collective.computation for collective in collectives})
+        for (caller, name), trips in self.graph.loops.items():
+            body = [s.callee for s in self.graph.sites.by_caller[caller] if s.instruction.name == name]
+            if trips.reason and moving.intersection(body):
+                yield LedgerEntry(what="while", name=name, why=f"trip count unknown: {trips.reason}")
+        for line, text in self.module.unparsed:
+            yield LedgerEntry(what="text", name=f"line {line}", why=f"could not be read: {text[:80]}")
+
+
+def _wire(collective: Collective, joined: Members, *, logical: bool = False) -> Wire:
+    payload = collective.logical if logical and collective.logical else collective.payload
+    return wire_of(
+        kind=collective.kind,
+        operand_bytes=payload.operand_bytes or 0,
+        result_bytes=payload.gathered_bytes or 0,
+        groups=joined.groups,
+        pairs=joined.pairs,
+    )
+
+
+def _reaching(graph: CallGraph, wanted: set[str]) -> set[str]:
+    """Computations that run one of `wanted`, directly or not, and `wanted` themselves."""
+    reaching = set(wanted)
+    for name in reversed(graph.sites.order):
+        if any(site.callee in reaching for site in graph.sites.by_caller[name]):
+            reaching.add(name)
+    return reaching

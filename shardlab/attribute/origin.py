@@ -1,0 +1,124 @@
+"""Where an instruction comes from: phase of the step, layer, source line; all from its metadata.
+
+JAX writes the path of scopes into `op_name`:
+`jit(step)/transpose(jvp(layers))/while/body/attention/query/dot_general`. The last part is the primitive;
+transformations wrap the scope that they were applied in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from shardlab.hlo.attributes import Metadata, metadata
+from shardlab.hlo.module import Instruction, Module
+
+OPTIMIZER_SCOPE = "optimizer"
+
+# Parts that JAX adds for control flow and transformations; none of them is a scope of the user's.
+_PLUMBING = frozenset(
+    {
+        "while", "body", "cond", "scan", "closed_call", "core_call", "pjit", "shard_map", "eval_jaxpr",
+        "remat", "remat2", "checkpoint", "rematted_computation", "custom_jvp_call", "custom_vjp_call",
+        "custom_vjp_call_jaxpr", "custom_lin", "named_call", "xla_call", "body_fun", "cond_fun", "main",
+        "run_state", "mul_to_shard_map",
+    }
+)  # fmt: skip
+_BRANCH = re.compile(r"branch_\d+_fun")
+_WRAPPER = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\((.*)\)", re.DOTALL)
+# Wrappers whose argument is a scope; the argument of any other (`jit`, `pjit`) names a function.
+_TRANSFORMS = frozenset({"jvp", "transpose", "vmap", "remat", "checkpoint", "linearize", "pmap", "batch"})
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """phase: forward | backward | optimizer | other. recompute: done again for the backward pass (remat).
+
+    layer: path of the user's scopes, `layers/attention/query`. source: `basename:line`. Empty where unknown.
+    """
+
+    phase: str
+    recompute: bool
+    op_name: str
+    layer: str
+    source: str
+
+
+def is_training(instructions: Iterable[Instruction]) -> bool:
+    """Whether some instruction was differentiated: then what was not is neither forward nor backward."""
+    return any("jvp(" in instruction.attributes.get("metadata", "") for instruction in instructions)
+
+
+def origin_of(module: Module, instructions: Iterable[Instruction], training: bool) -> Origin:
+    """Origin of the first of `instructions` that says it: a collective, then the fusion or start around
+    it.
+    """
+    found = [metadata(instruction) for instruction in instructions]
+    op_name = next((data.op_name for data in found if data.op_name), "")
+    source = next((text for text in (_source(module, data) for data in found) if text), "")
+    phase, recompute = phase_of(op_name, training)
+    return Origin(phase, recompute, op_name, layer_of(op_name), source)
+
+
+@lru_cache(maxsize=4096)
+def phase_of(op_name: str, training: bool) -> tuple[str, bool]:
+    """(phase, recompute) of an op_name; `training`: whether the program differentiates anything."""
+    parts = _parts(op_name)
+    scopes = [scope for part in parts for scope in (part, _unwrapped(part))]
+    recompute = "rematted_computation" in parts
+    if OPTIMIZER_SCOPE in scopes:
+        return "optimizer", False
+    if any(_is_wrapped(part, "transpose") for part in parts):
+        return "backward", recompute
+    if any(_is_wrapped(part, "jvp") for part in parts):
+        return "forward", False
+    return "other" if training or "/" not in op_name else "forward", False
+
+
+@lru_cache(maxsize=4096)
+def layer_of(op_name: str) -> str:
+    """The user's scopes in an op_name, joined by `/`, without the primitive at the end."""
+    scopes = [_unwrapped(part) for part in _parts(op_name)[:-1]]
+    return "/".join(s for s in scopes if s and s not in _PLUMBING and not _BRANCH.fullmatch(s))
+
+
+def _parts(op_name: str) -> list[str]:
+    """An op_name split at the slashes that are in no parenthesis."""
+    parts, depth, start = [], 0, 0
+    for index, char in enumerate(op_name):
+        if char == "(":
+            depth += 1
+        elif char == ")":
+            depth = max(0, depth - 1)
+        elif char == "/" and not depth:
+            parts.append(op_name[start:index])
+            start = index + 1
+    return [*parts, op_name[start:]]
+
+
+def _unwrapped(part: str) -> str:
+    """`transpose(jvp(layers))` -> `layers`; `jit(step)` -> ``."""
+    while match := _WRAPPER.fullmatch(part):
+        if match[1] not in _TRANSFORMS:
+            return ""
+        part = match[2]
+    return part
+
+
+def _is_wrapped(part: str, transform: str) -> bool:
+    while match := _WRAPPER.fullmatch(part):
+        if match[1] == transform:
+            return True
+        part = match[2]
+    return False
+
+
+def _source(module: Module, data: Metadata) -> str:
+    file, line = data.source_file, data.source_line
+    frame = module.stack_frames.get(data.stack_frame_id)
+    if not file and frame is not None:
+        file, line = frame.file, frame.line
+    basename = file.replace("\\", "/").rpartition("/")[2]
+    return f"{basename}:{line}" if file else ""
