@@ -1,0 +1,152 @@
+"""Floating-point work of a step: what the compiled program does, and what the model needs.
+
+Hardware FLOPs count every matrix product, convolution and fused attention kernel of the compiled program as
+often as it runs, recomputation included. Elementwise work is left out, as in all such counts. Model FLOPs
+are the formula that MFU is defined with. XLA's own `cost_analysis` counts a loop body once and fused
+kernels not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from shardlab.attribute.calls import CallGraph, call_graph, step_totals
+from shardlab.cost.kernels import Work, kernel_work
+from shardlab.cost.products import NotCountedError, convolution_flops, dot_flops
+from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
+from shardlab.spec.models import ModelConfig
+
+_OPAQUE_PRODUCTS = frozenset({"ragged-dot", "scaled-dot", "cholesky", "triangular-solve", "fft"})
+
+
+@dataclass(frozen=True, slots=True)
+class NotCountedWork:
+    """An instruction whose FLOPs are not in the totals, and why."""
+
+    name: str
+    what: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flops:
+    """FLOPs per device per step; of a conditional the dearest branch. None: in a loop that cannot be bounded.
+
+    unknown: instructions that are not in these numbers. notes: assumptions that are.
+    """
+
+    matmul: int | None
+    attention: int | None
+    unknown: tuple[NotCountedWork, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int | None:
+        """matmul + attention; None when either is unknown."""
+        return None if self.matmul is None or self.attention is None else self.matmul + self.attention
+
+
+def hardware_flops(module: Module, graph: CallGraph | None = None) -> Flops:
+    """FLOPs of one device's program per step, with trip counts. graph: the module's call graph, if at hand.
+
+    Raises ParseError as `call_graph` does.
+    """
+    graph = graph or call_graph(module)
+    amounts: dict[str, dict[str, Fraction]] = {}
+    unknown: list[NotCountedWork] = []
+    notes: dict[str, None] = {}
+    for name, times in graph.times.items():
+        if times[1] == 0:
+            continue
+        done: dict[str, Fraction] = {}
+        for work in _works(module.computations[name], unknown):
+            done[work.kind] = done.get(work.kind, Fraction(0)) + work.flops
+            if work.note:
+                notes[work.note] = None
+        if done:
+            amounts[name] = done
+    totals = step_totals(graph, amounts)
+    return Flops(
+        matmul=_upper(totals, "matmul"),
+        attention=_upper(totals, "attention"),
+        unknown=tuple(unknown),
+        notes=tuple(notes),
+    )
+
+
+def _upper(totals: Mapping[str, tuple[Fraction, Fraction | None]], kind: str) -> int | None:
+    high = totals[kind][1] if kind in totals else Fraction(0)
+    return None if high is None else int(high)
+
+
+def _works(computation: Computation, unknown: list[NotCountedWork]) -> Iterator[Work]:
+    """The work of one run of a computation's own instructions; what cannot be counted is appended to
+    `unknown`."""
+    for instruction in computation.instructions.values():
+        try:
+            work = _work(instruction, computation)
+        except NotCountedError as reason:
+            what = instruction.attributes.get("custom_call_target", instruction.opcode).strip('"')
+            unknown.append(NotCountedWork(instruction.name, what, str(reason)))
+            continue
+        if work is not None:
+            yield work
+
+
+def _work(instruction: Instruction, computation: Computation) -> Work | None:
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode == "dot":
+        return Work("matmul", dot_flops(instruction, _operand(instruction, 0, computation)))
+    if opcode == "convolution":
+        lhs, kernel = (_operand(instruction, index, computation) for index in (0, 1))
+        return Work("matmul", convolution_flops(instruction, lhs, kernel, instruction.shape))
+    if opcode == "custom-call" and not {"calls", "called_computations"} & instruction.attributes.keys():
+        return kernel_work(instruction, [_shape_of(use, computation) for use in instruction.operands])
+    if opcode in _OPAQUE_PRODUCTS:
+        raise NotCountedError(f"{opcode} is not counted")
+    return None
+
+
+def _operand(instruction: Instruction, index: int, computation: Computation) -> Shape | None:
+    return _shape_of(instruction.operands[index], computation) if index < len(instruction.operands) else None
+
+
+def _shape_of(use: Operand, computation: Computation) -> Shape | None:
+    source = computation.instructions.get(use.name)
+    shape = source.shape if source is not None else None
+    for index in use.index:
+        shape = shape.leaves[index] if shape is not None and index < len(shape.leaves) else None
+    return shape
+
+
+def model_flops(
+    config: ModelConfig,
+    batch: int,
+    seq: int,
+    workload: Literal["train", "prefill", "decode"],
+    attention: Literal["causal", "full"] = "causal",
+) -> int:
+    """FLOPs that the model needs for one step of all devices together: no recomputation, no padding, real
+    vocabulary.
+
+    Per token 2 · (weights in matrix products, head included, embedding lookup not) forward and twice that
+    backward; plus 4 · layers · heads · head_dim per pair of positions that attend, again three times that
+    in training. `causal` counts half of the seq² pairs, `full` all (Megatron's convention). Prefill needs
+    the head for one position per sequence. Decode is one new token per sequence that attends to `seq`
+    cached ones. batch: sequences. Source: the usual 6·N·D, as in PaLM (arXiv:2204.02311, appendix B) with
+    the causal half made explicit.
+    """
+    qkv = config.embed * config.head_dim * (config.heads + 2 * config.kv_heads)
+    mlp = (3 if config.activation == "swiglu" else 2) * config.embed * config.mlp
+    layers = config.layers * (qkv + config.heads * config.head_dim * config.embed + mlp)
+    head = config.embed * config.vocab
+    attend = 4 * config.layers * config.heads * config.head_dim  # per pair: q·k and p·v
+    if workload == "decode":
+        return batch * (2 * (layers + head) + attend * seq)
+    pairs_of_two = seq * seq * (1 if attention == "causal" else 2)
+    passes = 3 if workload == "train" else 1
+    heads_run = seq if workload == "train" else 1
+    return passes * batch * (2 * (layers * seq + head * heads_run) + attend * pairs_of_two // 2)

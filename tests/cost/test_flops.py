@@ -1,0 +1,171 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from shardlab.cost.flops import Flops, hardware_flops, model_flops
+from shardlab.hlo.reader import parse
+from shardlab.spec.models import ModelConfig
+
+N = 64  # every matrix is N x N
+PRODUCT = 2 * N**3
+SQUARE = jax.ShapeDtypeStruct((N, N), jnp.float32)
+
+
+def compiled_flops(function, *arguments):
+    (module,) = parse(jax.jit(function).lower(*arguments).compile().as_text())
+    return hardware_flops(module)
+
+
+def layer(x_NxN, w_NxN):
+    return jnp.tanh(x_NxN @ w_NxN), None
+
+
+def scan(length, **options):
+    weights_LxNxN = jax.ShapeDtypeStruct((length, N, N), jnp.float32)
+    return lambda x, w: jax.lax.scan(layer, x, w, **options)[0], weights_LxNxN
+
+
+@pytest.mark.parametrize(("length", "options"), [(1, {}), (2, {}), (10, {}), (10, {"unroll": 3}), (100, {})])
+def test_scans_count_every_trip(length, options):
+    # HLO.md section 4.3: XLA's own cost_analysis counts the body once whatever the length.
+    function, weights = scan(length, **options)
+    assert compiled_flops(function, SQUARE, weights) == Flops(matmul=length * PRODUCT, attention=0)
+
+
+def test_nested_loops_multiply():
+    def inner(x, w):
+        return jax.lax.scan(lambda x, _: layer(x, w), x, None, length=5)[0], None
+
+    weights = jax.ShapeDtypeStruct((4, N, N), jnp.float32)
+    assert compiled_flops(lambda x, w: jax.lax.scan(inner, x, w)[0], SQUARE, weights).matmul == 20 * PRODUCT
+
+
+@pytest.mark.parametrize(
+    ("wrap", "products"),
+    [
+        # Per layer: one forward, two backward (dx, dw).
+        pytest.param(lambda body: body, 3, id="no-remat"),
+        # tanh's derivative needs its result, so the product is computed again.
+        pytest.param(jax.checkpoint, 4, id="remat"),
+    ],
+)
+def test_gradient_of_a_scan_includes_recomputation(wrap, products):
+    def loss(x, w):
+        return jax.lax.scan(wrap(layer), x, w)[0].sum()
+
+    weights = jax.ShapeDtypeStruct((6, N, N), jnp.float32)
+    assert compiled_flops(jax.grad(loss, argnums=(0, 1)), SQUARE, weights).matmul == 6 * products * PRODUCT
+
+
+def test_unbounded_loop_is_unknown_not_one():
+    def run(x, w, steps):
+        return jax.lax.while_loop(lambda s: s[0] < steps, lambda s: (s[0] + 1, layer(s[1], w)[0]), (0, x))
+
+    steps = jax.ShapeDtypeStruct((), jnp.int32)
+    flops = compiled_flops(run, SQUARE, SQUARE, steps)
+    assert flops.matmul is None
+    assert flops.total is None
+    assert flops.attention == 0
+
+
+def test_conditional_takes_its_dearest_branch():
+    branches = [lambda x, w: x, lambda x, w: x @ w, lambda x, w: (x @ w) @ w]
+    flops = compiled_flops(
+        lambda i, x, w: jax.lax.switch(i, branches, x, w), jax.ShapeDtypeStruct((), jnp.int32), SQUARE, SQUARE
+    )
+    assert flops.matmul == 2 * PRODUCT  # not 3: only one branch runs
+
+
+@pytest.mark.parametrize(
+    ("spec", "a", "b", "expected"),
+    [
+        ("ij,jk->ik", (3, 5), (5, 7), 2 * 3 * 5 * 7),
+        ("bij,bjk->bik", (4, 3, 5), (4, 5, 7), 2 * 4 * 3 * 5 * 7),
+        ("bqhd,bkhd->bhqk", (2, 8, 4, 16), (2, 6, 4, 16), 2 * 2 * 4 * 8 * 6 * 16),
+        ("ijk,kjl->il", (3, 4, 5), (5, 4, 7), 2 * 3 * 20 * 7),
+    ],
+)
+def test_einsums(spec, a, b, expected):
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (a, b)]
+    assert compiled_flops(lambda a, b: jnp.einsum(spec, a, b), *shapes).matmul == expected
+
+
+def test_work_in_a_computation_that_never_runs_is_not_counted():
+    (module,) = parse(
+        """HloModule m
+
+%unused (a: f32[4,4]) -> f32[4,4] {
+  %a = f32[4,4] parameter(0)
+  ROOT %d = f32[4,4] dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: f32[4,4]) -> f32[4,4] {
+  ROOT %a = f32[4,4] parameter(0)
+}
+"""
+    )
+    assert hardware_flops(module) == Flops(matmul=0, attention=0)
+
+
+LLAMA_70B = ModelConfig(
+    name="llama3-70b",
+    layers=80,
+    embed=8192,
+    heads=64,
+    kv_heads=8,
+    head_dim=128,
+    mlp=28672,
+    vocab=128_256,
+    context=8192,
+)
+GPT2 = ModelConfig(
+    name="gpt2-124m",
+    layers=12,
+    embed=768,
+    heads=12,
+    kv_heads=12,
+    head_dim=64,
+    mlp=3072,
+    vocab=50_257,
+    context=1024,
+    activation="gelu",
+    tied_embeddings=True,
+)
+# Weights in matrix products, by hand: q, k, v, o, then the MLP; the head.
+LLAMA_LAYER = 8192 * 8192 + 2 * 8192 * 1024 + 8192 * 8192 + 3 * 8192 * 28672
+LLAMA_HEAD = 8192 * 128_256
+GPT2_LAYER, GPT2_HEAD = 4 * 768 * 768 + 2 * 768 * 3072, 768 * 50_257
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "width"),
+    [
+        pytest.param(LLAMA_70B, 80 * LLAMA_LAYER + LLAMA_HEAD, 80 * 8192, id="llama3-70b"),
+        pytest.param(GPT2, 12 * GPT2_LAYER + GPT2_HEAD, 12 * 768, id="gpt2-124m"),
+    ],
+)
+def test_model_flops_of_training(config, weights, width):
+    # WORKLOADS.md section 4, per token: 6 · N + 12 · L·a·dh · S, the second term halved when causal.
+    batch, seq = 64, 1024
+    tokens = batch * seq
+    assert model_flops(config, batch, seq, "train", "full") == tokens * (6 * weights + 12 * width * seq)
+    assert model_flops(config, batch, seq, "train") == tokens * (6 * weights + 6 * width * seq)
+
+
+def test_llama_70b_step_of_the_design():
+    # DESIGN section 5: 512 devices, batch 64, sequence 4096, so 512 tokens a device; 6·N·D per device is 2.2e14.
+    # N = 80 · 855,638,016 + 1,050,673,152 = 69,501,714,432 weights in products (70.55e9 with embedding and norms);
+    # causal attention adds 6 · 80 · 8192 · 4096 per token.
+    assert 80 * LLAMA_LAYER + LLAMA_HEAD == 69_501_714_432
+    products, attention = 6 * 69_501_714_432 * 512, 6 * 80 * 8192 * 4096 * 512
+    assert model_flops(LLAMA_70B, 64, 4096, "train") == 512 * (products + attention)
+    assert (f"{products:.3g}", f"{attention:.3g}") == ("2.14e+14", "8.25e+12")
+
+
+def test_model_flops_of_inference():
+    layers, head, width = 80 * LLAMA_LAYER, LLAMA_HEAD, 80 * 8192
+    # Prefill: 2 FLOPs per weight and token, the head for the last position, half of the pairs.
+    prefill = 3 * (2 * layers * 100 + 2 * head + 4 * width * 100 * 100 // 2)
+    assert model_flops(LLAMA_70B, 3, 100, "prefill") == prefill
+    # Decode: one token a sequence, attending to all 100 cached ones.
+    assert model_flops(LLAMA_70B, 3, 100, "decode") == 3 * (2 * (layers + head) + 4 * width * 100)
