@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from shardlab.errors import ParseError
 from shardlab.hlo.lexer import STRING, Text, without_comments
 from shardlab.hlo.module import Instruction
 from shardlab.hlo.strings import unescape
@@ -115,10 +116,18 @@ def _json_object(text: str) -> Mapping[str, object]:
 
 
 def config_value(instruction: Instruction, *path: str) -> object | None:
-    """The member of the backend config at `path`, or None; a config without the key is not parsed."""
-    if f'"{path[0]}"' not in backend_config_text(instruction):
+    """The member of the backend config at `path`, or None; a config without the key is not parsed.
+
+    Raises ParseError when the config names the key but is not JSON.
+    """
+    text = backend_config_text(instruction)
+    if f'"{path[0]}"' not in text:
         return None
     value: object = backend_config(instruction)
+    if not value:
+        raise ParseError(
+            f"{instruction.name}: the backend config is not JSON: {text[:60]!r}", line=instruction.line
+        )
     for key in path:
         if not isinstance(value, dict) or key not in value:
             return None

@@ -10,45 +10,19 @@ from __future__ import annotations
 import re
 
 from shardlab.hlo.instructions import Instructions, Lines
-from shardlab.hlo.lexer import NAME, STRING, Text
+from shardlab.hlo.lexer import STRING, Text
+from shardlab.hlo.printed import HEAD, ROW
 
 _FIRST_BLOCK, _LARGEST_BLOCK = 1 << 12, 1 << 18
-_INDEX_COMMENT = r"/\*index=[0-9]++\*/"
-_STRING = r"\"(?:[^\"\\\n]++|\\[^\n])*+\""
-_QUOTED = r"'[^'\n]*+'"
-
-
-def _nested(plain: str, opener: str, closer: str, depth: int) -> str:
-    """An expression for the inside of a bracket that nests to `depth`; `plain` needs no bracket."""
-    inside = rf"(?:{plain})*+"
-    for _ in range(depth):
-        inside = rf"(?:{plain}|{opener}{inside}{closer})*+"
-    return inside
-
-
-_IN_PARENS = _nested(rf"[^()\"'\n/]++|{_INDEX_COMMENT}", r"\(", r"\)", 5)
-_IN_DICT = _nested(rf"[^\"'{{}}\n/]++|{_STRING}", r"\{", r"\}", 12)
-_IN_AXES = _nested(rf"[^\"'{{}}\n/]++|{_QUOTED}", r"\{", r"\}", 3)
-_SHAPE = rf"(?:[a-z][a-z0-9]*+\[[0-9,<=?]*+\](?:\{{[^{{}}\n\"'/]*+\}})?+|\({_IN_PARENS}\))"
-_TAIL = (
-    rf"(?:[^\"'{{}}\n/]++|\{{{_IN_DICT}\}}|{_STRING}|{_QUOTED}"
-    rf"|(?:(?<=\] )|(?<=\) )|(?<=sharding=))\{{{_IN_AXES}\}})*+(?<![,=\s])"
-)
-_ROW = re.compile(
-    rf"\ *+(ROOT\ )?+%?+({NAME})\ =\ {_SHAPE}\ ([a-z][a-z0-9\-]*+)\({_IN_PARENS}\){_TAIL}\n|([^\n]*+)\n"
-)
-_HEAD = re.compile(
-    rf"(ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\ (?:[^()\"'{{}}\n/]++|\({_IN_PARENS}\))++)?+\{{(?=\n)"
-)
 _STARTS = re.compile(r"[A-Za-z0-9_%}]")
 
 
 def printed_head(text: Text, offset: int) -> tuple[str, int] | None:
     """The name of the computation whose printed first line starts at `offset`, and the offset of its body."""
-    match = _HEAD.match(text.text, offset)
+    match = HEAD.match(text.text, offset)
     if not match or not _is_balanced(text.text, offset, match.end() - 1):
         return None
-    return match.group(2), match.end()
+    return match.group(1), match.end()
 
 
 def add_printed_lines(
@@ -67,7 +41,7 @@ def add_printed_lines(
     root, opcode, block = "", "", _FIRST_BLOCK
     while True:
         end, is_last = _block_end(text.text, offset, block)
-        rows: list[tuple[str, str, str, str]] = _ROW.findall(text.text, offset, end)
+        rows: list[tuple[str, str, str, str]] = ROW.findall(text.text, offset, end)
         line = lines.line_of(offset)
         whole = _whole_rows(text.text, lines, rows, line, end)
         for is_root, name, op, _ in rows[:whole]:

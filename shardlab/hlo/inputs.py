@@ -1,4 +1,4 @@
-"""What a user may hand over: HLO text, protos, either compressed, dump folders, saved programs, standard input."""
+"""What a user may hand over: HLO text, protos, compressed or not, dump folders, saved programs, stdin."""
 
 from __future__ import annotations
 

@@ -16,10 +16,13 @@ from itertools import accumulate
 from shardlab.errors import ParseError
 from shardlab.hlo.lexer import NAME, WORD, Text, split_top_level
 from shardlab.hlo.module import Instruction, Operand, Shape
+from shardlab.hlo.printed import NAMES, PARTS
 from shardlab.hlo.shape import parse_shape
 
 _LITERAL_OPCODES = ("constant", "parameter")
 _OPERAND = re.compile(rf"(?:.*\s)?%?({NAME}|[0-9][A-Za-z0-9_.\-]*+)((?:#[0-9]{{1,18}})*+)", re.DOTALL)
+_NAME = re.compile(NAME)
+_INDEX = re.compile(r"/\*index=[0-9]++\*/")
 _OPCODE = re.compile(r"([a-z][a-z0-9\-]*+)\(")
 _SHAPE_HEAD = re.compile(r"b?\(|[a-z][a-z0-9]*+\[")
 _SPLIT_LINES = 1 << 20
@@ -104,8 +107,7 @@ class Instructions(Mapping[str, Instruction]):
     def __getitem__(self, name: str) -> Instruction:
         found = self._found[name]
         if isinstance(found, int):
-            found, _ = read_instruction(self._text, self._lines, self._lines.start_of(found))
-            self._found[name] = found
+            found = self._found[name] = _printed_instruction(self._text, self._lines, found)
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -163,6 +165,26 @@ def read_instruction(text: Text, lines: Lines, offset: int) -> tuple[Instruction
     return instruction, end
 
 
+def _printed_instruction(text: Text, lines: Lines, line: int) -> Instruction:
+    """The instruction that fills `line`, whose brackets and strings are known to be closed."""
+    offset = lines.start_of(line)
+    match = PARTS.match(text.text, offset)
+    if not match:
+        return read_instruction(text, lines, offset)[0]
+    root, name, _, opcode, inner = match.groups()
+    is_literal = opcode in _LITERAL_OPCODES
+    return Instruction(
+        name=name,
+        opcode=opcode,
+        shape=shape_at(text, *match.span(3)),
+        operands=() if is_literal else read_operands(text, match.start(5), inner),
+        attributes=Attributes(text, match.end()),
+        literal=inner if is_literal else None,
+        is_root=bool(root),
+        line=line,
+    )
+
+
 _ROOT = re.compile(r"ROOT(?=[\s%/])")
 _NO_SHAPE = Shape("")
 
@@ -189,6 +211,8 @@ def shape_at(text: Text, offset: int, end: int) -> Shape:
 
 def read_operands(text: Text, offset: int, inner: str) -> tuple[Operand, ...]:
     """Operands from the text between the parentheses: `%x`, `x`, `f32[8]{0} %x`, `%x#1#0`, `null`."""
+    if NAMES.fullmatch(inner):
+        return tuple([Operand(name) for name in _NAME.findall(_INDEX.sub("", inner))])
     operands = []
     for piece in split_top_level(inner):
         match = _OPERAND.fullmatch(piece)

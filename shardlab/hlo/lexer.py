@@ -120,9 +120,17 @@ class Text:
             elif not char:
                 raise self.error(opened, "'{' is never closed: unbalanced or cut off")
             if not depth:
+                self._check_json_lists(opened, offset)
                 return offset
             plain = _DICT_PLAIN.match(self.text, offset)
             offset = plain.end() if plain else offset
+
+    def _check_json_lists(self, start: int, end: int) -> None:
+        """A dict that looks like JSON must close its lists too; other dicts (`{order = [0, 1)}`) are free."""
+        if self.text.startswith('{"', start):
+            without_strings = STRING.sub("", self.text[start:end])
+            if without_strings.count("[") != without_strings.count("]"):
+                raise self.error(start, "'[' and ']' do not balance in this JSON")
 
     def chunk_end(self, offset: int) -> int:
         """The offset after words, strings and bracket groups that no white space or comma divides."""

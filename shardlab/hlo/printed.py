@@ -1,0 +1,51 @@
+"""Regular expressions for lines as XLA prints them: one instruction, or the head of a computation, on one
+line.
+
+They prove that the strings and braces of the line are closed. All quantifiers are possessive, so matching is
+linear.
+"""
+
+from __future__ import annotations
+
+import re
+
+from shardlab.hlo.lexer import NAME
+
+_INDEX_COMMENT = r"/\*index=[0-9]++\*/"
+_STRING = r"\"(?:[^\"\\\n]++|\\[^\n])*+\""
+_QUOTED = r"'[^'\n]*+'"
+
+
+def _nested(plain: str, opener: str, closer: str, depth: int) -> str:
+    """An expression for the inside of a bracket that nests to `depth`; `plain` needs no bracket."""
+    inside = rf"(?:{plain})*+"
+    for _ in range(depth):
+        inside = rf"(?:{plain}|{opener}{inside}{closer})*+"
+    return inside
+
+
+_IN_PARENS = _nested(rf"[^()\"'\n/]++|{_INDEX_COMMENT}", r"\(", r"\)", 5)
+_IN_DICT = _nested(rf"[^\"'{{}}\n/]++|{_STRING}", r"\{", r"\}", 12)
+_IN_AXES = _nested(rf"[^\"'{{}}\n/]++|{_QUOTED}", r"\{", r"\}", 3)
+_SHAPE = rf"(?:[a-z][a-z0-9]*+\[[0-9,<=?]*+\](?:\{{[^{{}}\n\"'/]*+\}})?+|\({_IN_PARENS}\))"
+_TAIL = (
+    rf"(?:[^\"'{{}}\n/]++|\{{{_IN_DICT}\}}|{_STRING}|{_QUOTED}"
+    rf"|(?:(?<=\] )|(?<=\) )|(?<=sharding=))\{{{_IN_AXES}\}})*+(?<![,=\s])"
+)
+_OPERAND = rf"%?+{NAME}"
+_BEFORE = rf"\ *+(ROOT\ )?+%?+({NAME})\ =\ "
+
+ROW = re.compile(rf"{_BEFORE}{_SHAPE}\ ([a-z][a-z0-9\-]*+)\({_IN_PARENS}\){_TAIL}\n|([^\n]*+)\n")
+"""One line: ROOT or not, name and opcode of the instruction that fills it, or else the line itself."""
+
+PARTS = re.compile(rf"{_BEFORE}({_SHAPE})\ ([a-z][a-z0-9\-]*+)\(({_IN_PARENS})\)")
+"""Root, name, shape, opcode and operands of an instruction that `ROW` has matched; its tail follows."""
+
+HEAD = re.compile(
+    rf"(?:ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\
+    (?:[^()\"'{{}}\n/]++|\({_IN_PARENS}\))++)?+\{{(?=\n)"
+)
+"""The first line of a computation, up to its brace: the name."""
+
+NAMES = re.compile(rf"{_OPERAND}(?:,\ (?:{_INDEX_COMMENT})?+{_OPERAND})*+")
+"""Operands that are names only."""
