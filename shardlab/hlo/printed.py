@@ -1,8 +1,6 @@
-"""Regular expressions for lines as XLA prints them: one instruction, or the head of a computation, on one
-line.
+"""Regular expressions for lines as XLA prints them: an instruction, or the head of a computation.
 
-They prove that the strings and braces of the line are closed. All quantifiers are possessive, so matching is
-linear.
+They prove that strings and braces of the line are closed. All quantifiers are possessive, so matching is linear.
 """
 
 from __future__ import annotations
@@ -41,10 +39,8 @@ ROW = re.compile(rf"{_BEFORE}{_SHAPE}\ ([a-z][a-z0-9\-]*+)\({_IN_PARENS}\){_TAIL
 PARTS = re.compile(rf"{_BEFORE}({_SHAPE})\ ([a-z][a-z0-9\-]*+)\(({_IN_PARENS})\)")
 """Root, name, shape, opcode and operands of an instruction that `ROW` has matched; its tail follows."""
 
-HEAD = re.compile(
-    rf"(?:ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\
-    (?:[^()\"'{{}}\n/]++|\({_IN_PARENS}\))++)?+\{{(?=\n)"
-)
+_RESULT = rf"(?:[^()\"'{{}}\n/]++|\({_IN_PARENS}\))++"
+HEAD = re.compile(rf"(?:ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\ {_RESULT})?+\{{(?=\n)")
 """The first line of a computation, up to its brace: the name."""
 
 NAMES = re.compile(rf"{_OPERAND}(?:,\ (?:{_INDEX_COMMENT})?+{_OPERAND})*+")
