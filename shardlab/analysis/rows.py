@@ -10,7 +10,8 @@ from shardlab.attribute.axes import Axes, axes_of_groups, axes_of_pairs
 from shardlab.attribute.calls import CallGraph
 from shardlab.attribute.collectives import Collective
 from shardlab.attribute.members import Members, Placement, megascale_members, members, send_members
-from shardlab.attribute.origin import origin_of
+from shardlab.attribute.neighbours import Neighbours, enclosing_op_name
+from shardlab.attribute.origin import Origin, origin_of
 from shardlab.cost.traffic import Traffic, traffic_of
 from shardlab.cost.wire import Wire, wire_of
 from shardlab.hardware.machine import Machine
@@ -30,6 +31,7 @@ class Rows:
     training: bool
     _axes: dict[tuple[str, ...], Axes] = field(default_factory=dict)
     _inexact: dict[str, str] = field(default_factory=dict)
+    _neighbours: Neighbours = field(default_factory=Neighbours)
 
     def row(self, collective: Collective) -> CollectiveRow:
         """The row of one collective."""
@@ -37,7 +39,7 @@ class Rows:
         wire = _wire(collective, joined)
         logical = _wire(collective, joined, logical=True) if collective.logical else None
         axes = self._axes_of(collective, joined)
-        origin = origin_of(self.module, (collective.instruction, *collective.around), self.training)
+        origin = self._origin(collective)
         traffic = self._traffic(collective, wire, joined)
         pairs = [pair for pair in joined.pairs if pair[0] != pair[1]]
         sizes = [len(group) for group in joined.groups] or [2] * len(pairs) or [1] * len(joined.pairs)
@@ -70,6 +72,16 @@ class Rows:
             layer=origin.layer,
             source=origin.source,
         )
+
+    def _origin(self, collective: Collective) -> Origin:
+        inside_out = (collective.instruction, *collective.around)
+        outermost = self.module.computations[collective.outermost]
+
+        def nearby() -> str:
+            found = self._neighbours.op_name(outermost, inside_out[-1], collective.kind)
+            return found or enclosing_op_name(self.graph.sites, collective.outermost)
+
+        return origin_of(self.module, inside_out, self.training, nearby)
 
     def _members(self, collective: Collective) -> Members:
         if collective.target is not None:

@@ -8,7 +8,12 @@ from shardlab.hlo.module import Instruction
 
 _MARKS = {
     "tpu": ('"flag_configs"', '"scoped_memory_configs"', '"used_scoped_memory_configs"'),
-    "gpu": ('"collective_backend_config"', '"operation_queue_id"', '"force_earliest_schedule"', "scheduling_name="),
+    "gpu": (
+        '"collective_backend_config"',
+        '"operation_queue_id"',
+        '"force_earliest_schedule"',
+        "scheduling_name=",
+    ),
     "cpu": ('"outer_dimension_partitions"', '"fusion_config"'),
 }
 UNKNOWN = "unknown"

@@ -60,6 +60,7 @@ class Collective:
     computation: str
     instruction: Instruction
     around: tuple[Instruction, ...]
+    outermost: str
     name: str
     kind: str
     asynchronous: bool
@@ -128,6 +129,7 @@ class _Finder:
                 computation=computation.name,
                 instruction=instruction,
                 around=tuple(site.instruction for site in around),
+                outermost=around[-1].caller if around else computation.name,
                 name=_name(computation, instruction, around),
                 kind=kind,
                 asynchronous=_is_asynchronous(computation, instruction, around),
@@ -154,6 +156,7 @@ class _Finder:
                 computation=computation.name,
                 instruction=instruction,
                 around=tuple(site.instruction for site in around),
+                outermost=around[-1].caller if around else computation.name,
                 name=instruction.name,
                 kind="send",
                 asynchronous=True,
@@ -188,6 +191,7 @@ class _Finder:
                 computation=computation.name,
                 instruction=instruction,
                 around=tuple(site.instruction for site in around),
+                outermost=around[-1].caller if around else computation.name,
                 name=instruction.name,
                 kind=kind,
                 asynchronous=True,

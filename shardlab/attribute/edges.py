@@ -112,7 +112,7 @@ def _enter(
     instructions = active_instructions(module.computations[name])
     sites = tuple(site for instruction in instructions for site in _sites_of(name, instruction))
     by_caller[name] = sites
-    open_[name] = iter(sites)
+    open_[name] = iter(sites[::-1])  # so that the reversed order is the printed one
 
 
 def _sites_of(caller: str, instruction: Instruction) -> Iterator[CallSite]:

@@ -8,7 +8,7 @@ transformations wrap the scope that they were applied in.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -51,15 +51,20 @@ def is_training(instructions: Iterable[Instruction]) -> bool:
     return any("jvp(" in instruction.attributes.get("metadata", "") for instruction in instructions)
 
 
-def origin_of(module: Module, instructions: Iterable[Instruction], training: bool) -> Origin:
-    """Origin of the first of `instructions` that says it: a collective, then the fusion or start around
-    it.
+def origin_of(
+    module: Module, instructions: Iterable[Instruction], training: bool, nearby: Callable[[], str]
+) -> Origin:
+    """Origin of the first of `instructions` that says it: a collective, then the fusion or start around it.
+
+    nearby: asked when none of them says it, for the op_name of a neighbour; that gives phase and layer only.
     """
     found = [metadata(instruction) for instruction in instructions]
-    op_name = next((data.op_name for data in found if data.op_name), "")
+    op_name = next((data.op_name for data in found if "/" in data.op_name), "")
     source = next((text for text in (_source(module, data) for data in found) if text), "")
-    phase, recompute = phase_of(op_name, training)
-    return Origin(phase, recompute, op_name, layer_of(op_name), source)
+    telling = op_name or nearby()
+    phase, recompute = phase_of(telling, training)
+    own = op_name or next((data.op_name for data in found if data.op_name), "")
+    return Origin(phase, recompute, own, layer_of(telling), source)
 
 
 @lru_cache(maxsize=4096)
