@@ -34,11 +34,7 @@ class Neighbours:
         """
         ways: list[Callable[[Instruction], Iterable[Instruction]]] = [
             lambda one: self._using(computation).get(one.name, ()),
-            lambda one: [
-                computation.instructions[operand.name]
-                for operand in one.operands
-                if operand.name in computation.instructions
-            ],
+            lambda one: _sources(computation, one),
         ]
         for way in ways if kind in _TOWARDS_USERS else reversed(ways):
             found = _nearest(instruction, way)
@@ -67,6 +63,23 @@ def enclosing_op_name(sites: CallSites, computation: str) -> str:
             return name
         computation = callers[0].caller
     return ""
+
+
+def _sources(computation: Computation, instruction: Instruction) -> list[Instruction]:
+    """Where the operands come from; an element of a loop's state comes from the trip before."""
+    instructions = computation.instructions
+    found = [instructions[operand.name] for operand in instruction.operands if operand.name in instructions]
+    root = instructions[computation.root]
+    if (
+        instruction.opcode == "get-tuple-element"
+        and root.opcode == "tuple"
+        and found
+        and found[0].opcode == "parameter"
+        and found[0].shape == root.shape
+    ):
+        carried = root.operands[int(instruction.attributes.get("index", "0"))]
+        return [instructions[carried.name]]
+    return found
 
 
 def _nearest(start: Instruction, way: Callable[[Instruction], Iterable[Instruction]]) -> str:
