@@ -107,6 +107,33 @@ ENTRY %main (a: f32[4,4]) -> f32[4,4] {
     assert hardware_flops(module) == Flops(matmul=0, attention=0)
 
 
+def test_an_opaque_kernel_in_a_loop_of_no_trips_is_not_listed():
+    text = """HloModule m
+
+%body (t: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %t = (s32[], f32[4]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[4] get-tuple-element(%t), index=1
+  %k = f32[4] custom-call(%x), custom_call_target="opaque"
+  ROOT %r = (s32[], f32[4]) tuple(%i, %k)
+}
+
+%condition (t: (s32[], f32[4])) -> pred[] {
+  %t = (s32[], f32[4]) parameter(0)
+  ROOT %p = pred[] constant(true)
+}
+
+ENTRY %main (t: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %t = (s32[], f32[4]) parameter(0)
+  ROOT %w = (s32[], f32[4]) while(%t), condition=%condition, body=%body, CONFIG
+}
+"""
+    for trips, listed in (("0", 0), ("3", 1)):
+        config = f'backend_config={{"known_trip_count":{{"n":"{trips}"}}}}'
+        (module,) = parse(text.replace("CONFIG", config))
+        assert len(hardware_flops(module).unknown) == listed
+
+
 LLAMA_70B = ModelConfig(
     name="llama3-70b",
     layers=80,
@@ -153,9 +180,9 @@ def test_model_flops_of_training(config, weights, width):
 
 
 def test_llama_70b_step_of_the_design():
-    # DESIGN section 5: 512 devices, batch 64, sequence 4096, so 512 tokens a device; 6·N·D per device is 2.2e14.
-    # N = 80 · 855,638,016 + 1,050,673,152 = 69,501,714,432 weights in products (70.55e9 with embedding and norms);
-    # causal attention adds 6 · 80 · 8192 · 4096 per token.
+    # DESIGN section 5: 512 devices, batch 64, sequence 4096, so 512 tokens a device; 6·N·D is 2.2e14 each.
+    # N = 80 · 855,638,016 + 1,050,673,152 = 69,501,714,432 weights in products (70.55e9 with embedding and
+    # norms); causal attention adds 6 · 80 · 8192 · 4096 per token.
     assert 80 * LLAMA_LAYER + LLAMA_HEAD == 69_501_714_432
     products, attention = 6 * 69_501_714_432 * 512, 6 * 80 * 8192 * 4096 * 512
     assert model_flops(LLAMA_70B, 64, 4096, "train") == 512 * (products + attention)

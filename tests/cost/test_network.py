@@ -111,6 +111,7 @@ def test_torus_span(coords, dims, block, per_chip):
         pytest.param([((0, 0), (0, 3)), ((0, 1), (0, 2))], 2, id="line-shares-its-middle"),
         pytest.param([((0, 0), (1, 0)), ((1, 0), (0, 0))], 1, id="directions-do-not-share"),
         pytest.param([((0, 0), (2, 0)), ((7, 0), (1, 0))], 2, id="overlapping-routes"),
+        pytest.param([((0, 0), (6, 0)), ((1, 0), (2, 0))], 1, id="the-shorter-way-is-backwards"),
     ],
 )
 def test_permute_load(pairs, load):
