@@ -1,1 +1,12 @@
-"""Puts this folder on the import path, for the modules that tests share."""
+"""Puts this folder on the import path, and sets up JAX for all tests before anything imports it.
+
+Eight emulated CPU devices; an operation that promotes ranks silently raises (model code says its shapes).
+"""
+
+import os
+
+FAKE_DEVICES = 8
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={FAKE_DEVICES}"

@@ -1,6 +1,7 @@
 """Causal attention kernels, per device: the reference, cuDNN's (GPU) and Pallas splash attention (TPU).
 
-Shapes: q_BxLxHxD, k_BxSxKxD, v_BxSxKxD with H a multiple of K (grouped queries: query head h reads KV head h // (H/K)).
+Shapes: q_BxLxHxD, k_BxSxKxD, v_BxSxKxD with H a multiple of K (grouped queries: query head h reads KV head h
+// (H/K)).
 `parallel/kernels.py` chooses one for a target and maps it over a mesh.
 """
 
@@ -35,7 +36,7 @@ def masked_attention(
     scores_BxKxGxLxS = jnp.einsum(
         "blkgd,bskd->bkgls", q_BxLxKxGxD, k_BxSxKxD, preferred_element_type=jnp.float32
     )
-    scores_BxKxGxLxS = jnp.where(mask_LxS, scores_BxKxGxLxS * D**-0.5, MASKED)
+    scores_BxKxGxLxS = jnp.where(mask_LxS[None, None, None], scores_BxKxGxLxS * D**-0.5, MASKED)
     weights_BxKxGxLxS = jax.nn.softmax(scores_BxKxGxLxS, axis=-1).astype(q_BxLxHxD.dtype)
     out_BxLxKxGxD = jnp.einsum("bkgls,bskd->blkgd", weights_BxKxGxLxS, v_BxSxKxD)
     return out_BxLxKxGxD.reshape(B, L, H, D)
@@ -59,7 +60,8 @@ def cudnn_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.A
 def _cudnn_for_tracing() -> Iterator[None]:
     """Let JAX trace the call where cuDNN is not installed: it only asks for the version to refuse old ones.
 
-    There is no public way; the patched function has this name and no argument in jax 0.10 to 0.12. The program is the
+    There is no public way; the patched function has this name and no argument in jax 0.10 to 0.12. The
+    program is the
     same: cuDNN itself is needed when it runs, not when it is compiled ahead of time.
     """
     from jax._src.cudnn import fused_attention_stablehlo as fused
@@ -112,5 +114,6 @@ def splash_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.
 
 
 def splash_tile(length: int) -> int:
-    """The largest tile of 512, 256 or 128 positions that divides the sequence; 512 is what MaxText uses on TPU."""
+    """The largest tile of 512, 256 or 128 positions that divides the sequence; 512 is what MaxText uses on
+    TPU."""
     return next(tile for tile in (512, 256, SPLASH_TILE) if length % tile == 0)

@@ -1,6 +1,7 @@
 """The parts of a layer: projections, norms, rotary positions, attention and MLP, as Flax NNX modules.
 
-Every parameter carries `logical_axes`, one per dimension without the leading `layers` of a scanned stack, and is read
+Every parameter carries `logical_axes`, one per dimension without the leading `layers` of a scanned stack,
+and is read
 through `Runtime.place_weight`. `stack` is that leading dimension: () or (layers,). Tensors carry their shape:
 B batch, L tokens, S tokens seen, E embed, H heads, K KV heads, D head_dim, M mlp.
 """
@@ -23,7 +24,8 @@ Shape = tuple[int, ...]
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of one layer [B, S, K, D], or of all layers with a leading dimension [N, B, S, K, D]."""
+    """Keys and values of one layer [B, S, K, D], or of all layers with a leading dimension [N, B, S, K,
+    D]."""
 
     keys: jax.Array
     values: jax.Array
@@ -61,17 +63,23 @@ class Projection(nnx.Module):
         n = self.num_inputs
         contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
         y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))
-        return y + weight(self.bias, run) if hasattr(self, "bias") else y
+        return y + along(weight(self.bias, run), y) if hasattr(self, "bias") else y
 
 
 def weight(param: nnx.Param[jax.Array], run: Runtime) -> jax.Array:
-    """The parameter in the compute type, placed for use: cast first, so that a gather moves the small type."""
+    """The parameter in the compute type, placed for use: cast first, so that a gather moves the small
+    type."""
     return run.place_weight(param.get_value().astype(run.compute_dtype), param.logical_axes)
 
 
 def full_weight(param: nnx.Param[jax.Array], run: Runtime) -> jax.Array:
     """A norm's parameter, placed for use in f32: norms are computed in f32."""
     return run.place_weight(param.get_value().astype(jnp.float32), param.logical_axes)
+
+
+def along(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x as y's last dimensions, with leading dimensions of one: says the broadcast instead of implying it."""
+    return x.reshape((1,) * (y.ndim - x.ndim) + x.shape)
 
 
 class Norm(nnx.Module):
@@ -89,9 +97,9 @@ class Norm(nnx.Module):
         centred = x - x.mean(-1, keepdims=True) if hasattr(self, "bias") else x
         variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
         y = centred * jax.lax.rsqrt(variance + self.epsilon)
-        y = y * full_weight(self.scale, run)
+        y = y * along(full_weight(self.scale, run), y)
         if hasattr(self, "bias"):
-            y = y + full_weight(self.bias, run)
+            y = y + along(full_weight(self.bias, run), y)
         return y.astype(x_BxLxE.dtype)
 
 
@@ -102,8 +110,8 @@ def rotate(x_BxLxHxD: jax.Array, position_L: jax.Array, theta: float) -> jax.Arr
     """
     half = x_BxLxHxD.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_Lx1xF = position_L[:, None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle_Lx1xF), jnp.sin(angle_Lx1xF)
+    angle_1xLx1xF = position_L[None, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
+    cos, sin = jnp.cos(angle_1xLx1xF), jnp.sin(angle_1xLx1xF)
     first, second = jnp.split(x_BxLxHxD.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BxLxHxD.dtype)
@@ -209,7 +217,8 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One pre-norm transformer layer. The residual stream is (batch, norm_seq, embed), products (batch, seq, embed)."""
+    """One pre-norm transformer layer. The residual stream is (batch, norm_seq, embed), products (batch, seq,
+    embed)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Shape = ()) -> None:
         self.attention_norm = Norm(config, stack=stack)
@@ -242,6 +251,7 @@ def for_products(x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
 
 
 def residual(x_BxLxE: jax.Array, out_BxLxE: jax.Array, run: Runtime) -> jax.Array:
-    """x + out in the residual stream; the branch is placed before it is added, so its partial sums reduce-scatter."""
+    """x + out in the residual stream; the branch is placed before it is added, so its partial sums
+    reduce-scatter."""
     axes = ("batch", "norm_seq", "embed")
     return run.constrain(x_BxLxE + run.constrain(out_BxLxE, axes), axes)

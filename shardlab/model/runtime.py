@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,12 @@ Constrain = Callable[[jax.Array, LogicalAxes], jax.Array]
 # Rows of a table by index: (table_VxE, tokens_BxL) -> x_BxLxE.
 Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 Remat = Literal["none", "full", "matmuls", "offload"]
 
-# What `Runtime.weight` returns carries this name, so that no remat policy keeps gathered weights for the backward pass.
+# What `Runtime.weight` returns carries this name, so that no remat policy keeps gathered weights for the
+# backward pass.
 GATHERED_WEIGHT = "gathered_weight"
 
 
@@ -44,7 +47,8 @@ class Runtime:
     """Compute type, rematerialisation, attention kernel and placement.
 
     compute_dtype: of activations and matrix products; parameters stay in their own type (f32 in training).
-    attention: causal attention over a whole sequence. kv_repeats: how often each KV head is repeated before it.
+    attention: causal attention over a whole sequence. kv_repeats: how often each KV head is repeated before
+    it.
     constrain: places activations. place_weight: gathers a parameter for use, and places its gradient.
     lookup: the token embedding.
     """
@@ -58,10 +62,11 @@ class Runtime:
     lookup: Lookup = take_rows
 
 
-def checkpointed(function: Callable[..., object], remat: Remat, *, in_scan: bool) -> Callable[..., object]:
+def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function:
     """`function` under the remat policy. in_scan: the loop already keeps XLA from undoing the recomputation.
 
-    Even `none` re-gathers sharded weights in the backward pass, as FSDP does: saved, they would be the whole model.
+    Even `none` re-gathers sharded weights in the backward pass, as FSDP does: saved, they would be the whole
+    model.
     """
     policies = jax.checkpoint_policies
     policy = {

@@ -72,7 +72,8 @@ class Transformer(nnx.Module):
         return self._logits(table_VxE, self._final(x_Bx1xE, run), run)[:, 0], new_cache
 
     def _table(self, run: Runtime) -> jax.Array:
-        """The token embedding, placed once: where it is also the head, its two gradients add up before one reduction."""
+        """The token embedding, placed once: where it is also the head, its two gradients add up before one
+        reduction."""
         with jax.named_scope("embedding"):
             return weight(self.embedding.table, run)
 
@@ -85,7 +86,7 @@ class Transformer(nnx.Module):
                 logits = self.head(x_BxLxE, run)
             logits = run.constrain(logits, ("batch", "seq", "vocab")).astype(jnp.float32)
             real_V = jnp.arange(self.config.padded_vocab) < self.config.vocab
-            return jnp.where(real_V, logits, MASKED)
+            return jnp.where(real_V[None, None], logits, MASKED)
 
     def _embed(
         self, table_VxE: jax.Array, tokens_BxL: jax.Array, position_L: jax.Array, run: Runtime
@@ -114,7 +115,7 @@ class Transformer(nnx.Module):
         """All layers in turn. keep: also return their keys and values, stacked (the cache)."""
         graph, state = nnx.split(self.layers if self.scan_layers else self.layers[0])
 
-        def layer(x: jax.Array, inputs: tuple[nnx.State, KeysValues | None]) -> tuple[jax.Array, object]:
+        def layer(x: jax.Array, inputs: tuple[nnx.State, KeysValues | None]) -> tuple[jax.Array, KeysValues | None]:
             module = nnx.merge(graph, inputs[0])
             x, keys_values = module(x, position_L, run, inputs[1])
             return x, keys_values if keep else None
@@ -149,7 +150,8 @@ def init_params(config: ModelConfig, key: jax.Array, *, scan_layers: bool = True
 
 
 def with_params(abstract: Transformer, params: Mapping[str, jax.Array]) -> Transformer:
-    """The model of `abstract` (see `abstract_model`) with these arrays. Raises KeyError when one is missing."""
+    """The model of `abstract` (see `abstract_model`) with these arrays. Raises KeyError when one is
+    missing."""
     graph, state = nnx.split(abstract)
     flat = [
         (path, variable.replace(params["/".join(map(str, path))]))

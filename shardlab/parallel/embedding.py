@@ -1,6 +1,8 @@
-"""Token embedding on a mesh: each device looks up the rows that it holds, and the vocabulary's parts are summed.
+"""Token embedding on a mesh: each device looks up the rows that it holds, and the vocabulary's parts are
+summed.
 
-Left to the partitioner, a lookup in a table split by vocabulary gathers the whole table, and its gradient moves
+Left to the partitioner, a lookup in a table split by vocabulary gathers the whole table, and its gradient
+moves
 the activations of the whole batch.
 """
 
@@ -16,7 +18,8 @@ from shardlab.parallel.shardings import Shardings
 def mesh_lookup(shardings: Shardings) -> Lookup:
     """table_VxE, tokens_BxL -> x_BxLxE, placed as the residual stream is.
 
-    Where norm_seq is split by the same mesh axes as the vocabulary (sequence parallelism) the parts reduce-scatter.
+    Where norm_seq is split by the same mesh axes as the vocabulary (sequence parallelism) the parts
+    reduce-scatter.
     """
 
     def lookup(table_VxE: jax.Array, tokens_BxL: jax.Array) -> jax.Array:

@@ -1,4 +1,5 @@
-"""Which attention kernel a target gets, and how it runs on a mesh: per device under shard_map, over batch and heads."""
+"""Which attention kernel a target gets, and how it runs on a mesh: per device under shard_map, over batch
+and heads."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ def _unsuited(kernel: str, case: Case, target: str) -> str | None:
 def kv_repeats(case: Case) -> int:
     """How often each KV head is repeated so that every device has the KV heads of its own query heads.
 
-    1 when the devices divide the KV heads; devices / KV heads when it is the other way round; else all query heads.
+    1 when the devices divide the KV heads; devices / KV heads when it is the other way round; else all query
+    heads.
     """
     ways = num_ways(case.plan.activations.get("heads", ()), case.plan.axes)
     kv_heads = case.model.kv_heads

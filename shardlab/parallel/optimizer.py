@@ -57,7 +57,8 @@ def optimizer_shardings(
     table: tuple[ParamSpec, ...],
     shardings: Shardings,
 ) -> tuple[object, object]:
-    """The optimizer's abstract state and its shardings, two trees of one shape. Moments follow the optimizer rules."""
+    """The optimizer's abstract state and its shardings, two trees of one shape. Moments follow the optimizer
+    rules."""
     state = jax.eval_shape(optimizer.init, params)
     moments = {spec.path: shardings.optimizer_state(spec) for spec in table}
 

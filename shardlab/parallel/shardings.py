@@ -22,9 +22,11 @@ SEQUENCE_AXES = ("seq", "norm_seq", "kv_seq")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shardings:
-    """Where a plan puts each kind of array on `mesh`. Every method raises Infeasible when a dimension does not divide.
+    """Where a plan puts each kind of array on `mesh`. Every method raises Infeasible when a dimension does
+    not divide.
 
-    params, gradients (those of the optimizer: ZeRO-1 reduce-scatters to where the state is), weights in use, activations:
+    params, gradients (those of the optimizer: ZeRO-1 reduce-scatters to where the state is), weights in use,
+    activations:
     one rule table each.
     """
 
@@ -45,7 +47,8 @@ class Shardings:
     def activation(self, shape: tuple[int, ...], axes: LogicalAxes) -> NamedSharding:
         """Of an activation with one logical axis per dimension. A sequence of one token is not split."""
         axes = tuple(
-            None if axis in SEQUENCE_AXES and size == 1 else axis for size, axis in zip(shape, axes, strict=True)
+            None if axis in SEQUENCE_AXES and size == 1 else axis
+            for size, axis in zip(shape, axes, strict=True)
         )
         return self._named(shape, axes, self.activations, f"activation ({', '.join(map(str, axes))})")
 
@@ -60,12 +63,17 @@ class Shardings:
     def place_weight(self, weight: jax.Array, axes: LogicalAxes) -> jax.Array:
         """Gather a parameter for use; its gradient goes to where the optimizer state is.
 
-        A transposed sharding constraint would leave the gradient gathered (all-reduce); this lets it reduce-scatter.
+        A transposed sharding constraint would leave the gradient gathered (all-reduce); this lets it
+        reduce-scatter.
         """
         what = f"({', '.join(map(str, axes))})"
         stored, used, gradient = (
             self._named(weight.shape, axes, rules, f"{kind} {what}")
-            for kind, rules in (("parameter", self.params), ("weight", self.compute), ("gradient", self.optimizer))
+            for kind, rules in (
+                ("parameter", self.params),
+                ("weight", self.compute),
+                ("gradient", self.optimizer),
+            )
         )
         return checkpoint_name(_gather(stored, used, gradient)(weight), GATHERED_WEIGHT)
 
@@ -83,7 +91,8 @@ class Shardings:
 def shardings_of(plan: Plan, mesh: Mesh) -> Shardings:
     """The shardings of `plan` on `mesh`, whose axes must be the plan's.
 
-    A weight in use keeps the mesh axes that its activations of the same logical axis have (tensor parallelism) and is
+    A weight in use keeps the mesh axes that its activations of the same logical axis have (tensor
+    parallelism) and is
     gathered over the others (FSDP). norm_seq follows seq unless the plan says otherwise.
     """
     activations = {"norm_seq": plan.activations.get("seq", ()), **plan.activations}
@@ -102,8 +111,10 @@ def _gather(
 ) -> Callable[[jax.Array], jax.Array]:
     """Identity that goes from `stored` to `used`, and whose cotangent goes straight to `gradient`.
 
-    Forward both ends are pinned, else the partitioner gathers before the cast (twice the bytes). Backward only the
-    end is: it then reduce-scatters over what splits the gradient and all-reduces what is left over the other axes.
+    Forward both ends are pinned, else the partitioner gathers before the cast (twice the bytes). Backward
+    only the
+    end is: it then reduce-scatters over what splits the gradient and all-reduces what is left over the other
+    axes.
     """
     constrain = jax.lax.with_sharding_constraint
 

@@ -1,4 +1,5 @@
-"""One step of a case as a jitted function with abstract arguments: what `compile/` compiles and `train.py` runs."""
+"""One step of a case as a jitted function with abstract arguments: what `compile/` compiles and `train.py`
+runs."""
 
 from __future__ import annotations
 
@@ -51,9 +52,11 @@ class Metrics(NamedTuple):
 class Step:
     """A jitted step. `function.trace(*arguments)` compiles it without allocating anything.
 
-    arguments: ShapeDtypeStructs with shardings. notes: what the report must say about how the plan was applied.
+    arguments: ShapeDtypeStructs with shardings. notes: what the report must say about how the plan was
+    applied.
     train: (TrainState, Batch) -> (TrainState, Metrics), the state donated.
-    prefill: (params, tokens_BxL) -> (logits_BxV, KeysValues). decode: (params, KeysValues, token_B, position) -> (logits_BxV, KeysValues), the cache donated.
+    prefill: (params, tokens_BxL) -> (logits_BxV, KeysValues). decode: (params, KeysValues, token_B,
+    position) -> (logits_BxV, KeysValues), the cache donated.
     """
 
     function: Any
@@ -95,9 +98,11 @@ def build_step(
     optimizer: OptimizerConfig | None = None,
     z_loss: float = 0.0,
 ) -> Step:
-    """The step of `case` on `mesh` (axes of type Auto, named as the plan's) for `target`: cpu, gpu, tpu or attached.
+    """The step of `case` on `mesh` (axes of type Auto, named as the plan's) for `target`: cpu, gpu, tpu or
+    attached.
 
-    Raises Infeasible when the plan cannot be put on the model or asks for a method that the model does not have.
+    Raises Infeasible when the plan cannot be put on the model or asks for a method that the model does not
+    have.
     """
     setup = _set_up(case, mesh, target, compute_dtype)
     if case.workload == "train":
@@ -257,7 +262,8 @@ def _prefill_step(setup: _Setup) -> Step:
 
 
 def _decode_step(setup: _Setup) -> Step:
-    """One token after a cache of `seq` positions; attention reads the whole cache and is never a fused kernel."""
+    """One token after a cache of `seq` positions; attention reads the whole cache and is never a fused
+    kernel."""
 
     def decode(
         params: Params, cache: KeysValues, token_B: jax.Array, position: jax.Array

@@ -1,0 +1,81 @@
+"""Makes the golden files beside it: tiny random Llama and GPT-2 models of Hugging Face, with logits and
+gradients.
+
+Run in an environment with torch and transformers (versions used: torch 2.13, transformers 5):
+
+    python -m venv /tmp/vhf && /tmp/vhf/bin/pip install torch transformers numpy
+    /tmp/vhf/bin/python tests/golden/hf/make_golden.py
+
+Each file holds `tokens` and `targets` [B, L], `logits` [B, L, V], `loss` (mean cross-entropy), and for every
+parameter
+`weight:NAME` and `gradient:NAME` under Hugging Face's own names. All parameters are random, biases and norms
+too, so
+that none of them can be forgotten. llama_gqa has 4 query heads on 2 KV heads, epsilon 1e-2 and RoPE theta
+100.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+BATCH, LENGTH, VOCAB = 2, 12, 50
+
+
+def llama(**changes: object) -> LlamaForCausalLM:
+    """A two-layer Llama; `changes` are LlamaConfig's own fields."""
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "max_position_embeddings": 32,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**fields, **changes}))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """A two-layer GPT-2 without dropout."""
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=2, n_head=4, **none)
+    )
+
+
+def golden(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Randomise every parameter, run the model forward and backward, and keep what came out."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * 0.15
+        is_scale = "norm" in name or "ln_" in name
+        parameter.data = noise + 1.0 if is_scale and name.endswith("weight") else noise
+    tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    logits = model.eval()(inputs).logits
+    loss = torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB), targets.reshape(-1))
+    loss.backward()
+    arrays = {"tokens": inputs, "targets": targets, "logits": logits.detach(), "loss": loss.detach()}
+    for name, parameter in model.named_parameters():
+        arrays[f"weight:{name}"] = parameter.data
+        arrays[f"gradient:{name}"] = parameter.grad
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def main() -> None:
+    """Write one file per model."""
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    models = {
+        "llama_gqa": llama(num_key_value_heads=2, rms_norm_eps=1e-2, **rope),
+        "llama_default": llama(),
+        "gpt2": gpt2(),
+    }
+    for name, model in models.items():
+        np.savez_compressed(Path(__file__).parent / f"{name}.npz", **golden(model))
+
+
+if __name__ == "__main__":
+    main()
