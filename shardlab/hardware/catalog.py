@@ -16,7 +16,7 @@ from shardlab.hardware.data_files import (
     shipped,
 )
 from shardlab.hardware.machine import Chip, Domain, Machine
-from shardlab.hardware.toml_file import did_you_mean
+from shardlab.hardware.toml_file import did_you_mean, quoted
 
 ALIASES = {
     "a100": "dgx-a100",
@@ -52,7 +52,9 @@ def _shipped_name(spec: str, name: str) -> str:
     full = ALIASES.get(name, name)
     if full not in shipped("machines"):
         known = did_you_mean(name, machine_names(), "known machines")
-        raise _wrong(spec, f"unknown machine {name!r}", f"{known}, or the path of a machine file (.toml)")
+        raise _wrong(
+            spec, f"unknown machine {quoted(name)}", f"{known}, or the path of a machine file (.toml)"
+        )
     return full
 
 
@@ -170,4 +172,4 @@ def _written(shape: tuple[int, ...]) -> str:
 
 
 def _wrong(spec: str, what: str, fix: str) -> UserError:
-    return UserError(Problem(f"machine {spec!r}", what, fix))
+    return UserError(Problem(f"machine {quoted(spec)}", what, fix))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -21,8 +19,11 @@ _KEY = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"
 _AT_LINE = re.compile(r"\s*\(at line (\d+), column (\d+)\)|\s*\(at end of document\)")
 
 
-def read_text(path: Path) -> str:
-    """The file's text. Raises UserError when it is missing, not a file, not UTF-8 or larger than 1 MiB."""
+def read_text(path: Path, kind: str = "TOML file") -> str:
+    """The file's text; kind: what it should be, for messages.
+
+    Raises UserError when it is missing, not a file, not UTF-8 or larger than 1 MiB.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -31,11 +32,13 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(Problem(str(path), why or str(error), "give the path of a TOML file")) from None
+        raise UserError(Problem(str(path), why or str(error), f"give the path of a {kind}")) from None
 
 
 def parse_toml(text: str, where: str) -> Table:
     """The document. Raises UserError with the line of a syntax error."""
+    import tomllib  # reading HLO needs no TOML
+
     try:
         return tomllib.loads(text.replace("\r\n", "\n"))
     except RecursionError:
@@ -43,7 +46,8 @@ def parse_toml(text: str, where: str) -> Table:
     except ValueError as error:  # TOMLDecodeError, and int() on thousands of digits
         message = str(error)
         at = _AT_LINE.search(message)
-        line = f":{at[1]}" if at and at[1] else ""
+        last = len(text.rstrip().split("\n"))
+        line = f":{at[1] or last}" if at else ""
         what = _AT_LINE.sub("", message)
         raise UserError(Problem(f"{where}{line}", f"not TOML: {what[:1].lower()}{what[1:]}", "")) from None
 
@@ -94,6 +98,8 @@ def _shown(part: str) -> str:
 
 def did_you_mean(word: str, known: Iterable[str], noun: str) -> str:
     """The fix for an unknown word: `did you mean 'fsdp'? mesh axes: fsdp, tensor`."""
+    import difflib  # only when something is wrong: half of this module's import time
+
     names = list(known)
     close = difflib.get_close_matches(word[:MAX_QUOTED], names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""

@@ -25,6 +25,7 @@ from shardlab.spec.sharding import (
 
 Workload = Literal["train", "prefill", "decode"]
 MAX_DEFAULT_SEQ = 4_096
+SEQUENCE_AXES = ("seq", "norm_seq", "kv_seq")  # tokens of the step's own input
 
 
 class Case(BaseModel):
@@ -80,8 +81,8 @@ def make_case(
     the nearest value that works, when a dimension cannot be split as the rules say.
     """
     config, spec = _resolved(plan, model, machine)
-    length = _given(seq, min(plan.check.seq or MAX_DEFAULT_SEQ, config.context))
-    sequences = _given(batch, plan.check.batch or default_batch(plan))
+    length = _given("--seq", seq, min(plan.check.seq or MAX_DEFAULT_SEQ, config.context))
+    sequences = _given("--batch", batch, plan.check.batch or default_batch(plan))
     case = Case(
         plan=plan,
         model=config,
@@ -131,21 +132,27 @@ def _arrays(case: Case) -> Iterator[_Array]:
     """Every array that the rules split: parameters, their optimizer state, the key activations."""
     train = case.workload == "train"
     for spec in parameter_table(case.model, scan_layers=case.scan_layers):
-        yield spec.shape, spec.axes, case.plan.param_rules(spec.path), spec.path
+        yield spec.shape, spec.axes, case.plan.params, spec.path
         if train:
             yield (
                 spec.shape,
                 spec.axes,
-                case.plan.optimizer_rules(spec.path),
+                case.plan.optimizer,
                 f"optimizer state of {spec.path}",
             )
-    arrays = dict(ACTIVATION_ARRAYS)
-    if case.workload == "decode":
-        arrays = {"KV cache": CACHE_ARRAY}
     extents = _extents(case)
-    for what, axes in arrays.items():
+    for what, axes in _activations(case.workload):
         shape = tuple(extents[axis] if axis is not None else 1 for axis in axes)
         yield shape, axes, case.plan.activations, what
+
+
+def _activations(workload: Workload) -> Iterator[tuple[str, tuple[str | None, ...]]]:
+    """The key activations. A decode step has one token, which no rule splits, and a cache."""
+    for what, axes in ACTIVATION_ARRAYS.items():
+        decode = workload == "decode"
+        yield what, tuple(None if decode and axis in SEQUENCE_AXES else axis for axis in axes)
+    if workload == "decode":
+        yield "KV cache", CACHE_ARRAY
 
 
 def _extents(case: Case) -> dict[str, int]:
@@ -154,7 +161,7 @@ def _extents(case: Case) -> dict[str, int]:
     return {
         # What does not divide is reported as a batch that does not divide into microbatches.
         "batch": case.batch // steps if case.batch % steps == 0 else case.batch * steps,
-        **dict.fromkeys(("seq", "norm_seq", "kv_seq", "cache"), case.seq),
+        **dict.fromkeys((*SEQUENCE_AXES, "cache"), case.seq),
         "embed": model.embed,
         "heads": model.heads,
         "kv_heads": model.kv_heads,
@@ -207,8 +214,8 @@ def _machine_spec(plan: Plan, machine: str | None) -> str:
     return spec
 
 
-def _given(value: int | None, default: int) -> int:
+def _given(flag: str, value: int | None, default: int) -> int:
     """The number the user gave, which must be at least 1, or the plan's."""
     if value is not None and value < 1:
-        raise UserError(Problem("--batch, --seq", f"{value}", "use 1 or more"))
+        raise UserError(Problem(flag, f"{value}", "use 1 or more"))
     return default if value is None else value

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
 from shardlab.errors import Problem, UserError
+from shardlab.hardware.toml_file import did_you_mean, quoted
 
 VOCAB_MULTIPLE = 128  # lanes of a TPU vector register, and a multiple of every tensor-core tile
 
@@ -114,9 +114,8 @@ def find_model(name: str, where: str = "--model") -> ModelConfig:
     """The named configuration. Raises UserError (at `where`) that lists the known names."""
     if name in MODELS:
         return MODELS[name]
-    close = difflib.get_close_matches(name.lower(), MODELS, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise UserError(Problem(where, f"unknown model {name!r}", f"{hint}known models: {', '.join(MODELS)}"))
+    fix = did_you_mean(name.lower(), MODELS, "known models")
+    raise UserError(Problem(where, f"unknown model {quoted(name)}", fix))
 
 
 def num_params(config: ModelConfig, *, padded: bool = False) -> int:

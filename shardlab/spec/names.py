@@ -24,7 +24,8 @@ def strategy_names(plan: Plan) -> tuple[str, ...]:
 def _data_names(plan: Plan) -> Iterable[str]:
     """What the batch axes do: an axis that splits weights too is FSDP, one that does not is data parallel."""
     batch = _live(plan, plan.activations.get("batch", ()))
-    weights, states = _used(plan.params), _used(plan.optimizer)
+    dense = {axis: split for axis, split in plan.params.items() if axis != "expert"}
+    weights, states = _used(dense), _used(plan.optimizer)
     sharded = [axis for axis in batch if axis in weights]
     replicated = [axis for axis in batch if axis not in weights]
     if sharded and replicated:
@@ -33,7 +34,7 @@ def _data_names(plan: Plan) -> Iterable[str]:
         yield "FSDP"
     elif replicated:
         yield "data parallel"
-    if any(axis in states for axis in replicated):
+    if any(axis in states and axis not in plan.params.get("expert", ()) for axis in replicated):
         yield "ZeRO-1"
 
 

@@ -21,20 +21,14 @@ __all__ = ["ACTIVATION_AXES", "PARAM_AXES", "Check", "Method", "Plan", "Rules", 
 # Logical axis -> mesh axes, major to minor. A logical axis that is absent is replicated.
 Rules = dict[str, tuple[str, ...]]
 
-FOLLOWS_PARAMS = (
-    "heads",
-    "kv_heads",
-    "mlp",
-    "vocab",
-    "expert",
-)  # activations that are split as the weights are
+# Activations that are split as the weights are, unless the plan says otherwise.
+FOLLOWS_PARAMS = ("heads", "kv_heads", "mlp", "vocab", "expert")
 
 
 class Plan(BaseModel):
     """One mesh file. `axes` is ordered major to minor. `params`, `activations`, `optimizer` are complete:
-    what follows from another table (heads of activations, optimizer from params) has been filled in.
-
-    blocks: block family (`attention`, `mlp`, …) -> {"params": rules, "optimizer": rules}, complete as well.
+    what follows from another table (heads of activations, optimizer from params, norm_seq from seq) has been
+    filled in. blocks: empty until a block family can differ.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,18 +51,6 @@ class Plan(BaseModel):
     def num_devices(self) -> int:
         """Devices of the logical mesh: the product of the axes."""
         return math.prod(self.axes.values())
-
-    def param_rules(self, path: str) -> Rules:
-        """Rules for the parameter at this path (`layers/mlp/up/kernel`): its block's, or `params`."""
-        return self._block_rules(path, "params", self.params)
-
-    def optimizer_rules(self, path: str) -> Rules:
-        """The rules for the optimizer state of the parameter at this path."""
-        return self._block_rules(path, "optimizer", self.optimizer)
-
-    def _block_rules(self, path: str, part: str, default: Rules) -> Rules:
-        family = next((name for name in path.split("/") if name in self.blocks), None)
-        return default if family is None else self.blocks[family][part]
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -102,7 +84,10 @@ def _plan(text: PlanText, name: str, file: Path | None) -> Plan:
 def _filled_in(table: PlanTable, name: str, path: str, on: str | None, flags: tuple[str, ...]) -> Plan:
     """The plan, with what one table takes from another."""
     params = _tuples(table.params)
-    optimizer = params | _tuples(table.optimizer)
+    activations = _tuples(table.activations)
+    follow = {axis: params[axis] for axis in FOLLOWS_PARAMS if axis in params}
+    if "seq" in activations:
+        follow["norm_seq"] = activations["seq"]
     return Plan(
         name=name,
         path=path,
@@ -111,16 +96,8 @@ def _filled_in(table: PlanTable, name: str, path: str, on: str | None, flags: tu
         order=tuple(table.order) if isinstance(table.order, list) else table.order,
         axes=table.axes,
         params=params,
-        activations={axis: params[axis] for axis in FOLLOWS_PARAMS if axis in params}
-        | _tuples(table.activations),
-        optimizer=optimizer,
-        blocks={
-            family: {
-                "params": params | _tuples(block.params),
-                "optimizer": optimizer | _tuples(block.params) | _tuples(block.optimizer),
-            }
-            for family, block in table.blocks.items()
-        },
+        activations=follow | activations,
+        optimizer=params | _tuples(table.optimizer),
         method=table.method,
         flags=flags,
         check=table.check,
@@ -141,7 +118,8 @@ def _problems(plan: Plan, table: PlanTable, text: PlanText) -> list[Problem]:
         problems += checks.order_problems(plan.order, plan.num_devices, where)
     if plan.on is not None:
         problems += checks.machine_problems(plan.on, plan.axes if grid_known else None, where)
-    problems += checks.double_use_problems(plan.params, plan.activations, plan.optimizer, plan.blocks, where)
+    problems += checks.double_use_problems(plan.params, plan.activations, plan.optimizer, where)
+    problems += checks.blocks_problems(table, where)
     problems += checks.method_problems(plan.method, where)
     problems += checks.flags_problems(plan.flags, where)
     return problems + checks.check_problems(plan.check, where)

@@ -55,7 +55,7 @@ def read_plan_text(text: str, where: str, folder: Path | None) -> PlanText:
 
 def read_flags_file(path: Path) -> tuple[str, ...]:
     """Flags separated by blanks or lines; `#` starts a comment. Raises UserError."""
-    lines = (line.partition("#")[0] for line in read_text(path).splitlines())
+    lines = (line.partition("#")[0] for line in read_text(path, "file of flags").splitlines())
     return tuple(flag for line in lines for flag in line.split())
 
 

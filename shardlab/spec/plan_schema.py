@@ -134,6 +134,8 @@ def _problem(key: KeyPath, error: Any, table: Table, where: Callable[[KeyPath], 
     if _is_rule(key):
         fix = f'write {key[-1]} = ["{value}"]' if isinstance(value, str) else _RULES_FIX
         return Problem(where(key), f"{quoted(value)} is not a list of mesh axes", fix)
+    if key[0] == "axes" and len(key) == 2:
+        return Problem(where(key), f"{quoted(value)} is not a whole number", f"write {key[1]} = 8")
     expected = "as it should be" if key in _FIXES else _TYPES.get(error["type"], "of the right type")
     fix = _FIXES.get(key, f"write {expected}")
     what = (

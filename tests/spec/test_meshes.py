@@ -1,0 +1,59 @@
+"""Every shipped mesh file loads and can be put on its model and machine, and its name says what it is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from shardlab.spec.case import make_case
+from shardlab.spec.names import strategy_names
+from shardlab.spec.plan import load_plan
+
+MESHES = sorted((Path(__file__).parents[2] / "meshes").glob("*.toml"))
+MESHES = [path for path in MESHES if path.name != "budgets.toml"]
+
+
+def test_the_plans_that_were_asked_for_are_there() -> None:
+    machines = [load_plan(path).on for path in MESHES]
+    asked = {
+        "cpu:8",
+        "h100:1x8",
+        "h100:64x8",
+        "a100:1x8",
+        "b200:1x8",
+        "rtx4090:1x2",
+        "v5e:16x16",
+        "v5p:8x8x8",
+    }
+    asked |= {"v6e:16x16", "tpu7x:4x4x4", "v5e:8x8*2", "h100:2048x8"}
+    assert asked <= set(machines)
+    assert len(MESHES) >= 18
+
+
+@pytest.mark.parametrize("path", MESHES, ids=lambda path: path.stem)
+def test_a_shipped_plan_makes_its_case(path: Path) -> None:
+    plan = load_plan(path)
+    case = make_case(plan)
+    assert plan.description
+    assert (plan.check.model, plan.check.batch, plan.check.seq) == (case.model.name, case.batch, case.seq)
+    assert not any(name.startswith("replicated") for name in strategy_names(plan)), "an axis does nothing"
+
+
+@pytest.mark.parametrize("path", MESHES, ids=lambda path: path.stem)
+def test_the_name_gives_the_sizes_of_the_axes(path: Path) -> None:
+    plan = load_plan(path)
+    named = dict(re.findall(r"(data|fsdp|tensor)(\d+)", path.stem))
+    assert {axis: int(size) for axis, size in named.items()}.items() <= plan.axes.items()
+    machine = make_case(plan).load_machine()
+    count = re.match(r"(?:cpu|h100x|a100x|b200x|gb200x|rtx4090x)(\d+)", path.stem)
+    assert machine.num_devices == (int(count[1]) if count else machine.num_devices)
+    words = {
+        "tensor": "tensor parallel",
+        "-seq": "sequence parallel (Megatron)",
+        "hsdp": "HSDP",
+        "zero1": "ZeRO-1",
+    }
+    for word, strategy in words.items():
+        assert word not in path.stem or strategy in strategy_names(plan)

@@ -1,0 +1,54 @@
+"""Names of strategies, derived from the rules."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardlab.spec.names import strategy_names
+from shardlab.spec.plan import plan_from_text
+
+DATA = "[axes]\ndata = 2\n"
+FSDP = "[axes]\nfsdp = 4\n[params]\nembed = ['fsdp']\n"
+HYBRID = "[axes]\ndata = 2\nfsdp = 4\n[params]\nembed = ['fsdp']\n[activations]\nbatch = ['data', 'fsdp']\n"
+TENSOR = "heads = ['tensor']\nmlp = ['tensor']\n"
+CASES = [
+    ("one device", "axes = {d = 1}", ["single device"]),
+    ("data", DATA + "[activations]\nbatch = ['data']", ["data parallel"]),
+    (
+        "zero-1",
+        DATA + "[activations]\nbatch = ['data']\n[optimizer]\nembed = ['data']",
+        ["data parallel", "ZeRO-1"],
+    ),
+    ("fsdp", FSDP + "[activations]\nbatch = ['fsdp']", ["FSDP"]),
+    ("hsdp", HYBRID, ["HSDP"]),
+    ("hsdp and ZeRO-1 over the copies", HYBRID + "[optimizer]\nembed = ['data', 'fsdp']", ["HSDP", "ZeRO-1"]),
+    ("tensor", "[axes]\ntensor = 8\n[params]\n" + TENSOR, ["tensor parallel"]),
+    (
+        "fsdp, tensor and sequence",
+        FSDP.replace("[params]", "tensor = 8\n[params]")
+        + TENSOR
+        + "[activations]\nbatch = ['fsdp']\nnorm_seq = ['tensor']",
+        ["FSDP", "tensor parallel", "sequence parallel (Megatron)"],
+    ),
+    ("context", "[axes]\nc = 8\n[activations]\nseq = ['c']", ["context parallel"]),
+    (
+        "expert",
+        "[axes]\ne = 8\n[params]\nexpert = ['e']\n[activations]\nbatch = ['e']\nexpert = []",
+        ["data parallel", "expert parallel"],
+    ),
+    (
+        "an axis of one names nothing",
+        DATA + "one = 1\n[params]\nembed = ['one']\n[activations]\nbatch = ['data', 'one']",
+        ["data parallel"],
+    ),
+    (
+        "an unused axis",
+        DATA + "x = 2\n[activations]\nbatch = ['data']",
+        ["data parallel", "replicated over x"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "names"), [(t, n) for _, t, n in CASES], ids=[name for name, _, _ in CASES])
+def test_names(text: str, names: list[str]) -> None:
+    assert strategy_names(plan_from_text(text)) == tuple(names)
