@@ -6,18 +6,22 @@ What a stage could not know is None, and absent from the JSON; never zero.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from shardlab.analysis import Analysis
-from shardlab.cost.memory import MemoryFit
+from shardlab.analysis import Analysis, analyze
+from shardlab.cost.flops import Flops, hardware_flops, model_flops
+from shardlab.cost.memory import MemoryFit, memory_report
+from shardlab.cost.network import communication
+from shardlab.hardware.machine import Machine
+from shardlab.hlo.reader import parse
 from shardlab.program import Program, Refusal
 from shardlab.spec.case import Case
 from shardlab.spec.names import strategy_names
 
 SCHEMA = "shardlab.report/1"
 EMULATED_NOTE = (
-    "emulated devices: this shows what the partitioner does, not what a backend does "
-    "(bf16 collectives run in f32, gradients are all-reduced); never ranked among real machines"
+    "emulated devices show what the partitioner does, not what a backend does: "
+    "bf16 collectives run in f32 and gradients are all-reduced"
 )
 NOT_AUTOTUNED_NOTE = "compiled ahead of time, not autotuned: temporary memory may differ in a real run"
 
@@ -53,6 +57,55 @@ class CaseReport:
     def refusal(self) -> Refusal | None:
         """What the compiler said when the program did not fit, None when it compiled or was never tried."""
         return self.program.refusal if self.program is not None else None
+
+
+def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
+    """What the compiled program of a case costs on `machine`. A refused program has a memory verdict and no
+    analysis. Raises ParseError when the compiled program cannot be read.
+    """
+    fit = memory_report(program.memory, program.refusal, machine)
+    known = CaseReport(
+        case=case,
+        program=program,
+        memory=fit if fit.peak_bytes is not None else None,
+        model_flops=model_flops(case.model, case.batch, case.seq, case.workload),
+        emulated=machine.emulated,
+        notes=_notes(case, program, fit),
+    )
+    if program.refusal is not None:
+        return known
+    analysis = analyze(program, machine=machine)
+    work = _program_flops(program)
+    time = communication(analysis, machine)
+    return replace(
+        known,
+        analysis=analysis,
+        hardware_flops=work.total,
+        communication_s=time.communication_s,
+        tier_s=time.tier_s or None,
+        notes=(*known.notes, *_flops_notes(work)),
+    )
+
+
+def _program_flops(program: Program) -> Flops:
+    (module,) = parse(program.hlo_text, program.name)
+    return hardware_flops(module)
+
+
+def _notes(case: Case, program: Program, fit: MemoryFit) -> tuple[str, ...]:
+    notes = (
+        *case.notes(),
+        *program.notes,
+        fit.note,
+        NOT_AUTOTUNED_NOTE if program.autotuned is False else "",
+    )
+    return tuple(note for note in notes if note)
+
+
+def _flops_notes(work: Flops) -> tuple[str, ...]:
+    names = ", ".join(dict.fromkeys(one.what for one in work.unknown))
+    missing = (f"FLOPs of {names} are not counted: {work.unknown[0].why}",) if work.unknown else ()
+    return (*work.notes, *missing)
 
 
 def to_json(report: CaseReport) -> Json:

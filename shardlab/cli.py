@@ -221,8 +221,8 @@ def run_compare(args: argparse.Namespace) -> int:
     else:
         from shardlab.report.comparison import WIDE_COLUMNS, comparison_page
 
-        wide = args.markdown or _columns() >= WIDE_COLUMNS
-        _print_page(comparison_page(comparison, wide=wide), args.markdown)
+        width = WIDE_COLUMNS if args.markdown else _columns()
+        _print_page(comparison_page(comparison, width), args.markdown)
     return 0
 
 

@@ -28,7 +28,7 @@ class Unranked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Cases side by side: `ranked` best first, `emulated` by wire bytes, `unranked` with a reason each."""
+    """Cases side by side: `ranked` best first, `emulated` by wire bytes, `unranked` with their reasons."""
 
     ranked: tuple[CaseReport, ...]
     emulated: tuple[CaseReport, ...]
@@ -133,15 +133,14 @@ def most_executions(row: CollectiveRow) -> int:
 
 
 def comparison_json(comparison: Comparison) -> Json:
-    """`shardlab.comparison/1`: the reports best first; `rank` (from 1) only on those that have one."""
-    ranks = {id(report): number for number, report in enumerate(comparison.ranked, start=1)}
-    reasons = {id(row.report): row.reason for row in comparison.unranked}
+    """`shardlab.comparison/1`: the reports best first. `rank` counts from 1 within `ranking`, which is `real`
+    or `emulated`; a case without an answer has `unranked`, the reason, instead.
+    """
     reports: list[Json] = []
-    for report in comparison.reports:
-        extra: Json = {"rank": ranks[id(report)]} if id(report) in ranks else {}
-        if id(report) in reasons:
-            extra["unranked"] = reasons[id(report)]
-        reports.append(extra | to_json(report))
+    for ranking, group in (("real", comparison.ranked), ("emulated", comparison.emulated)):
+        for number, report in enumerate(group, start=1):
+            reports.append({"rank": number, "ranking": ranking} | to_json(report))
+    reports += [{"unranked": row.reason} | to_json(row.report) for row in comparison.unranked]
     return {"schema": SCHEMA, "reports": reports, "notes": list(comparison.notes)}
 
 

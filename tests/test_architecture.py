@@ -1,4 +1,4 @@
-"""The house stands as DESIGN drew it: imports go one way, jax stays behind its wall, functions and files stay short."""
+"""The house as DESIGN drew it: imports go one way, jax stays behind its wall, functions stay short."""
 
 from __future__ import annotations
 
@@ -152,7 +152,8 @@ add { a = f32[] parameter(0)
   ROOT c = f32[] add(a, b) }
 
 ENTRY main { p = f32[4]{0} parameter(0)
-  ROOT r = f32[4]{0} all-reduce(p), replica_groups={{0,1}}, to_apply=add }
+  ROOT r = f32[4]{0} all-reduce(p), channel_id=1,
+    replica_groups={{0,1}}, use_global_device_ids=true, to_apply=add }
 """
 PROBE = """\
 import sys, json

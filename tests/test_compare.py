@@ -108,15 +108,16 @@ def test_nothing_dominates_when_nothing_moves() -> None:
     assert dominant([collective(axes=(), wire_bytes=Fraction(0), tier_s={})]) is None
 
 
-def test_json_is_best_first_and_only_real_rows_have_a_rank() -> None:
+def test_json_is_best_first_and_emulated_rows_are_ranked_among_themselves() -> None:
     infeasible = CaseReport(case=case("odd"), infeasible="12 heads over 8 devices")
     rows = [emulated("emulated", 1), infeasible, report("slow", 2.0), report("fast", 1.0)]
     document = comparison_json(rank(rows, notes=["batch 8"]))
-    found = [(row["case"]["plan"], row.get("rank"), row.get("unranked")) for row in document["reports"]]
+    keys = ("rank", "ranking", "unranked")
+    found = [(row["case"]["plan"], *(row.get(key) for key in keys)) for row in document["reports"]]
     assert found == [
-        ("fast", 1, None),
-        ("slow", 2, None),
-        ("emulated", None, None),
-        ("odd", None, "infeasible: 12 heads over 8 devices"),
+        ("fast", 1, "real", None),
+        ("slow", 2, "real", None),
+        ("emulated", 1, "emulated", None),
+        ("odd", None, None, "infeasible: 12 heads over 8 devices"),
     ]
     assert document["notes"] == ["batch 8"]

@@ -66,8 +66,9 @@ def comparison_cases(plans: Sequence[Plan], question: Question) -> Cases:
     """
     model = question.model or _common_model(plans)
     # Names that no plan can make up for; a plan that does not suit a machine is a row instead.
-    names: list[Callable[[], object]] = [partial(find_model, model)]
-    _all_or_every_mistake([*names, *(partial(load_machine, machine) for machine in question.machines)])
+    names: list[Callable[[], object]] = [partial(load_machine, machine) for machine in question.machines]
+    names.insert(0, partial(find_model, model))
+    _all_or_every_mistake(names)
     own = () if question.machines else _all_or_every_mistake(partial(_own_machine, plan) for plan in plans)
     pairs = list(zip(plans, own, strict=True)) if own else list(product(plans, question.machines))
     question, notes = _settled(pairs, replace(question, model=model))

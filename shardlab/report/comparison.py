@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from shardlab.analysis import Analysis
 from shardlab.case_report import EMULATED_NOTE, CaseReport
@@ -18,56 +19,78 @@ from shardlab.report.page import Cell, Column, Line, Mood, Page, Table, cell, li
 from shardlab.spec.names import strategy_names
 from shardlab.units import format_bytes, format_count, format_seconds
 
-WIDE_COLUMNS = 150
-RANKING = "by communication time: bytes on each link over its bandwidth; no compute, no overlap"
+WIDE_COLUMNS, COMPACT_COLUMNS = 150, 100
+RANKING = "Ranked by communication time: bytes on each link over its bandwidth; no compute, no overlap"
+EMULATED = "Emulated devices, ordered by bytes sent; not ranked among real machines"
 FITS_MOOD: dict[str | None, Mood] = {"yes": "good", "tight": "warn", "no": "bad", None: ""}
 
 
-def comparison_page(comparison: Comparison, wide: bool = True) -> Page:
-    """The page. Not `wide` puts what each plan moves into a table of its own, for 80 columns."""
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A column of the comparison, and what it shows of a report."""
+
+    column: Column
+    cell: Callable[[CaseReport], Cell]
+
+
+def comparison_page(comparison: Comparison, width: int = WIDE_COLUMNS) -> Page:
+    """The page for `width` columns; in fewer than 150, what each plan moves has a table of its own."""
     reports = comparison.reports
     machines = len({report.case.machine for report in reports}) > 1
-    tables: list[Table] = []
-    if comparison.ranked:
-        ranks = [str(number) for number in range(1, len(comparison.ranked) + 1)]
-        tables += _section("Ranked " + RANKING, comparison.ranked, ranks, machines, wide)
-    if comparison.emulated:
-        title = "Emulated, not ranked: ordered by bytes sent"
-        tables += _section(title, comparison.emulated, [NONE] * len(comparison.emulated), machines, wide)
-    if comparison.unranked:
-        tables.append(_unranked_table(comparison.unranked, machines))
+    tables = (
+        *_section(RANKING, comparison.ranked, machines, _layout(width)),
+        *_section(EMULATED, comparison.emulated, machines, _emulated_layout(width)),
+        *((_unranked_table(comparison.unranked, machines),) if comparison.unranked else ()),
+    )
     notes = (*comparison.notes, *_common_notes(reports))
-    return Page(title=_title(reports), tables=tuple(tables), notes=notes)
+    return Page(title=_title(reports), tables=tables, notes=notes)
 
 
 def _title(reports: Sequence[CaseReport]) -> str:
     case = reports[0].case
     machines = sorted({report.case.machine for report in reports})
-    count = f"{len({r.case.plan.name for r in reports})} plans"
+    plans = len({report.case.plan.name for report in reports})
+    count = "1 plan" if plans == 1 else f"{plans} plans"
     work = f"{case.workload}, batch {case.batch}, sequence {case.seq}"
     return f"{case.model.name} on {', '.join(machines)}: {count}, {work}; figures are per device and step"
 
 
+def _layout(width: int) -> tuple[tuple[Field, ...], ...]:
+    """The fields of each table: one where they fit, else the verdict first and what moves in a second."""
+    if width >= WIDE_COLUMNS:
+        return ((MEMORY, TIME, DOMINANT, AXES, LINKS, FLOPS),)
+    if width >= COMPACT_COLUMNS:
+        return ((MEMORY, TIME, DOMINANT), (AXES, LINKS, FLOPS))
+    return ((MEMORY, TIME_AND_FLOPS, DOMINANT), (AXES, TRAFFIC))
+
+
+def _emulated_layout(width: int) -> tuple[tuple[Field, ...], ...]:
+    """Emulated devices have neither links nor a capacity."""
+    if width >= COMPACT_COLUMNS:
+        return ((MEMORY, SENT, AXES, DOMINANT, FLOPS),)
+    return ((MEMORY, SENT, DOMINANT), (AXES, FLOPS))
+
+
 def _section(
-    title: str, reports: Sequence[CaseReport], ranks: Sequence[str], machines: bool, wide: bool
-) -> list[Table]:
+    title: str, reports: Sequence[CaseReport], machines: bool, layout: Sequence[Sequence[Field]]
+) -> tuple[Table, ...]:
+    """The tables of one group of reports; the first names each plan in full, the others by name."""
+    if not reports:
+        return ()
     names = [_plan_cell(report, machines) for report in reports]
-    numbers = [cell(number, "strong") for number in ranks]
-    place = (Column("#", "right"), Column("plan", keep=False))
-    verdict = (Column("memory"), Column("comm. time", "right"), Column("dominated by", keep=False))
-    moves = (Column("sent per axis"), Column("traffic per link"), Column("FLOPs", "right"))
-    verdicts = [(memory_cell(r), _time_cell(r), _dominant_cell(r)) for r in reports]
-    moved = [(axes_cell(r.analysis), links_cell(r), _flops_cell(r)) for r in reports]
-    if wide:
-        rows = zip(numbers, names, verdicts, moved, strict=True)
-        return [_table(title, (*place, *verdict, *moves), [(n, p, *v, *m) for n, p, v, m in rows])]
-    upper = [(n, p, *v) for n, p, v in zip(numbers, names, verdicts, strict=True)]
-    lower = [(n, p[:1], *m) for n, p, m in zip(numbers, names, moved, strict=True)]
-    return [_table(title, (*place, *verdict), upper), _table("What each sends", (*place, *moves), lower)]
-
-
-def _table(title: str, columns: tuple[Column, ...], rows: Sequence[tuple[Cell, ...]]) -> Table:
-    return Table(title=title, columns=columns, rows=tuple(rows))
+    tables = []
+    for number, fields in enumerate(layout):
+        rows = tuple(
+            (
+                cell(str(rank), "strong"),
+                name[:1] if number else name,
+                *(field.cell(report) for field in fields),
+            )
+            for rank, (name, report) in enumerate(zip(names, reports, strict=True), start=1)
+        )
+        columns = (Column("#", "right"), Column("plan", keep=False), *(field.column for field in fields))
+        tables.append(Table(title="What each sends" if number else title, columns=columns, rows=rows))
+    return tuple(tables)
 
 
 def _plan_cell(report: CaseReport, machines: bool) -> Cell:
@@ -83,7 +106,7 @@ def memory_cell(report: CaseReport) -> Cell:
         return cell(NONE)
     peak = format_bytes(memory.peak_bytes)
     if memory.limit_bytes is None:
-        return (Line(peak), Line("capacity unknown", "dim"))
+        return cell(peak) if report.emulated else (Line(peak), Line("capacity unknown", "dim"))
     verdict = {"yes": "fits", "tight": "tight", "no": "does not fit", None: "unknown"}[memory.fits]
     if memory.deficit_bytes:
         verdict = f"{format_bytes(memory.deficit_bytes)} too much"
@@ -98,37 +121,48 @@ def axes_cell(analysis: Analysis | None) -> Cell:
     return lines(f"{key_text(key)} {format_bytes(value)}" for key, value in largest_first(wire) if any(value))
 
 
-def links_cell(report: CaseReport) -> Cell:
+def links_cell(report: CaseReport, seconds: bool = True) -> Cell:
     """One line per link tier, the largest first: `infiniband 1.23 GB 24.6 ms`."""
     if report.analysis is None or not report.analysis.totals.traffic:
         return cell(NONE)
-    seconds = report.tier_s or {}
+    tier_s = report.tier_s if seconds and report.tier_s is not None else {}
     return lines(
-        f"{tier} {format_bytes(value)}" + (f" {format_seconds(seconds[tier])}" if tier in seconds else "")
+        f"{tier} {format_bytes(value)}" + (f" {format_seconds(tier_s[tier])}" if tier in tier_s else "")
         for tier, value in largest_first(report.analysis.totals.traffic)
     )
 
 
-def _time_cell(report: CaseReport) -> Cell:
-    return cell(time_text(report))
-
-
 def time_text(report: CaseReport) -> str:
     """The communication time; a dash where it is unknown."""
-    if report.communication_s is None:
-        return NONE
-    return format_seconds(report.communication_s)
+    return NONE if report.communication_s is None else format_seconds(report.communication_s)
+
+
+def _flops_text(report: CaseReport) -> str:
+    return NONE if report.hardware_flops is None else format_count(report.hardware_flops)
+
+
+def _sent_cell(report: CaseReport) -> Cell:
+    return cell(NONE if report.analysis is None else format_bytes(report.analysis.totals.wire_bytes))
 
 
 def _dominant_cell(report: CaseReport) -> Cell:
     top = dominant(report.analysis.collectives) if report.analysis is not None else None
     if top is None:
         return cell(NONE)
-    return cell(f"{top.kind} over {axes_text(top.axes)}, {percent(top.share)} of {top.of}")
+    return lines((top.kind, f"over {axes_text(top.axes)}", f"{percent(top.share)} of {top.of}"))
 
 
-def _flops_cell(report: CaseReport) -> Cell:
-    return cell(NONE if report.hardware_flops is None else format_count(report.hardware_flops))
+MEMORY = Field(Column("memory"), memory_cell)
+TIME = Field(Column("comm. time", "right"), lambda report: cell(time_text(report)))
+TIME_AND_FLOPS = Field(
+    Column("comm. time", "right"), lambda report: (*cell(time_text(report)), Line(_flops_text(report), "dim"))
+)
+DOMINANT = Field(Column("dominated by", keep=False), _dominant_cell)
+SENT = Field(Column("sent", "right"), _sent_cell)
+AXES = Field(Column("sent per axis"), lambda report: axes_cell(report.analysis))
+LINKS = Field(Column("traffic per link"), links_cell)
+TRAFFIC = Field(Column("traffic per link"), lambda report: links_cell(report, seconds=False))
+FLOPS = Field(Column("FLOPs", "right"), lambda report: cell(_flops_text(report)))
 
 
 def _unranked_table(rows: Sequence[Unranked], machines: bool) -> Table:
@@ -140,15 +174,16 @@ def _unranked_table(rows: Sequence[Unranked], machines: bool) -> Table:
 
 
 def _common_notes(reports: Sequence[CaseReport]) -> tuple[str, ...]:
-    """Each note once; one that not every plan has names the plans."""
-    holders: dict[str, list[str]] = {}
+    """Each note once, with the plans that it is about unless it is about every plan with an answer."""
+    answered = {report.case.plan.name for report in reports if report.analysis is not None}
+    holders: dict[str, dict[str, None]] = {}
     for report in reports:
         for note in (*((EMULATED_NOTE,) if report.emulated else ()), *report.notes, *_ledger_note(report)):
-            names = holders.setdefault(note, [])
-            if report.case.plan.name not in names:
-                names.append(report.case.plan.name)
-    everyone = len({report.case.plan.name for report in reports})
-    return tuple(note if len(n) == everyone else f"{', '.join(n)}: {note}" for note, n in holders.items())
+            holders.setdefault(note, {})[report.case.plan.name] = None
+    return tuple(
+        note if note == EMULATED_NOTE or answered <= names.keys() else f"{', '.join(names)}: {note}"
+        for note, names in holders.items()
+    )
 
 
 def _ledger_note(report: CaseReport) -> tuple[str, ...]:

@@ -38,8 +38,8 @@ def axes_text(axes: tuple[str, ...] | None) -> str:
 
 
 def key_text(key: str) -> str:
-    """A key of `by_axes`, where the empty key stands for groups of one."""
-    return key or "one device"
+    """A key of `by_axes`, where `none` stands for groups of one."""
+    return "one device" if key == "none" else key
 
 
 def percent(part: float) -> str:

@@ -28,7 +28,7 @@ Cell = tuple[Line, ...]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column's header and alignment; `keep`: never wrapped."""
+    """A column's header and alignment. keep: never wrapped."""
 
     header: str
     align: Literal["left", "right"] = "left"

@@ -7,7 +7,6 @@ from typing import TextIO
 
 from rich import box
 from rich.console import Console, Group
-from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -23,14 +22,14 @@ def print_page(page: Page, stream: TextIO, width: int | None = None) -> None:
     console = console_on(stream, width)
     console.print(Text(visible(page.title), style="bold"))
     for label, value in page.facts:
-        console.print(_fact(label, value))
+        console.print(_labelled(label, value))
     for table in page.tables:
         console.print()
         console.print(_table(table))
     if page.notes:
         console.print()
     for note in page.notes:
-        console.print(Padding(Text.assemble(("note  ", "dim"), visible(note)), (0, 0, 0, 0)))
+        console.print(_labelled("note", note, width=4))
 
 
 def console_on(stream: TextIO, width: int | None = None) -> Console:
@@ -41,16 +40,20 @@ def console_on(stream: TextIO, width: int | None = None) -> Console:
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
-def _fact(label: str, value: str) -> RichTable:
+def _labelled(label: str, value: str, width: int = 12) -> RichTable:
+    """A label, and text that wraps beside it, not under it."""
     grid = RichTable.grid(padding=(0, 1))
-    grid.add_column(width=12, style="dim", no_wrap=True)
+    grid.add_column(width=width, style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     grid.add_row(Text(visible(label)), Text(visible(value)))
     return grid
 
 
 def _table(table: Table) -> Group:
-    grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    tall = any(len(value) > 1 for row in table.rows for value in row)
+    grid = RichTable(
+        box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False, leading=1 if tall else 0
+    )
     for column in table.columns:
         _add_column(grid, column)
     for row in table.rows:
