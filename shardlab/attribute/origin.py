@@ -8,7 +8,7 @@ transformations wrap the scope that they were applied in.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +16,10 @@ from shardlab.hlo.attributes import Metadata, metadata
 from shardlab.hlo.module import Instruction, Module
 
 OPTIMIZER_SCOPE = "optimizer"
+MAX_PATHS = 256
+MAX_NESTING = 16
+
+_PHASES = ("other", "forward", "backward", "optimizer")  # in the order in which a step runs them
 
 # Parts that JAX adds for control flow and transformations; none of them is a scope of the user's.
 _PLUMBING = frozenset(
@@ -69,51 +73,94 @@ def origin_of(
 
 @lru_cache(maxsize=4096)
 def phase_of(op_name: str, training: bool) -> tuple[str, bool]:
-    """(phase, recompute) of an op_name; `training`: whether the program differentiates anything."""
-    parts = _parts(op_name)
-    scopes = [scope for part in parts for scope in (part, _unwrapped(part))]
+    """(phase, recompute) of an op_name; `training`: whether the program differentiates anything.
+
+    A combined collective waits for the last of its parts, so it has the latest of their phases.
+    """
+    phases = [_phase_of_path(parts, training) for parts in _alternatives(op_name)]
+    latest = max((phase for phase, _ in phases), key=_PHASES.index)
+    return latest, all(recompute for _, recompute in phases)
+
+
+@lru_cache(maxsize=4096)
+def layer_of(op_name: str) -> str:
+    """The user's scopes in an op_name, joined by `/`, without the primitive at the end.
+
+    Of a combined collective, the scopes that its parts share.
+    """
+    layers = [_scopes(parts[:-1]) for parts in _alternatives(op_name)]
+    shared = []
+    for level in zip(*layers, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return "/".join(shared)
+
+
+def _phase_of_path(parts: Sequence[str], training: bool) -> tuple[str, bool]:
     recompute = "rematted_computation" in parts
-    if OPTIMIZER_SCOPE in scopes:
+    if OPTIMIZER_SCOPE in parts or OPTIMIZER_SCOPE in map(_unwrapped, parts):
         return "optimizer", False
     if any(_is_wrapped(part, "transpose") for part in parts):
         return "backward", recompute
     if any(_is_wrapped(part, "jvp") for part in parts):
         return "forward", False
-    return "other" if training or "/" not in op_name else "forward", False
+    return "other" if training or len(parts) < 2 else "forward", False
 
 
-@lru_cache(maxsize=4096)
-def layer_of(op_name: str) -> str:
-    """The user's scopes in an op_name, joined by `/`, without the primitive at the end."""
-    scopes = [_unwrapped(part) for part in _parts(op_name)[:-1]]
-    return "/".join(s for s in scopes if s and s not in _PLUMBING and not _BRANCH.fullmatch(s))
+def _scopes(parts: Iterable[str]) -> list[str]:
+    scopes = map(_unwrapped, parts)
+    return [s for s in scopes if s and s not in _PLUMBING and not _BRANCH.fullmatch(s)]
 
 
-def _parts(op_name: str) -> list[str]:
-    """An op_name split at the slashes that are in no parenthesis."""
+def _alternatives(op_name: str) -> list[list[str]]:
+    """Paths of an op_name. XLA joins those of what it combines: `a/(b/c:d)/e` is a/b/c/e and a/d/e."""
+    paths: list[list[str]] = []
+    todo = [_split(op_name, "/")]
+    for _ in range(4 * MAX_PATHS):  # names come from a file: neither their breadth nor their depth is trusted
+        if not todo:
+            break
+        parts = todo.pop()
+        at = next((i for i, p in enumerate(parts) if p.startswith("(") and p.endswith(")")), None)
+        if at is None:
+            paths.append(parts)
+        else:
+            branches = _split(parts[at][1:-1], ":")[: max(1, MAX_PATHS - len(paths) - len(todo))]
+            todo += [[*parts[:at], *_split(branch, "/"), *parts[at + 1 :]] for branch in reversed(branches)]
+    return paths + todo
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """`text` split where `separator` is in no parenthesis."""
     parts, depth, start = [], 0, 0
-    for index, char in enumerate(op_name):
+    for index, char in enumerate(text):
         if char == "(":
             depth += 1
         elif char == ")":
             depth = max(0, depth - 1)
-        elif char == "/" and not depth:
-            parts.append(op_name[start:index])
+        elif char == separator and not depth:
+            parts.append(text[start:index])
             start = index + 1
-    return [*parts, op_name[start:]]
+    return [*parts, text[start:]]
 
 
 def _unwrapped(part: str) -> str:
     """`transpose(jvp(layers))` -> `layers`; `jit(step)` -> ``."""
-    while match := _WRAPPER.fullmatch(part):
+    for _ in range(MAX_NESTING):
+        match = _WRAPPER.fullmatch(part)
+        if match is None:
+            return part
         if match[1] not in _TRANSFORMS:
             return ""
         part = match[2]
-    return part
+    return ""
 
 
 def _is_wrapped(part: str, transform: str) -> bool:
-    while match := _WRAPPER.fullmatch(part):
+    for _ in range(MAX_NESTING):
+        match = _WRAPPER.fullmatch(part)
+        if match is None:
+            return False
         if match[1] == transform:
             return True
         part = match[2]
