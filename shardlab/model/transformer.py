@@ -115,7 +115,9 @@ class Transformer(nnx.Module):
         """All layers in turn. keep: also return their keys and values, stacked (the cache)."""
         graph, state = nnx.split(self.layers if self.scan_layers else self.layers[0])
 
-        def layer(x: jax.Array, inputs: tuple[nnx.State, KeysValues | None]) -> tuple[jax.Array, KeysValues | None]:
+        def layer(
+            x: jax.Array, inputs: tuple[nnx.State, KeysValues | None]
+        ) -> tuple[jax.Array, KeysValues | None]:
             module = nnx.merge(graph, inputs[0])
             x, keys_values = module(x, position_L, run, inputs[1])
             return x, keys_values if keep else None

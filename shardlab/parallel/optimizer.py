@@ -31,7 +31,7 @@ class OptimizerConfig:
 def make_optimizer(config: OptimizerConfig, table: tuple[ParamSpec, ...]) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW. Norm scales and biases are not decayed."""
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
+        init_value=config.peak_learning_rate / max(config.warmup_steps, 1),
         peak_value=config.peak_learning_rate,
         warmup_steps=config.warmup_steps,
         decay_steps=config.total_steps,

@@ -24,7 +24,6 @@ from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer, optimiz
 from shardlab.parallel.shardings import Shardings, shardings_of
 from shardlab.spec.case import Case
 from shardlab.spec.params import ParamSpec, parameter_table
-from shardlab.spec.sharding import replicated_kv_heads, split_groups
 
 
 class TrainState(NamedTuple):
@@ -145,17 +144,13 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
         place_weight=shardings.place_weight,
         lookup=mesh_lookup(shardings),
     )
-    heads = (
-        replicated_kv_heads(case.model.kv_heads, case.plan.params, case.plan.axes),
-        split_groups(case.model.heads, case.model.kv_heads, case.plan.params, case.plan.axes),
-    )
     return _Setup(
         case=case,
         table=parameter_table(case.model, scan_layers=case.scan_layers),
         model=abstract_model(case.model, scan_layers=case.scan_layers),
         shardings=shardings,
         runtime=runtime,
-        notes=(*notes, *(note for note in heads if note)),
+        notes=notes,
     )
 
 

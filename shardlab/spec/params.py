@@ -54,11 +54,6 @@ def parameter_table(config: ModelConfig, *, scan_layers: bool = True) -> tuple[P
     return tuple(table)
 
 
-def num_parameters(config: ModelConfig) -> int:
-    """Elements over all parameters, the padded vocabulary included."""
-    return sum(spec.size for spec in parameter_table(config))
-
-
 def _layer_table(config: ModelConfig) -> list[ParamSpec]:
     """The parameters of one layer, paths relative to the layer."""
     E, H, K, D, M = config.embed, config.heads, config.kv_heads, config.head_dim, config.mlp
