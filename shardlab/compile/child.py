@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from shardlab.errors import CompileFailed, Infeasible, ShardlabError, TargetMissing, UserError
-from shardlab.program import Program, save, write_atomically
+from shardlab.program import Program, Refusal, save, write_atomically
 from shardlab.spec.case import Case
 
 PROGRAM_FILE, PROTO_FILE, OUTCOME_FILE = "program", "module.pb", "outcome.json"
@@ -48,23 +48,27 @@ def answer(request: Request) -> None:
 
         write_atomically(request.folder / PROTO_FILE, serialized_modules(compiled.executable))
     save(compiled.program, request.folder / PROGRAM_FILE)
-    if compiled.program.refusal is not None and request.find_largest_batch:
-        save(_with_largest_batch(request.case, opened, compiled.program), request.folder / PROGRAM_FILE)
+    refused = compiled.program.refusal
+    if refused is not None and request.find_largest_batch:
+        program = _with_largest_batch(request.case, opened, compiled.program, refused)
+        save(program, request.folder / PROGRAM_FILE)
 
 
-def _with_largest_batch(case: Case, opened: Any, program: Program) -> Program:
+def _with_largest_batch(case: Case, opened: Any, program: Program, refused: Refusal) -> Program:
     from shardlab.compile.build import compile_here
-    from shardlab.compile.fit import batch_unit, largest_batch
+    from shardlab.compile.fit import Try, batch_unit, largest_batch
 
-    def fits(batch: int) -> bool:
+    def attempt(batch: int) -> Try:
         try:
-            return compile_here(case.model_copy(update={"batch": batch}), opened).program.refusal is None
+            tried = compile_here(case.model_copy(update={"batch": batch}), opened).program
         except (CompileFailed, Infeasible):
-            return False
+            return Try(batch=batch, fits=False, needed_bytes=refused.needed_bytes)
+        needed = tried.refusal.needed_bytes if tried.refusal else (tried.memory and tried.memory.peak_bytes)
+        return Try(batch=batch, fits=tried.refusal is None, needed_bytes=needed or 0)
 
-    assert program.refusal is not None
-    largest = largest_batch(batch_unit(case), case.batch, fits)
-    return replace(program, refusal=replace(program.refusal, largest_batch=largest))
+    first = Try(batch=case.batch, fits=False, needed_bytes=refused.needed_bytes)
+    largest = largest_batch(batch_unit(case), first, refused.limit_bytes, attempt)
+    return replace(program, refusal=replace(refused, largest_batch=largest))
 
 
 def outcome_of(error: Exception) -> dict[str, Any]:
