@@ -1,4 +1,4 @@
-"""Collective programs against their closed forms, to the byte; the transformer against the literature.
+"""shard_map programs against their closed forms, to the byte: the second counter and the analysis.
 
 The programs (second_counter/shard_map_programs.py) are compiled here and now for eight emulated CPU devices.
 """

@@ -1,0 +1,31 @@
+"""Shipped plans compiled for their own targets, once per test process: a compile takes half a minute."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+from shardlab.compile import compile_case
+from shardlab.program import Program
+from shardlab.spec.case import Case, make_case
+from shardlab.spec.plan import load_plan
+
+MESHES = Path(__file__).parents[1] / "meshes"
+
+
+def compiled_plan(name: str, remat: str | None = None) -> tuple[Case, Program, bytes]:
+    """The case of meshes/NAME.toml, its program and serialized module. remat: instead of the plan's own."""
+    return _compiled(name, remat)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(name: str, remat: str | None) -> tuple[Case, Program, bytes]:
+    plan = load_plan(MESHES / f"{name}.toml")
+    if remat is not None:
+        plan = plan.model_copy(update={"method": plan.method.model_copy(update={"remat": remat})})
+    case = make_case(plan)
+    with tempfile.TemporaryDirectory() as folder:
+        proto = Path(folder) / "module.pb"
+        program = compile_case(case, proto_to=proto, find_largest_batch=False)
+        return case, program, proto.read_bytes() if proto.exists() else b""

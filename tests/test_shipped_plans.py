@@ -1,0 +1,55 @@
+"""Every shipped plan, compiled for its own target: the analysis and the second counter agree to the byte.
+
+The counter reads the serialized module and shares no code with the package. A small plan per target always
+runs, a few more in the `matrix` subset, the rest with `full`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+
+import pytest
+from compiled_plans import MESHES, compiled_plan
+from second_counter import count
+
+from shardlab.analysis import analyze
+
+ALWAYS = {"cpu8-tensor", "h100x8-fsdp8"}
+SUBSET = {"cpu8-fsdp", "h100x64-fsdp8-tensor8"}
+NAMES = sorted(path.stem for path in MESHES.glob("*.toml") if path.stem != "budgets")
+ByteRange = tuple[Fraction, Fraction | None]
+
+
+def target_of(name: str) -> list[pytest.MarkDecorator]:
+    """What the plan's compiler needs: the extra that brings it."""
+    if name.startswith("cpu"):
+        return []
+    return [pytest.mark.tpu if name.startswith(("v4", "v5", "v6", "tpu")) else pytest.mark.gpu]
+
+
+def extent_of(name: str) -> list[pytest.MarkDecorator]:
+    """How often the plan is tried."""
+    return [] if name in ALWAYS else [pytest.mark.matrix if name in SUBSET else pytest.mark.full]
+
+
+def moving(figures: Mapping[str, Mapping[str, ByteRange]]) -> dict[str, ByteRange]:
+    """The wire bytes of a breakdown, without what moves nothing."""
+    return {key: value["wire_bytes"] for key, value in figures.items() if any(value["wire_bytes"])}
+
+
+def test_the_named_plans_are_shipped() -> None:
+    assert set(NAMES) >= ALWAYS | SUBSET
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=target_of(n) + extent_of(n)) for n in NAMES])
+def test_two_counters_agree(name: str) -> None:
+    _, program, proto = compiled_plan(name)
+    assert program.refusal is None, f"{name} does not fit its own machine"
+    assert program.mesh is not None
+    counted = count(proto, program.num_devices, program.mesh)
+    totals = analyze(program).totals
+    assert counted.total[0] > 0
+    assert moving(totals.by_axes) == counted.by_axes
+    assert moving(totals.by_kind) == counted.by_kind
+    assert totals.wire_bytes == counted.total
