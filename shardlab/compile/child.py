@@ -14,27 +14,12 @@ import sys
 import threading
 import traceback
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
+from shardlab.compile.request import OUTCOME_FILE, PROGRAM_FILE, PROTO_FILE, Request
 from shardlab.errors import CompileFailed, Infeasible, ShardlabError, TargetMissing, UserError
 from shardlab.program import Program, Refusal, save, write_atomically
 from shardlab.spec.case import Case
-
-PROGRAM_FILE, PROTO_FILE, OUTCOME_FILE = "program", "module.pb", "outcome.json"
-
-
-class Request(BaseModel):
-    """What the parent asks for; `folder` is an empty folder that the answer goes to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    case: Case
-    folder: Path
-    want_proto: bool = False
-    find_largest_batch: bool = True
 
 
 def answer(request: Request) -> None:

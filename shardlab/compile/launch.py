@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardlab import program as programs
-from shardlab.compile.child import OUTCOME_FILE, PROGRAM_FILE, PROTO_FILE, Request
 from shardlab.compile.doctor import require_target
 from shardlab.compile.environment import child_environment, split_flags
 from shardlab.compile.logs import flag_name, last_words, rejected_flags, warnings
+from shardlab.compile.request import OUTCOME_FILE, PROGRAM_FILE, PROTO_FILE, Request
 from shardlab.errors import CompileFailed, Infeasible, Problem, ShardlabError, TargetMissing, UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.machine import Machine
