@@ -21,7 +21,7 @@ from shardlab.report.page import Cell, Column, Line, Page, Table, cell, code
 from shardlab.spec.names import strategy_names
 from shardlab.units import format_bytes, format_count, format_seconds
 
-TOP = 20
+TOP = 12
 Breakdown = Mapping[str, Mapping[str, ByteRange]]
 
 
