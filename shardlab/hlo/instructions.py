@@ -64,7 +64,9 @@ class Attributes(Mapping[str, str]):
 
     def _values(self) -> dict[str, str]:
         if self._found is None:
-            self._found, _ = self._text.attributes(self._offset)
+            self._found, end = self._text.attributes(self._offset)
+            if self._text.at(end) not in ("\n", ""):
+                raise self._text.error(end, f"expected ', name=value', found {self._text.found(end)}")
         return self._found
 
     def __getitem__(self, name: str) -> str:

@@ -1,6 +1,6 @@
 """Regular expressions for lines as XLA prints them: an instruction, or the head of a computation.
 
-They prove that strings and braces of the line are closed. All quantifiers are possessive, so matching is linear.
+They prove that strings and braces of the line are closed. All quantifiers are possessive: matching is linear.
 """
 
 from __future__ import annotations
@@ -26,10 +26,16 @@ _IN_PARENS = _nested(rf"[^()\"'\n/]++|{_INDEX_COMMENT}", r"\(", r"\)", 5)
 _IN_DICT = _nested(rf"[^\"'{{}}\n/]++|{_STRING}", r"\{", r"\}", 12)
 _IN_AXES = _nested(rf"[^\"'{{}}\n/]++|{_QUOTED}", r"\{", r"\}", 3)
 _SHAPE = rf"(?:[a-z][a-z0-9]*+\[[0-9,<=?]*+\](?:\{{[^{{}}\n\"'/]*+\}})?+|\({_IN_PARENS}\))"
-_TAIL = (
-    rf"(?:[^\"'{{}}\n/]++|\{{{_IN_DICT}\}}|{_STRING}|{_QUOTED}"
-    rf"|(?:(?<=\] )|(?<=\) )|(?<=sharding=))\{{{_IN_AXES}\}})*+(?<![,=\s])"
+_WORDS = rf"(?:[^\s\"'{{}}()\[\]/,]++|\({_IN_PARENS}\)|\[[^\s\"'{{}}()\[\]/]*+\])"
+_IDS = r",\ device_ids=\([0-9,\[\]T()]*+\)"
+_MESH = (
+    rf"(?<=replica_groups=)(?:maximal_)?+mesh\[(?:[^'\[\]\n]++|{_QUOTED})*+\](?:{_IDS})?+\ \{{{_IN_AXES}\}}"
 )
+_DICT = rf"\{{{_IN_DICT}\}}"
+_VALUE = (
+    rf"(?:{_DICT}|{_STRING}|(?:{_WORDS}++(?:{_DICT})?+)++(?:,\ %{NAME})*+|(?<=sharding=)\{{{_IN_AXES}\}})"
+)
+_TAIL = rf"(?:,\ {NAME}=(?:{_MESH}|{_VALUE}))*+"
 _OPERAND = rf"%?+{NAME}"
 _BEFORE = rf"\ *+(ROOT\ )?+%?+({NAME})\ =\ "
 
@@ -39,8 +45,7 @@ ROW = re.compile(rf"{_BEFORE}{_SHAPE}\ ([a-z][a-z0-9\-]*+)\({_IN_PARENS}\){_TAIL
 PARTS = re.compile(rf"{_BEFORE}({_SHAPE})\ ([a-z][a-z0-9\-]*+)\(({_IN_PARENS})\)")
 """Root, name, shape, opcode and operands of an instruction that `ROW` has matched; its tail follows."""
 
-_RESULT = rf"(?:[^()\"'{{}}\n/]++|\({_IN_PARENS}\))++"
-HEAD = re.compile(rf"(?:ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\ {_RESULT})?+\{{(?=\n)")
+HEAD = re.compile(rf"(?:ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\ {_SHAPE}\ )?+\{{(?=\n)")
 """The first line of a computation, up to its brace: the name."""
 
 NAMES = re.compile(rf"{_OPERAND}(?:,\ (?:{_INDEX_COMMENT})?+{_OPERAND})*+")
