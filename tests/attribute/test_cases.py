@@ -25,8 +25,8 @@ MESHES = {
 M = "model"
 SUB_MINOR, SUB_MAJOR = "model:(2)2", "model:(1)2"
 
-# case, mesh, one row per collective: executions, kind, payload S (an all-gather's is its OUT), members, axes, sent in
-# all. `sent` is the total per device and step, as in the tables.
+# case, mesh, one row per collective: executions, kind, payload S (an all-gather's is its OUT), members, axes,
+# and what is sent in all: the total per device and step, as in the tables.
 CASES = [
     ("b01_combined_mixed_dtypes", "d2m4", (1, "all-reduce", 4_046, 2, "data", 4_046)),
     ("b02_ar_start_native", "d2m4", (1, "all-reduce", 4_096, 4, M, 6_144)),
