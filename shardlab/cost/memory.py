@@ -8,6 +8,7 @@ from typing import Literal
 
 from shardlab.hardware.machine import Machine
 from shardlab.program import Memory, Refusal
+from shardlab.units import format_bytes
 
 TIGHT_ABOVE = 0.92  # of the limit: fragmentation and what the runtime itself allocates eat the rest
 
@@ -43,19 +44,23 @@ def memory_report(memory: Memory | None, refusal: Refusal | None, machine: Machi
         return _refused(refusal, memory or Memory())
     memory = memory or Memory()
     peak, note = peak_bytes(memory)
+    needed = max((size for size in (peak, reserved_bytes(memory)) if size is not None), default=None)
     limit, source = memory_limit(machine)
-    fits = _fits(peak, limit)
+    fits = _fits(needed, limit)
     if fits == "no" and machine.chip.family == "tpu":
-        # The TPU compiler refuses what does not fit. It compiled this, so the listed limit is what is in
-        # doubt.
-        fits, note = "tight", "the compiler accepted a peak above the chip's listed memory"
+        # The TPU compiler refuses what does not fit. It compiled this: the listed limit is what is in doubt.
+        fits, note = "tight", "the compiler accepted more than the chip's listed memory"
+    elif fits != _fits(peak, limit):
+        note = (
+            f"{format_bytes(needed)} are reserved: temporaries are one block with gaps, larger than the peak"
+        )
     return MemoryFit(
         argument_bytes=memory.argument_bytes,
         temp_bytes=memory.temp_bytes,
         peak_bytes=peak,
         limit_bytes=limit,
         limit_source=source,
-        deficit_bytes=_deficit(peak, limit, fits),
+        deficit_bytes=_deficit(needed, limit, fits),
         fits=fits,
         note=note,
     )
@@ -66,13 +71,17 @@ def peak_bytes(memory: Memory) -> tuple[int | None, str]:
     says so."""
     if memory.peak_bytes:
         return memory.peak_bytes, ""
-    if memory.argument_bytes is None or memory.temp_bytes is None:
+    reserved = reserved_bytes(memory)
+    if reserved is None:
         return None, "the compiler gave no memory analysis"
-    outputs = (memory.output_bytes or 0) - (memory.alias_bytes or 0)
-    return (
-        memory.argument_bytes + outputs + memory.temp_bytes,
-        "the compiler gave no peak: arguments + outputs - aliases + temporaries",
-    )
+    return reserved, "the compiler gave no peak: arguments + outputs - aliases + temporaries"
+
+
+def reserved_bytes(memory: Memory) -> int | None:
+    """Arguments + outputs - aliases + temporaries: what a run holds, gaps in the temporary block included."""
+    if memory.argument_bytes is None or memory.temp_bytes is None:
+        return None
+    return memory.argument_bytes + (memory.output_bytes or 0) - (memory.alias_bytes or 0) + memory.temp_bytes
 
 
 def memory_limit(machine: Machine) -> tuple[int | None, str]:
@@ -94,15 +103,15 @@ def _refused(refusal: Refusal, memory: Memory) -> MemoryFit:
     )
 
 
-def _deficit(peak: int | None, limit: int | None, fits: Fits | None) -> int | None:
-    if peak is None or limit is None:
+def _deficit(needed: int | None, limit: int | None, fits: Fits | None) -> int | None:
+    if needed is None or limit is None:
         return None
-    return peak - limit if fits == "no" else 0
+    return needed - limit if fits == "no" else 0
 
 
-def _fits(peak: int | None, limit: int | None) -> Fits | None:
-    if peak is None or limit is None:
+def _fits(needed: int | None, limit: int | None) -> Fits | None:
+    if needed is None or limit is None:
         return None
-    if peak > limit:
+    if needed > limit:
         return "no"
-    return "tight" if peak > TIGHT_ABOVE * limit else "yes"
+    return "tight" if needed > TIGHT_ABOVE * limit else "yes"

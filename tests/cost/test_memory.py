@@ -70,3 +70,24 @@ def test_unknown_memory_is_unknown(memory):
     report = memory_report(memory, None, machine(H100))
     assert (report.peak_bytes, report.deficit_bytes, report.fits) == (None, None, None)
     assert report.note
+
+
+def test_gaps_in_the_temporary_block_count():
+    # Donated state: arguments 20 + outputs 20 - aliases 20 + temporaries 41 = 61 GB, of a 60 GB pool; live
+    # at once: 50.
+    memory = Memory(
+        argument_bytes=20 * GB,
+        output_bytes=20 * GB,
+        alias_bytes=20 * GB,
+        temp_bytes=41 * GB,
+        peak_bytes=50 * GB,
+    )
+    report = memory_report(memory, None, machine(H100))
+    assert (report.peak_bytes, report.fits, report.deficit_bytes) == (50 * GB, "no", 1 * GB)
+    assert "61 GB" in report.note
+
+
+def test_gaps_that_change_nothing_are_not_noted():
+    memory = Memory(argument_bytes=10 * GB, temp_bytes=12 * GB, peak_bytes=20 * GB)
+    report = memory_report(memory, None, machine(H100))
+    assert (report.peak_bytes, report.fits, report.note) == (20 * GB, "yes", "")
