@@ -365,10 +365,10 @@ def test_the_trap_of_bytes_over_the_slowest_tier():
 )
 def test_large_machines_are_fast(machine, groups):
     groups = tuple(tuple(group) for group in groups)
-    start = time.perf_counter()
+    start = time.process_time()
     traffic("all-gather", 1 << 30, machine, groups)
-    assert time.perf_counter() - start < 2.0
-    start = time.perf_counter()
+    assert time.process_time() - start < 2.0
+    start = time.process_time()
     for _ in range(20):
         traffic("all-reduce", 1 << 30, machine, groups)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
