@@ -22,10 +22,12 @@ def _nested(plain: str, opener: str, closer: str, depth: int) -> str:
     return inside
 
 
-_IN_PARENS = _nested(rf"[^()\"'\n/]++|{_INDEX_COMMENT}", r"\(", r"\)", 5)
+_TILES = r"\([^(){}\"'\n/]*+\)"
+_IN_BRACES = _nested(rf"[^(){{}}\"'\n/]++|{_TILES}", r"\{", r"\}", 4)
+_IN_PARENS = _nested(rf"[^(){{}}\"'\n/]++|{_INDEX_COMMENT}|\{{{_IN_BRACES}\}}", r"\(", r"\)", 5)
 _IN_DICT = _nested(rf"[^\"'{{}}\n/]++|{_STRING}", r"\{", r"\}", 12)
 _IN_AXES = _nested(rf"[^\"'{{}}\n/]++|{_QUOTED}", r"\{", r"\}", 3)
-_SHAPE = rf"(?:[a-z][a-z0-9]*+\[[0-9,<=?]*+\](?:\{{[^{{}}\n\"'/]*+\}})?+|\({_IN_PARENS}\))"
+_SHAPE = rf"(?:[a-z][a-z0-9]*+\[[0-9,<=?]*+\](?:\{{{_IN_BRACES}\}})?+|\({_IN_PARENS}\))"
 _WORDS = rf"(?:[^\s\"'{{}}()\[\]/,]++|\({_IN_PARENS}\)|\[[^\s\"'{{}}()\[\]/]*+\])"
 _IDS = r",\ device_ids=\([0-9,\[\]T()]*+\)"
 _MESH = (

@@ -23,6 +23,7 @@ _TABLE = re.compile(r"(FileNames|FunctionNames|FileLocations|StackFrames)(?=\s)"
 _ENTRY = re.compile(r"ENTRY(?=[\s%/{])")
 _ARRAY_HEAD = re.compile(r"[a-z][a-z0-9]*+\[")
 _MODULE_NAME = re.compile(r"[^\s,={}()\"']++")
+_PRINTED_KEYS = frozenset({"entry_computation_layout", "is_scheduled"})
 IMPLICIT = "entry"
 
 
@@ -130,7 +131,7 @@ class _Reader:
             raise self.text.error(start, f"two computations are marked ENTRY: {entries[0]} and {entries[1]}")
         if entries:
             return entries[0]
-        if "entry_computation_layout" in header:
+        if not _PRINTED_KEYS.isdisjoint(header):
             raise self.text.error(end, "the text ends before the ENTRY computation: cut off")
         return next(reversed(list(computations)))
 

@@ -57,7 +57,9 @@ def find(module: Module, name: str) -> tuple[Computation, Instruction]:
 
 def operand_bytes(computation: Computation, instruction: Instruction, count: int | None) -> int:
     """Bytes of the first `count` operands, looked up."""
-    return sum(shape_bytes(operand_shape(computation, op.name, op.index)) for op in instruction.operands[:count])
+    return sum(
+        shape_bytes(operand_shape(computation, op.name, op.index)) for op in instruction.operands[:count]
+    )
 
 
 def operand_shape(computation: Computation, name: str, index: Sequence[int]) -> Shape:
@@ -131,9 +133,7 @@ CASES: dict[str, list[Collective]] = {
         Collective(name, 2_097_152, 8_388_608, DATA_4x4) for name in ("ag.start", "ag.carry", "ag.done")
     ],
     "b25_tpu_all_reduce_scatter": [Collective("ar", 8_650_752, 2_162_688, DATA_4x4, done="scattered")],
-    "b26_tpu_sparsecore": [
-        Collective("ar", 1_048_576, 1_048_576, [set(range(m, 128, 4)) for m in range(4)])
-    ],
+    "b26_tpu_sparsecore": [Collective("ar", 1_048_576, 1_048_576, [set(range(m, 128, 4)) for m in range(4)])],
     "b27_gpu_collective_in_fusion": [Collective("ar", 131_072, 131_072, MODEL)],
     "b28_call_twice_and_dead_code": [Collective("ar", 256, 256, MODEL)],
     "b29_windowed_einsum_gpu": [
@@ -144,10 +144,14 @@ CASES: dict[str, list[Collective]] = {
     "c01_iota_plain": [Collective("c", 4096, 4096, MODEL)],
     "c02_iota_transposed": [Collective("c", 4096, 4096, DATA)],
     "c03_iota_3d": [
-        Collective("c", 4096, 4096, [{16 * a + 4 * b + c for b in range(4)} for a in range(2) for c in range(4)])
+        Collective(
+            "c", 4096, 4096, [{16 * a + 4 * b + c for b in range(4)} for a in range(2) for c in range(4)]
+        )
     ],
     "c04_iota_outer_and_inner": [
-        Collective("c", 4096, 4096, [{16 * a + 4 * b + c for a in range(2) for c in range(4)} for b in range(4)])
+        Collective(
+            "c", 4096, 4096, [{16 * a + 4 * b + c for a in range(2) for c in range(4)} for b in range(4)]
+        )
     ],
     "c05_iota_half_axis": [Collective("c", 4096, 4096, PAIRS)],
     "c06_iota_strided_half_axis": [Collective("c", 4096, 4096, STRIDED)],

@@ -187,7 +187,8 @@ def test_b22_megascale_transfers(send: str, kind: str, in_bytes: int, out_bytes:
 def test_b22_targets_are_quoted_or_braced() -> None:
     (module,) = case_modules("b22_megascale")
     targets = [
-        attributes.frontend_attributes(find(module, f"send.{i}")[1])["_xla_megascale_target"] for i in range(4)
+        attributes.frontend_attributes(find(module, f"send.{i}")[1])["_xla_megascale_target"]
+        for i in range(4)
     ]
     assert targets[0] == targets[1] == "{1,2}x{0:15}"
     assert targets[2].startswith("{{100000,200000},{100001,200001},")

@@ -33,7 +33,11 @@ def brute_force_position(coordinates: tuple[int, ...], sizes: list[int]) -> int:
 def meshes(draw: st.DrawFn) -> tuple[list[str], list[int]]:
     sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4))
     alphabet = st.characters(blacklist_characters="'", blacklist_categories=["Cs"])
-    names = draw(st.lists(st.text(alphabet, min_size=1, max_size=6), min_size=len(sizes), max_size=len(sizes), unique=True))
+    names = draw(
+        st.lists(
+            st.text(alphabet, min_size=1, max_size=6), min_size=len(sizes), max_size=len(sizes), unique=True
+        )
+    )
     return names, sizes
 
 
@@ -41,7 +45,9 @@ def meshes(draw: st.DrawFn) -> tuple[list[str], list[int]]:
 def sub_axes(draw: st.DrawFn) -> tuple[list[str], list[int], list[tuple[int, int, int]]]:
     """A mesh and references (axis, pre, size), at most one per axis, in any order."""
     names, sizes = draw(meshes())
-    chosen = draw(st.permutations(range(len(sizes))).flatmap(lambda p: st.integers(0, len(p)).map(lambda n: p[:n])))
+    chosen = draw(
+        st.permutations(range(len(sizes))).flatmap(lambda p: st.integers(0, len(p)).map(lambda n: p[:n]))
+    )
     refs = []
     for axis in chosen:
         size = draw(st.sampled_from([d for d in range(1, sizes[axis] + 1) if sizes[axis] % d == 0]))
@@ -51,7 +57,9 @@ def sub_axes(draw: st.DrawFn) -> tuple[list[str], list[int], list[tuple[int, int
     return names, sizes, refs
 
 
-def brute_force_groups(sizes: list[int], refs: list[tuple[int, int, int]], ids: list[int]) -> set[tuple[int, ...]]:
+def brute_force_groups(
+    sizes: list[int], refs: list[tuple[int, int, int]], ids: list[int]
+) -> set[tuple[int, ...]]:
     """Group every device with those that differ only in the listed parts of coordinates, in listed order."""
     groups: dict[tuple[object, ...], list[tuple[tuple[int, ...], int]]] = {}
     for coordinates in itertools.product(*map(range, sizes)):
@@ -114,7 +122,11 @@ def test_iota_notation_against_brute_force(dims: list[int], data: st.DataObject)
     assert parse_replica_groups(text).groups == expected
 
 
-@given(st.permutations(range(12)), st.lists(st.integers(1, 4), min_size=1, max_size=6), st.sampled_from([",", ", ", " ,\n"]))
+@given(
+    st.permutations(range(12)),
+    st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    st.sampled_from([",", ", ", " ,\n"]),
+)
 def test_list_notation_reads_back(order: list[int], lengths: list[int], comma: str) -> None:
     groups, rest = [], list(order)
     for length in lengths:
@@ -187,7 +199,11 @@ MODES = [
 
 @pytest.mark.parametrize(("opcode", "channel", "use_global", "text", "flattened"), MODES)
 def test_group_modes(
-    opcode: str, channel: str | None, use_global: str | None, text: str, flattened: tuple[tuple[int, ...], ...]
+    opcode: str,
+    channel: str | None,
+    use_global: str | None,
+    text: str,
+    flattened: tuple[tuple[int, ...], ...],
 ) -> None:
     given_attributes = {"replica_groups": text, "channel_id": channel, "use_global_device_ids": use_global}
     instruction = collective(opcode, **{key: value for key, value in given_attributes.items() if value})

@@ -58,7 +58,12 @@ def test_size(text: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     ("text", "space"),
-    [("f32[8]{0}", 0), ("f32[8]{0:S(5)}", 5), ("f32[8]{0:T(8,128)E(4)S(11)SC(0:4)}", 11), ("f32[8]{0:P(f32[8]{0:S(3)})}", 0)],
+    [
+        ("f32[8]{0}", 0),
+        ("f32[8]{0:S(5)}", 5),
+        ("f32[8]{0:T(8,128)E(4)S(11)SC(0:4)}", 11),
+        ("f32[8]{0:P(f32[8]{0:S(3)})}", 0),
+    ],
 )
 def test_memory_space(text: str, space: int) -> None:
     assert parse_shape(text).memory_space == space
