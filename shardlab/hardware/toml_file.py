@@ -10,6 +10,7 @@ from shardlab.errors import Problem, UserError
 
 MAX_FILE_BYTES = 1 << 20
 MAX_LINE = 500  # characters; longer lines are not searched for keys
+MAX_LISTED = 40  # known words listed in a message
 MAX_QUOTED = 60  # characters of a value shown in a message
 Table = dict[str, object]
 KeyPath = tuple[str, ...]
@@ -40,7 +41,7 @@ def parse_toml(text: str, where: str) -> Table:
     import tomllib  # reading HLO needs no TOML
 
     try:
-        return tomllib.loads(text.replace("\r\n", "\n"))
+        table = tomllib.loads(text.replace("\r\n", "\n"))
     except RecursionError:
         raise UserError(Problem(where, "nested too deeply", "write flat tables")) from None
     except ValueError as error:  # TOMLDecodeError, and int() on thousands of digits
@@ -50,6 +51,23 @@ def parse_toml(text: str, where: str) -> Table:
         line = f":{at[1] or last}" if at else ""
         what = _AT_LINE.sub("", message)
         raise UserError(Problem(f"{where}{line}", f"not TOML: {what[:1].lower()}{what[1:]}", "")) from None
+    if _has_long_number(table):
+        raise UserError(Problem(where, "not TOML: a number of more than 64 bits", "use smaller numbers"))
+    return table
+
+
+def _has_long_number(table: Table) -> bool:
+    """TOML's whole numbers have 64 bits; Python's reader takes any, and longer ones cannot even be printed."""
+    stack: list[object] = [table]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            stack += value.values()
+        elif isinstance(value, list):
+            stack += value
+        elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            return True
+    return False
 
 
 def key_lines(text: str) -> Mapping[KeyPath, int]:
@@ -76,7 +94,7 @@ def at(where: str, key: KeyPath, lines: Mapping[KeyPath, int]) -> str:
     """`file:line: key.path`; the line of the nearest enclosing table where the key itself has none."""
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     place = where if line is None else f"{where}:{line}"
-    return f"{place}: {'.'.join(map(_shown, key))}" if key else place
+    return f"{place}: {'.'.join(map(shown, key))}" if key else place
 
 
 def quoted(value: object) -> str:
@@ -91,7 +109,7 @@ def quoted(value: object) -> str:
     return text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "…"
 
 
-def _shown(part: str) -> str:
+def shown(part: str) -> str:
     """A key as it is written: bare where TOML allows it."""
     return part if re.fullmatch(r"[\w-]{1,60}", part) else quoted(part)
 
@@ -103,4 +121,5 @@ def did_you_mean(word: str, known: Iterable[str], noun: str) -> str:
     names = list(known)
     close = difflib.get_close_matches(word[:MAX_QUOTED], names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}{noun}: {', '.join(names) or 'none'}"
+    listed = ", ".join(name if name.isprintable() else quoted(name) for name in names[:MAX_LISTED]) or "none"
+    return f"{hint}{noun}: {listed}{', …' if len(names) > MAX_LISTED else ''}"

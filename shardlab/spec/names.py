@@ -17,8 +17,7 @@ def strategy_names(plan: Plan) -> tuple[str, ...]:
     """
     if plan.num_devices == 1:
         return ("single device",)
-    names = (*_data_names(plan), *_model_names(plan), *_unused_names(plan))
-    return tuple(names)
+    return (*_data_names(plan), *_model_names(plan), *_other_names(plan))
 
 
 def _data_names(plan: Plan) -> Iterable[str]:
@@ -58,13 +57,15 @@ def _model_names(plan: Plan) -> Iterable[str]:
         yield "layers sharded"
 
 
-def _unused_names(plan: Plan) -> Iterable[str]:
-    used = {*_used(plan.params), *_used(plan.activations), *_used(plan.optimizer)}
-    for block in plan.blocks.values():
-        used |= {axis for rules in block.values() for axis in _used(rules)}
+def _other_names(plan: Plan) -> Iterable[str]:
+    """Axes that have no name in the literature, and those that do nothing."""
+    named = {*plan.activations.get("batch", ()), *plan.activations.get("seq", ()), *_used(plan.params)}
+    activations, states = _used(plan.activations), _used(plan.optimizer)
     for axis in _live(plan, plan.axes):
-        if axis not in used:
-            yield f"replicated over {axis}"
+        if axis in named:
+            continue
+        what = "activations split" if axis in activations else "optimizer state split"
+        yield f"{what if axis in activations or axis in states else 'replicated'} over {axis}"
 
 
 def _live(plan: Plan, axes: Iterable[str]) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shardlab.errors import Problem
-from shardlab.hardware.toml_file import KeyPath, Table, did_you_mean, quoted
+from shardlab.hardware.toml_file import KeyPath, Table, did_you_mean, quoted, shown
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 RuleLists = dict[str, list[str]]
@@ -132,10 +133,11 @@ def _problem(key: KeyPath, error: Any, table: Table, where: Callable[[KeyPath], 
             where(key), f"{quoted(value)} is not a choice", did_you_mean(str(value), choices, "choices")
         )
     if _is_rule(key):
-        fix = f'write {key[-1]} = ["{value}"]' if isinstance(value, str) else _RULES_FIX
+        word = isinstance(value, str) and re.fullmatch(r"[\w-]{1,30}", value)
+        fix = f'write {shown(key[-1])} = ["{value}"]' if word else _RULES_FIX
         return Problem(where(key), f"{quoted(value)} is not a list of mesh axes", fix)
     if key[0] == "axes" and len(key) == 2:
-        return Problem(where(key), f"{quoted(value)} is not a whole number", f"write {key[1]} = 8")
+        return Problem(where(key), f"{quoted(value)} is not a whole number", f"write {shown(key[1])} = 8")
     expected = "as it should be" if key in _FIXES else _TYPES.get(error["type"], "of the right type")
     fix = _FIXES.get(key, f"write {expected}")
     what = (

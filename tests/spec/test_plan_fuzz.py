@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shardlab.errors import Infeasible, UserError
 from shardlab.spec.case import make_case
+from shardlab.spec.models import MODELS
 from shardlab.spec.names import strategy_names
 from shardlab.spec.plan import Plan, plan_from_text
 from shardlab.spec.plan_checks import ACTIVATION_AXES, PARAM_AXES
@@ -22,30 +23,46 @@ words = st.one_of(scalars, st.lists(scalars, max_size=3), st.just({}))
 
 
 def rules(logical: tuple[str, ...]) -> st.SearchStrategy[Any]:
-    split = st.lists(st.sampled_from(MESH_AXES), max_size=2)
-    return st.dictionaries(st.sampled_from(logical), st.one_of(split, split, split, words), max_size=4)
+    split = st.lists(st.sampled_from(MESH_AXES), max_size=2, unique=True)
+    return st.dictionaries(st.sampled_from(logical), split, max_size=2)
 
 
-def sometimes(table: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Mostly the table, at times anything at all."""
-    return st.one_of(table, table, table, words)
-
-
-axes = st.dictionaries(st.sampled_from(MESH_AXES), st.sampled_from([1, 2, 4, 8, 0]), min_size=1)
-plans = st.fixed_dictionaries(
-    {"axes": sometimes(axes)},
-    optional={
-        "on": st.sampled_from(["cpu:8", "h100:8x8", "v5e:2x2", "nothing"]),
-        "order": st.one_of(st.sampled_from(["make_mesh", "row-major"]), st.permutations(range(8)), words),
-        "params": sometimes(rules(PARAM_AXES)),
-        "activations": sometimes(rules(ACTIVATION_AXES)),
-        "optimizer": sometimes(rules(PARAM_AXES)),
-        "method": sometimes(st.dictionaries(st.sampled_from(["accumulate", "remat", "context"]), words)),
-        "compiler": sometimes(st.fixed_dictionaries({"flags": st.one_of(st.lists(st.text()), words)})),
-        "check": sometimes(st.dictionaries(st.sampled_from(["model", "batch", "seq"]), words)),
-        "blocks": words,
-        "description": words,
-    },
+axes = st.fixed_dictionaries({name: st.sampled_from([1, 2, 4]) for name in MESH_AXES})
+likely = {  # each of these alone is right; together they may not be
+    "axes": axes,
+    "order": st.sampled_from(["make_mesh", "row-major"]),
+    "params": rules(PARAM_AXES),
+    "activations": rules(ACTIVATION_AXES),
+    "optimizer": rules(PARAM_AXES),
+    "method": st.fixed_dictionaries(
+        {"accumulate": st.integers(1, 3), "remat": st.sampled_from(["none", "full"])}
+    ),
+    "compiler": st.fixed_dictionaries({"flags": st.just(["--xla_x=1"])}),
+    "check": st.fixed_dictionaries({"model": st.sampled_from(list(MODELS)), "batch": st.integers(1, 64)}),
+}
+wrong = {
+    "on": st.sampled_from(["cpu:8", "h100:8x8", "nothing", 3]),
+    "axes": st.dictionaries(st.sampled_from(MESH_AXES), st.one_of(st.integers(), words)),
+    "order": st.one_of(st.permutations(range(8)), words),
+    "params": st.dictionaries(
+        st.sampled_from(PARAM_AXES), st.one_of(words, st.lists(st.sampled_from(MESH_AXES)))
+    ),
+    "activations": words,
+    "optimizer": words,
+    "method": st.dictionaries(st.sampled_from(["accumulate", "remat", "context", "pipeline", "odd"]), words),
+    "compiler": st.fixed_dictionaries({"flags": st.one_of(st.lists(st.text()), words)}),
+    "check": st.dictionaries(st.sampled_from(["model", "batch", "seq"]), words),
+    "blocks": st.one_of(words, st.dictionaries(st.sampled_from(["moe", "odd"]), words)),
+    "description": words,
+    "odd": words,
+}
+right = st.fixed_dictionaries(
+    {"axes": axes}, optional={key: value for key, value in likely.items() if key != "axes"}
+)
+plans = st.one_of(
+    right,
+    st.builds(dict.__or__, right, st.fixed_dictionaries({}, optional=wrong)),
+    st.fixed_dictionaries(wrong),
 )
 
 
@@ -73,7 +90,7 @@ def test_a_plan_or_a_user_error(table: dict[str, Any]) -> None:
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
     assert strategy_names(plan)
     try:
-        case = make_case(plan, "tiny", f"cpu:{plan.num_devices}")
+        case = make_case(plan, plan.check.model or "tiny", f"cpu:{plan.num_devices}")
     except Infeasible as error:
         assert error.nearest
         return

@@ -33,9 +33,17 @@ def test_a_file_names_itself(tmp_path: Path) -> None:
 def test_every_message_is_one_short_line_whatever_the_file_holds() -> None:
     key = '"a\\nb' + "x" * 5_000 + '"'
     deep = ".".join("k" * 20_000)
-    for text in (f"{key} = 1", f"{deep} = 1", f"on = {key}", f"[axes]\n{key} = 2", f"[params]\n{deep} = 1"):
+    for text in (
+        f"n = 0x{'f' * 9_000}",
+        f"{key} = 1",
+        f"{deep} = 1",
+        f"on = {key}",
+        f"[axes]\n{key} = 2",
+        f"[params]\n{deep} = 1",
+    ):
         with pytest.raises(UserError) as caught:
             plan_from_text(text, "f")
+        assert caught.value.problems
         for problem in caught.value.problems:
-            assert "\n" not in str(problem)
+            assert len(str(problem).splitlines()) == 1
             assert len(str(problem)) < 1_500
