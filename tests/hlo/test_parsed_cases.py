@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from hlo.described import CASES, GOLDEN, Collective, case_modules, case_text, find, operand_bytes
+
 from shardlab.hlo import attributes
 from shardlab.hlo.groups import flattened_groups, flattened_pairs, parse_replica_groups
 from shardlab.hlo.module import Module

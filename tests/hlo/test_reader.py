@@ -8,10 +8,10 @@ import re
 import time
 
 import pytest
+from hlo.described import GOLDEN, case_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hlo.described import GOLDEN, case_text
 from shardlab.errors import ParseError
 from shardlab.hlo.attributes import called_computations, metadata
 from shardlab.hlo.groups import parse_replica_groups

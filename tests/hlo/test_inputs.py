@@ -1,0 +1,149 @@
+"""What may be handed over, and what is said about what may not."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+from hlo.described import GOLDEN, case_text
+
+from shardlab import program
+from shardlab.errors import ParseError, UserError
+from shardlab.hlo import inputs
+from shardlab.hlo.inputs import read_bytes, read_sources
+from shardlab.program import Program
+
+TEXT = case_text("c01_iota_plain").encode()
+PROTO = (GOLDEN / "printed" / "permuted_mesh.hlo_module.pb").read_bytes()
+DUMP_PROTO = (GOLDEN / "printed" / "module_0000.jit__lambda.cpu_after_optimizations.hlo.pb").read_bytes()
+
+
+def zstd(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(data)
+
+
+FORMS = {
+    "text": (TEXT, "jit_c01"),
+    "text with a byte-order mark": (b"\xef\xbb\xbf" + TEXT, "jit_c01"),
+    "gzip": (gzip.compress(TEXT), "jit_c01"),
+    "two gzip members": (gzip.compress(TEXT[:99]) + gzip.compress(TEXT[99:]), "jit_c01"),
+    "zstd": (zstd(TEXT), "jit_c01"),
+    "gzip in zstd": (zstd(gzip.compress(TEXT)), "jit_c01"),
+    "module proto": (PROTO, "jit__lambda"),
+    "HloProto in gzip": (gzip.compress(DUMP_PROTO), "jit__lambda"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_formats_are_told_from_their_content(form: str, tmp_path: Path) -> None:
+    data, name = FORMS[form]
+    path = tmp_path / "no_telling_suffix"
+    path.write_bytes(data)
+    (source,) = read_sources(path)
+    assert [module.name for module in source.modules] == [name]
+    assert (source.name, source.program) == (str(path), None)
+
+
+def test_saved_program_keeps_its_facts(tmp_path: Path) -> None:
+    saved = Program(
+        name="p", backend="gpu", hlo_text=TEXT.decode(), num_devices=8, mesh={"data": 2, "model": 4}
+    )
+    program.save(saved, tmp_path / "p.shardlab")
+    (source,) = read_sources(tmp_path / "p.shardlab")
+    assert source.program == saved
+    assert source.modules[0].name == "jit_c01"
+
+
+def test_refused_program_has_no_modules(tmp_path: Path) -> None:
+    refused = Program(name="p", backend="tpu", hlo_text="", num_devices=8)
+    (tmp_path / "p").write_bytes(program.to_bytes(refused))
+    assert read_sources(tmp_path / "p")[0].modules == ()
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(TEXT))))
+    (source,) = read_sources("-")
+    assert (source.name, source.modules[0].name) == ("<stdin>", "jit_c01")
+
+
+def named(name: str) -> bytes:
+    return TEXT.replace(b"jit_c01", name.encode())
+
+
+def test_folder_gives_the_last_final_module_of_each_name(tmp_path: Path) -> None:
+    files = {
+        "module_0001.jit_a.before_optimizations.txt": b"broken",
+        "module_0001.jit_a.cpu_after_optimizations.txt": named("first_a"),
+        "module_0003.jit_a.cpu_after_optimizations.txt": named("last_a"),
+        "module_0003.jit_a.cpu_after_optimizations.hlo.pb": b"not read: text is there",
+        "module_0003.jit_a.cpu_after_optimizations-buffer-assignment.txt": b"broken",
+        "module_0002.jit_b.sm_9.0a_gpu_after_optimizations.txt": named("b"),
+        "module_0004.jit_c.d.cl_736.after_optimizations.txt": named("c"),
+        "module_0010.jit_e.gpu_after_optimizations.hlo.pb.gz": gzip.compress(PROTO),
+        "module_0011.after_optimizations.txt": named("long_1"),
+        "module_0012.after_optimizations.txt": named("long_2"),
+        "module_0003.jit_a.after_spmd_partitioner.txt": b"broken",
+        "module_0009.jit_a.cpu_after_optimizations.txt.tmp": b"broken",
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    names = [source.modules[0].name for source in read_sources(tmp_path)]
+    assert names == ["b", "last_a", "c", "jit__lambda", "long_1", "long_2"]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "it is empty"),
+        (b" \n", "it is empty"),
+        (gzip.compress(b""), "it is empty"),
+        (bytes(range(256)) * 4, "binary, but no HLO proto"),
+        (DUMP_PROTO[:500], "binary, but no HLO proto"),
+        (gzip.compress(TEXT)[:-20], "gzip data is cut off"),
+        (gzip.compress(TEXT)[:20] + b"xxxx" + gzip.compress(TEXT)[24:], "gzip data is damaged"),
+        (zstd(TEXT)[:20] + b"xxxx" + zstd(TEXT)[24:], "zstd data is damaged"),
+        (b'{"schema": "shardlab.report/1"}', "not a saved program"),
+        (b"{" * 100_000, "not a saved program"),
+    ],
+)
+def test_what_cannot_be_read(data: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "input"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=words) as caught:
+        read_sources(path)
+    assert caught.value.problems[0].where == str(path)
+    assert caught.value.problems[0].fix
+
+
+def test_broken_text_points_into_the_file(tmp_path: Path) -> None:
+    (tmp_path / "cut.hlo").write_bytes(TEXT[:-20])
+    with pytest.raises(ParseError) as caught:
+        read_sources(tmp_path / "cut.hlo")
+    assert str(caught.value).startswith(f"{tmp_path / 'cut.hlo'}:11:")
+
+
+def test_cut_zstd_is_refused() -> None:
+    """A frame cut short decompresses to a shorter text, which the reader then sees to be cut."""
+    with pytest.raises((UserError, ParseError)):
+        read_bytes(zstd(TEXT)[:-30])
+
+
+def test_missing_file_and_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        read_sources(tmp_path / "nothing")
+    with pytest.raises(UserError, match="no file in this folder"):
+        read_sources(tmp_path)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstd], ids=["gzip", "zstd"])
+def test_bombs_are_refused(pack, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(inputs, "MAX_INPUT_BYTES", 1 << 20)
+    assert read_bytes(pack(TEXT)).modules
+    with pytest.raises(UserError, match="holds more than"):
+        read_bytes(pack(TEXT + b"\n" * (8 << 20)))
+    with pytest.raises(UserError, match="holds more than"):
+        read_bytes(TEXT + b"\n" * (2 << 20))
