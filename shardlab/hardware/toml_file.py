@@ -10,6 +10,7 @@ from shardlab.errors import Problem, UserError
 
 MAX_FILE_BYTES = 1 << 20
 MAX_LINE = 500  # characters; longer lines are not searched for keys
+MAX_DOTS = 100  # in a line: tomllib needs memory in the square of a dotted key's parts
 MAX_LISTED = 40  # known words listed in a message
 MAX_QUOTED = 60  # characters of a value shown in a message
 Table = dict[str, object]
@@ -40,6 +41,10 @@ def parse_toml(text: str, where: str) -> Table:
     """The document. Raises UserError with the line of a syntax error."""
     import tomllib  # reading HLO needs no TOML
 
+    if dotted := next((n for n, line in enumerate(text.split("\n"), 1) if line.count(".") > MAX_DOTS), None):
+        raise UserError(
+            Problem(f"{where}:{dotted}", f"more than {MAX_DOTS} dots in a line", "use shorter keys")
+        )
     try:
         table = tomllib.loads(text.replace("\r\n", "\n"))
     except RecursionError:
@@ -57,7 +62,7 @@ def parse_toml(text: str, where: str) -> Table:
 
 
 def _has_long_number(table: Table) -> bool:
-    """TOML's whole numbers have 64 bits; Python's reader takes any, and longer ones cannot even be printed."""
+    """TOML's whole numbers have 64 bits; Python reads any, and longer ones cannot even be printed."""
     stack: list[object] = [table]
     while stack:
         value = stack.pop()
