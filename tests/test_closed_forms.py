@@ -1,6 +1,7 @@
 """shard_map programs against their closed forms, to the byte: the second counter and the analysis.
 
-The programs (second_counter/shard_map_programs.py) are compiled here and now for eight emulated CPU devices.
+The programs (second_counter/shard_map_programs.py) are compiled here and now, for eight emulated CPU devices
+and for eight GPUs. XLA:TPU pads reduce-scatters and repairs them with permutes, so it has no closed form here.
 """
 
 from __future__ import annotations
@@ -17,22 +18,25 @@ from second_counter.counter import Range
 from second_counter.shard_map_programs import NUM_DEVICES, Program, programs, wire_bytes
 
 from shardlab.analysis import analyze
+from shardlab.compile.environment import child_environment
+from shardlab.hardware.catalog import load_machine
 
 SCRIPT = Path(__file__).parent / "second_counter" / "shard_map_programs.py"
 NOTHING = (0, 0)
 every_program = pytest.mark.parametrize("program", programs(), ids=lambda program: program.name)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(
+    scope="module",
+    params=["cpu:8", pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.matrix])],
+)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with NAME.hlo and NAME.pb of every program, compiled in a process of its own."""
     folder = tmp_path_factory.mktemp("shard_map")
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={NUM_DEVICES}",
-    }
-    subprocess.run([sys.executable, str(SCRIPT), str(folder)], env=environment, check=True, timeout=300)
+    environment = child_environment(load_machine(request.param), (), os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, str(SCRIPT), request.param, str(folder)]
+    subprocess.run(command, env=environment, check=True, timeout=600, capture_output=True)
     return folder
 
 

@@ -1,9 +1,8 @@
 """shard_map programs whose traffic is known in closed form, as trees that are read twice.
 
-`wire_bytes` reads a tree by arithmetic; run as a script, this module reads it as JAX, compiles it for
-emulated CPU devices, and writes the HLO text and the serialized module. Arrays are f32, so that XLA:CPU does
-not widen them; each collective depends on the one before through a tanh and has its own size, so that XLA
-cannot merge or move it.
+`wire_bytes` reads a tree by arithmetic; run as a script, this module reads it as JAX, compiles it, and writes the
+HLO text and the serialized module. Arrays are f32, so that XLA:CPU does not widen them; each collective depends
+on the one before through a tanh and has its own size, so that XLA cannot merge or move it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardlab.compile.target import Target
 
 LOCAL_ROWS, COLUMNS, F32_BYTES = 64, 16, 4
 NUM_DEVICES = 8
@@ -247,36 +249,45 @@ def run_repeat(node: Repeat, body: Callable[[Any], Any], bound: Any, x: Any) -> 
     return jax.lax.scan(lambda x, _: (body(x), None), x, length=node.trips)[0]
 
 
-def compile_program(program: Program) -> Any:
-    """jax.stages.Compiled for 8 emulated CPU devices."""
+def compile_program(program: Program, target: Target) -> Any:
+    """jax.stages.Compiled for the target's eight devices."""
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.sharding import Mesh, PartitionSpec
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    shape = tuple(program.mesh.values())
-    mesh = Mesh(np.array(jax.devices()).reshape(shape), tuple(program.mesh))
-    rows = PartitionSpec(tuple(program.mesh))
+    mesh = Mesh(np.array(target.devices).reshape(tuple(program.mesh.values())), tuple(program.mesh))
+    rows, replicated = PartitionSpec(tuple(program.mesh)), PartitionSpec()
     function = jax.shard_map(
         lambda x, flag, bound: run_nodes(program.nodes, program.mesh, flag, bound, x),
         mesh=mesh,
-        in_specs=(rows, PartitionSpec(), PartitionSpec()),
+        in_specs=(rows, replicated, replicated),
         out_specs=rows,
         check_vma=False,
     )
-    x = jax.ShapeDtypeStruct((NUM_DEVICES * LOCAL_ROWS, COLUMNS), jnp.float32)
-    flag, bound = jax.ShapeDtypeStruct((), jnp.bool_), jax.ShapeDtypeStruct((), jnp.int32)
-    return jax.jit(function).trace(x, flag, bound).lower().compile()
+    arguments = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in (
+            ((NUM_DEVICES * LOCAL_ROWS, COLUMNS), jnp.float32, rows),
+            ((), jnp.bool_, replicated),
+            ((), jnp.int32, replicated),
+        )
+    )
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(target.platform,)).compile()
 
 
-def main(folder: Path) -> None:
-    """Compile all programs into NAME.hlo and NAME.pb."""
+def main(machine: str, folder: Path) -> None:
+    """Compile all programs for a machine of eight devices into NAME.hlo and NAME.pb."""
+    from shardlab.compile.target import open_target
+    from shardlab.hardware.catalog import load_machine
+
+    target = open_target(load_machine(machine))
     for program in programs():
-        compiled = compile_program(program)
+        compiled = compile_program(program, target)
         (folder / f"{program.name}.hlo").write_text(compiled.as_text())
         module = compiled.runtime_executable().hlo_modules()[0]
         (folder / f"{program.name}.pb").write_bytes(module.as_serialized_hlo_module_proto())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))
