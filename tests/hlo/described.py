@@ -1,6 +1,6 @@
 """What the described cases a01 to c23 hold, from the tables of the format notes: not from our own output.
 
-Bytes are those of one device: IN sums the operands that carry data, OUT the result (of the done op for pairs).
+Bytes of one device: IN sums the operands that carry data, OUT the result (of the done op for pairs).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DATA_4x4 = [{0, 4, 8, 12}, {1, 5, 9, 13}, {2, 6, 10, 14}, {3, 7, 11, 15}]
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One printed collective: its name, the operands that carry data, their bytes, the result's bytes, its groups.
+    """One printed collective: its name, bytes of the operands that carry data and of the result, groups.
 
     done: the instruction whose shape is the result, where it is not the collective itself.
     """

@@ -36,8 +36,9 @@ PAIRS = [
     ("permuted_mesh.hlo", "permuted_mesh.hlo_module.pb"),
 ]
 IDS = ["cpu dump", "gpu dump", "bare HloModuleProto"]
-SAME_TEXT = ["dimensions", "direction", "custom_call_target", "kind", "source_target_pairs", "dim_labels", "slice",
-             "lhs_contracting_dims", "rhs_contracting_dims", "lhs_batch_dims", "rhs_batch_dims", "dynamic_slice_sizes",
+SAME_TEXT = ["dimensions", "direction", "custom_call_target", "kind", "source_target_pairs", "dim_labels",
+             "slice", "lhs_contracting_dims", "rhs_contracting_dims", "lhs_batch_dims", "rhs_batch_dims",
+             "dynamic_slice_sizes",
              "use_global_device_ids", "index"]  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def test_cut_protos_are_refused(proto: str) -> None:
         except ParseError as error:
             assert error.source == "<proto>"
         else:
-            # A cut between two fields of a bare module leaves a message whose entry and computations are whole.
+            # A bare module cut between two fields is a message whose entry and computations are whole.
             assert module is data and read.entry in read.computations
 
 

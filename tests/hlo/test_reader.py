@@ -1,4 +1,4 @@
-"""The reader: print styles agree, cut and broken text is an error that points, nothing depends on the stack."""
+"""The reader: print styles agree, cut or broken text is an error that points, depth costs no stack."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ COMPRESSED = sorted([*PRINTED.glob("*.hlo.gz"), *PRINTED.glob("*.txt.gz")])
 EVERY_TEXT = [pytest.param(path, id=path.name.removesuffix(".gz")) for path in [*TEXTS, *COMPRESSED]]
 STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"' + r"|'[^']*'", re.DOTALL)
 
-ADD = "%add (x: f32[], y: f32[]) -> f32[] {\n  %x = f32[] parameter(0)\n  %y = f32[] parameter(1)\n  ROOT %s = f32[] add(%x, %y)\n}\n"
-ENTRY = "ENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n  ROOT %n = f32[8]{0} negate(%p)\n}\n"
+ADD = "%add (x: f32[], y: f32[]) -> f32[] {\n  %x = f32[] parameter(0)\n  %y = f32[] parameter(1)\n"
+ADD += "  ROOT %s = f32[] add(%x, %y)\n}\n"
+ENTRY = "ENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n"
+ENTRY += "  ROOT %n = f32[8]{0} negate(%p)\n}\n"
 HEADER = "HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}, num_partitions=8\n\n"
 
 
@@ -155,7 +157,7 @@ ERRORS = [
     (HEADER + ENTRY.replace("negate(%p)", "negate(%p"), 6, 1, "does not close '('"),
     (HEADER + ENTRY.replace("negate(%p)", "negate((%p)").rstrip("}\n"), 5, 29, "never closed"),
     (HEADER + ENTRY.replace("negate(%p)", "negate(%p))"), 5, 33, "expected an instruction"),
-    (HEADER + ENTRY.replace("negate(%p)", 'negate(%p), metadata={op_name="x}'), 5, 53, "string is never closed"),
+    (HEADER + ENTRY.replace("negate(%p)", 'negate(%p), metadata={op_name="x}'), 5, 53, "string is never"),
     (HEADER + ENTRY.replace("negate(%p)", "negate(%p), metadata"), 5, 35, "expected an attribute"),
     (HEADER + ENTRY.replace("negate(%p)", "negate(%p), index="), 6, 1, "has no value"),
     (HEADER + ENTRY.replace("f32[8]{0} negate", "f32[8,x]{0} negate"), 5, 13, "expected an array"),
@@ -264,7 +266,7 @@ def test_call_chain_of_five_thousand() -> None:
 
 
 def test_names_may_look_like_structure() -> None:
-    """Hostile axis names hold a newline and a closing brace; a line inside one looks like an instruction."""
+    """A hostile axis name holds a closing brace on its own line, then what looks like an instruction."""
     name = "x\n}\n\nENTRY %evil (p: f32[8]) -> f32[8] {\n  %q = f32[8]{0} all-reduce(%p), to_apply=%add\n"
     groups = f"mesh['{name}'=8] {{'{name}'}}"
     text = (
@@ -299,7 +301,7 @@ def seconds(text: str) -> float:
 
 
 def test_time_grows_with_the_text_and_not_faster() -> None:
-    """Twelve times the lines in well under twelve squared of the time; a V1 list of 9,000 devices on each of them."""
+    """Twelve times the lines, well under twelve squared of the time; each line lists 9,000 devices."""
     groups = "{" + ",".join(f"{{{2 * i},{2 * i + 1}}}" for i in range(4500)) + "}"
     line = "  %a{i} = f32[8]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add\n"
 

@@ -166,9 +166,12 @@ def test_axes_are_kept_as_printed() -> None:
     "text",
     [
         "", "0", "{", "{{0,1}", "{{0,1}{2,3}}", "{{0,1},}", "{{0,0}}", "{{0,1},{1,2}}", "{{-1}}", "{{0,a}}",
-        "[2,4]<=[9]", "[2,4]<=[2,4]T(1,1)", "[2,4]<=[2,4]T(0)", "[0,4]<=[0]", "[8]<=[8]", "[2,4]<=", "[2,2,2]<=[8]",
-        f"[{MAX_IDS * 2},1]<=[{MAX_IDS * 2}]", "mesh['a'=2", "mesh['a'=2]", "mesh['a'=2] {'b'}", "mesh['a'=0] {'a'}",
-        "mesh['a'=6] {'a':(4)2}", "mesh['a'=4] {'a':(2)4}", "mesh['a'=4] {'a':(1)4,'a':(2)2}", "mesh['a'=2] {'a','a'}",
+        "[2,4]<=[9]", "[2,4]<=[2,4]T(1,1)", "[2,4]<=[2,4]T(0)", "[0,4]<=[0]", "[8]<=[8]", "[2,4]<=",
+        "[2,2,2]<=[8]",
+        f"[{MAX_IDS * 2},1]<=[{MAX_IDS * 2}]", "mesh['a'=2", "mesh['a'=2]", "mesh['a'=2] {'b'}",
+        "mesh['a'=0] {'a'}",
+        "mesh['a'=6] {'a':(4)2}", "mesh['a'=4] {'a':(2)4}", "mesh['a'=4] {'a':(1)4,'a':(2)2}",
+        "mesh['a'=2] {'a','a'}",
         "mesh['a'=2], device_ids=(0) {'a'}", "mesh['a'=2], device_ids=(1,1) {'a'}", "mesh['a'=2] {'a'} x",
         "mesh['a'=2], ids=(0,1) {'a'}", "mesh['a'=99999999,'b'=99999999] {'a'}", "mesh['a=2] {'a'}",
     ],
@@ -183,7 +186,7 @@ def collective(opcode: str, **attributes: str) -> Instruction:
 
 
 MODES = [
-    # opcode, channel id, use_global_device_ids, groups of 2 replicas x 3 partitions as the text has them, flattened
+    # opcode, channel id, use_global_device_ids, groups in the text (2 replicas x 3 partitions), flattened
     ("all-reduce", None, None, "{{0,1}}", ((0, 3), (1, 4), (2, 5))),
     ("all-reduce", None, None, "{}", ((0, 3), (1, 4), (2, 5))),
     ("all-reduce", "1", None, "{{0,1}}", ((0, 1, 2, 3, 4, 5),)),

@@ -87,8 +87,10 @@ def test_bound_is_marked_through_tuples() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "f32", "f32[", "f32[8", "f32[8]{0", "f32[8,]", "f32[-1]", "f32[8] f32[8]", "(f32[8]", "(f32[8],)", "f32[8])",
-     "(f32[8] f32[8])", "f32[8}{", "b()", "b(f32[8], f32[8])", "F32[8]", "f32[1x2]", "f32[99999999999999999999999]"],
+    ["", "f32", "f32[", "f32[8", "f32[8]{0", "f32[8,]", "f32[-1]", "f32[8] f32[8]", "(f32[8]", "(f32[8],)",
+     "f32[8])",
+     "(f32[8] f32[8])", "f32[8}{", "b()", "b(f32[8], f32[8])", "F32[8]", "f32[1x2]",
+     "f32[99999999999999999999999]"],
 )  # fmt: skip
 def test_broken_text_is_refused(text: str) -> None:
     with pytest.raises(ParseError) as caught:
