@@ -1,7 +1,7 @@
 """shard_map programs against their closed forms, to the byte: the second counter and the analysis.
 
 The programs (second_counter/shard_map_programs.py) are compiled here and now, for eight emulated CPU devices
-and for eight GPUs. XLA:TPU pads reduce-scatters and repairs them with permutes, so it has no closed form here.
+and for eight GPUs. XLA:TPU pads reduce-scatters and repairs them with permutes: no closed form here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """shard_map programs whose traffic is known in closed form, as trees that are read twice.
 
-`wire_bytes` reads a tree by arithmetic; run as a script, this module reads it as JAX, compiles it, and writes the
-HLO text and the serialized module. Arrays are f32, so that XLA:CPU does not widen them; each collective depends
-on the one before through a tanh and has its own size, so that XLA cannot merge or move it.
+`wire_bytes` reads a tree by arithmetic; run as a script, this module reads it as JAX, compiles it, and writes
+the HLO text and the serialized module. Arrays are f32, so that XLA:CPU does not widen them; each collective
+depends on the one before through a tanh and has its own size, so that XLA cannot merge or move it.
 """
 
 from __future__ import annotations
