@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,10 @@ def _analyze_module(
     backend = program.backend if program else backend_of(active)
     found = find_collectives(module, graph.sites, backend)
     collectives = [item for item in found if isinstance(item, Collective)]
+    if device_ids is None and program is None and mesh is not None:
+        # A proto records which device stands at each position; of a multi-slice program, for one slice only.
+        recorded = module.device_assignment or ()
+        device_ids = recorded if len(recorded) == math.prod(mesh.values()) else None
     placement = place(module, mesh, device_ids, [c.instruction for c in collectives if c.target is None])
     rows = Rows(module, graph, mesh, device_ids, machine, placement, is_training(active))
     built = [rows.row(collective) for collective in collectives]

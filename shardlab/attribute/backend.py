@@ -6,15 +6,11 @@ from collections.abc import Iterable
 
 from shardlab.hlo.module import Instruction
 
+# Quoted or not: a proto holds the configuration as a string.
 _MARKS = {
-    "tpu": ('"flag_configs"', '"scoped_memory_configs"', '"used_scoped_memory_configs"'),
-    "gpu": (
-        '"collective_backend_config"',
-        '"operation_queue_id"',
-        '"force_earliest_schedule"',
-        "scheduling_name=",
-    ),
-    "cpu": ('"outer_dimension_partitions"', '"fusion_config"'),
+    "tpu": ("flag_configs", "scoped_memory_configs"),
+    "gpu": ("collective_backend_config", "operation_queue_id", "force_earliest_schedule", "scheduling_name="),
+    "cpu": ("outer_dimension_partitions", "fusion_config"),
 }
 UNKNOWN = "unknown"
 

@@ -272,7 +272,8 @@ def _is_scatter_fusion(
 def _is_asynchronous(
     computation: Computation, instruction: Instruction, around: tuple[CallSite, ...]
 ) -> bool:
-    if config_value(instruction, "collective_backend_config", "is_sync") is True:
+    printed = (instruction, *(site.instruction for site in around))
+    if any(config_value(one, "collective_backend_config", "is_sync") is True for one in printed):
         return False
     started = instruction.opcode.endswith("-start") or any(site.role == "async" for site in around)
     return started or "AsyncCollectiveStart" in _custom_call_targets(computation)

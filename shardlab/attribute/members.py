@@ -81,10 +81,7 @@ def place(
     slices, rest = divmod(total, devices)
     if rest or not slices or (slices > 1 and replicas > 1):
         raise UserError(_wrong_size(mesh, total, devices, module.name))
-    if device_ids is not None and len(device_ids) != total:
-        what = f"{len(device_ids)} device ids for {total} mesh positions"
-        raise UserError(Problem("device ids", what, "list one device per position, in row-major mesh order"))
-    where = None if device_ids is None else {_plain(d, devices): i for i, d in enumerate(device_ids)}
+    where = None if device_ids is None else _where(device_ids, total, devices)
     return Placement(
         replicas=replicas,
         partitions=partitions,
@@ -199,6 +196,21 @@ def _wrong_size(mesh: Mapping[str, int] | None, total: int, devices: int, name: 
     shape = " x ".join(f"{axis}={size}" for axis, size in (mesh or {}).items())
     what = f"the mesh {shape} has {total} devices, but module {name} is compiled for {devices}"
     return Problem("axes", what, f"give axes whose product is {devices}, or a multiple of it for TPU slices")
+
+
+def _where(device_ids: Sequence[int], total: int, per_slice: int) -> dict[int, int]:
+    """Device id -> position."""
+    if len(device_ids) != total:
+        what = f"{len(device_ids)} device ids for {total} mesh positions"
+        raise UserError(Problem("device ids", what, "list one device per position, in row-major mesh order"))
+    where: dict[int, int] = {}
+    for position, device in enumerate(device_ids):
+        if _plain(device, per_slice) in where:
+            raise UserError(
+                Problem("device ids", f"device {device} is listed twice", "list each device once")
+            )
+        where[_plain(device, per_slice)] = position
+    return where
 
 
 def _plain(device: int, per_slice: int) -> int:

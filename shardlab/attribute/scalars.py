@@ -276,20 +276,30 @@ class Slice:
             return self._unknown(odd)
         if all(node.op == "constant" for node in nodes):
             try:
-                value = evaluate(opcode, direction, [node.value for node in nodes], dtype)
+                node = Node(opcode, dtype, tuple(range(len(nodes))), note=direction)
+                value = operation(node)({index: node.value for index, node in enumerate(nodes)})
             except (ZeroDivisionError, ValueError, TypeError) as error:
                 return self._unknown(f"{opcode}: {error}")
             return self._add(Node("constant", dtype, value=value))
         return self._add(Node(opcode, dtype, args, note=direction))
 
 
-def evaluate(opcode: str, direction: str, args: list[int], dtype: str) -> int:
-    """The value of one operation, wrapped to `dtype`. Raises ZeroDivisionError, ValueError, TypeError."""
-    if opcode == "compare":
-        return int(COMPARISONS[direction](*args)) if direction in COMPARISONS else _no_direction(direction)
-    if opcode in _SAME_VALUE:
-        return wrap(args[0], dtype)
-    return wrap(OPERATIONS[opcode](*args), dtype)
+def operation(node: Node) -> Callable[[Mapping[int, int]], int]:
+    """What computes `node` from the values of its arguments, wrapped to its type.
+
+    Calling it raises ZeroDivisionError, ValueError or TypeError where the arithmetic is not defined.
+    """
+    if node.op == "compare":
+        compute: Callable[..., int | bool] = COMPARISONS.get(node.note, _undefined)
+    elif node.op in _SAME_VALUE:
+        compute = int
+    else:
+        compute = OPERATIONS[node.op]
+    dtype = node.dtype
+    if len(node.args) == 2:
+        left, right = node.args
+        return lambda values: wrap(compute(values[left], values[right]), dtype)
+    return lambda values: wrap(compute(*(values[arg] for arg in node.args)), dtype)
 
 
 def wrap(value: int, dtype: str) -> int:
@@ -342,8 +352,8 @@ def _integer(literal: str) -> int | None:
         return None
 
 
-def _no_direction(direction: str) -> int:
-    raise ValueError(f"unknown direction {direction!r}")
+def _undefined(*_: int) -> int:
+    raise ValueError("a comparison without a known direction")
 
 
 def _shift(value: int, by: int) -> int:

@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardlab.attribute.edges import CallSites
-from shardlab.attribute.scalars import LoopKey, Node, Path, Ref, Slice, evaluate, limits
+from shardlab.attribute.scalars import LoopKey, Node, Path, Ref, Slice, limits, operation
 from shardlab.hlo.attributes import computation_names, known_trip_count
 from shardlab.hlo.module import Instruction, Module
 
-MAX_ITERATIONS = 1_000_000
-MAX_OPERATIONS = 4_000_000
+MAX_ITERATIONS = 100_000
 
 _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "EQ": "EQ", "NE": "NE"}
 
@@ -152,22 +151,29 @@ def _count(machine: _Machine) -> int | str:
 
 
 def _closed_form(machine: _Machine) -> int | None:
-    """Trips of `counter ◇ limit` with `counter += step`; None when the test is anything else, or would wrap
-    around.
+    """Trips of `counter + offset ◇ limit` with `counter += step`; None when the test is anything else, or
+    would wrap around.
     """
     nodes, test = machine.nodes, machine.nodes[machine.test]
     if test.op != "compare" or test.note not in _MIRRORED:
         return None
     (left, right), direction = test.args, test.note
-    if nodes[right].op == "state" and _fixed(machine, right) is None:
+    if _linear(machine, left) is None:
         left, right, direction = right, left, _MIRRORED[direction]
-    limit, step = _fixed(machine, right), _step(machine, left)
-    if limit is None or step is None:
+    counter, limit = _linear(machine, left), _fixed(machine, right)
+    if counter is None or limit is None:
         return None
-    start = machine.first[left]
+    state, offset = counter
+    after = _linear(machine, machine.after[state])
+    if after is None or after[0] != state:
+        return None
+    start, step = machine.first[state] + offset, after[1]
     count = _arithmetic(start, step, limit, direction)
+    if count is None:
+        return None
     low, high = limits(nodes[left].dtype)
-    return count if count is not None and low <= start + step * count <= high else None
+    ends = (start, start + step * count)
+    return count if low <= min(ends) and max(ends) <= high else None
 
 
 def _fixed(machine: _Machine, index: int) -> int | None:
@@ -178,18 +184,21 @@ def _fixed(machine: _Machine, index: int) -> int | None:
     return machine.first[index] if machine.after.get(index) == index else None
 
 
-def _step(machine: _Machine, index: int) -> int | None:
-    """What is added to state `index` each trip."""
-    if index not in machine.after:
+def _linear(machine: _Machine, index: int) -> tuple[int, int] | None:
+    """A node as (changing state, what is added to it), through additions of what never changes."""
+    offset = 0
+    while machine.nodes[index].op in ("add", "subtract"):
+        node = machine.nodes[index]
+        left, right = node.args
+        by = _fixed(machine, right)
+        if by is None and node.op == "add":
+            left, by = right, _fixed(machine, left)
+        if by is None:
+            return None
+        index, offset = left, offset + (by if node.op == "add" else -by)
+    if machine.nodes[index].op != "state" or _fixed(machine, index) is not None:
         return None
-    change = machine.nodes[machine.after[index]]
-    if change.op not in ("add", "subtract") or index not in change.args:
-        return None
-    other = change.args[1] if change.args[0] == index else change.args[0]
-    by = _fixed(machine, other)
-    if change.op == "add" or by is None:
-        return by
-    return -by if change.args[0] == index else None
+    return index, offset
 
 
 def _arithmetic(start: int, step: int, limit: int, direction: str) -> int | None:
@@ -215,18 +224,16 @@ def _arithmetic(start: int, step: int, limit: int, direction: str) -> int | None
 
 
 def _simulate(machine: _Machine) -> int | str:
-    """Run the loop's integers; a state that comes back, or too long a run, is not a count."""
+    """Run the loop's integers; a state that stands still, or too long a run, is not a count."""
     values = {**machine.first}
     for index in machine.program:
         if machine.nodes[index].op == "constant":
             values[index] = machine.nodes[index].value
-    running = tuple(i for i in machine.program if machine.nodes[i].op != "constant")
-    most = min(MAX_ITERATIONS, MAX_OPERATIONS // max(1, len(running)))
-    for trip in range(most):
+    running = [(i, operation(machine.nodes[i])) for i in machine.program if machine.nodes[i].op != "constant"]
+    for trip in range(MAX_ITERATIONS):
         try:
-            for index in running:
-                node = machine.nodes[index]
-                values[index] = evaluate(node.op, node.note, [values[arg] for arg in node.args], node.dtype)
+            for index, compute in running:
+                values[index] = compute(values)
         except (ZeroDivisionError, ValueError, TypeError) as error:
             return f"the loop's arithmetic fails: {error}"
         if not values[machine.test]:
@@ -235,4 +242,4 @@ def _simulate(machine: _Machine) -> int | str:
         if all(values[state] == value for state, value in following.items()):
             return "the loop's counter stands still"
         values.update(following)
-    return f"the loop does not end within {most} trips"
+    return f"the loop does not end within {MAX_ITERATIONS} trips"
