@@ -260,7 +260,7 @@ def test_tpu_chain_counts_its_start_only() -> None:
     for identity, target, flags in (
         (2, "AsyncCollectiveStart", config),
         (3, None, later),
-        (4, "AsyncCollectiveDone", later),
+        (4, "AsyncCollectiveDone", None),
     ):
         part = Builder(identity)
         gathered = part.add("all-gather", operands=[part.parameter()], extra=MODEL, config=flags)
@@ -405,8 +405,8 @@ def test_conditional_runs_one_branch() -> None:
 # --- real modules
 
 MIB = 1 << 20
-# FSDP(data) x TP(model) MLPs with remat: per layer two weights, each gathered twice; one activation all-reduce
-# forward and one backward; two gradient reduce-scatters of the gathered weight.
+# FSDP(data) x TP(model) MLPs with remat: per layer two weights, each gathered twice; one activation
+# all-reduce forward and one backward; two gradient reduce-scatters of the gathered weight.
 REAL = {
     "cpu_permuted_mesh.pb": (MESH, {"all-reduce": 768}),
     "cpu_shard_map_ops.hlo.pb.gz": (
