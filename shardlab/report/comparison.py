@@ -174,16 +174,31 @@ def _unranked_table(rows: Sequence[Unranked], machines: bool) -> Table:
 
 
 def _common_notes(reports: Sequence[CaseReport]) -> tuple[str, ...]:
-    """Each note once, with the plans that it is about unless it is about every plan with an answer."""
-    answered = {report.case.plan.name for report in reports if report.analysis is not None}
-    holders: dict[str, dict[str, None]] = {}
+    """Each note once, and what it is about unless that is every case with an answer."""
+    holders: dict[str, list[CaseReport]] = {}
     for report in reports:
-        for note in (*((EMULATED_NOTE,) if report.emulated else ()), *report.notes, *_ledger_note(report)):
-            holders.setdefault(note, {})[report.case.plan.name] = None
+        emulated = (EMULATED_NOTE,) if report.emulated else ()
+        for note in dict.fromkeys((*emulated, *report.notes, *_ledger_note(report))):
+            holders.setdefault(note, []).append(report)
+    answered = [report for report in reports if report.analysis is not None]
     return tuple(
-        note if note == EMULATED_NOTE or answered <= names.keys() else f"{', '.join(names)}: {note}"
-        for note, names in holders.items()
+        note if note == EMULATED_NOTE else _about(held, answered) + note for note, held in holders.items()
     )
+
+
+def _about(held: Sequence[CaseReport], answered: Sequence[CaseReport]) -> str:
+    """`h100:64x8: ` for every plan on a machine, `fsdp8: ` for a plan on every machine, else each case."""
+    missing = [report for report in answered if report not in held]
+    if not missing:
+        return ""
+    ways: tuple[Callable[[CaseReport], str], ...] = (
+        lambda report: report.case.machine,
+        lambda report: report.case.plan.name,
+        lambda report: f"{report.case.plan.name} on {report.case.machine}",
+    )
+    others = ({way(report) for report in missing} for way in ways)
+    way = next(way for way, other in zip(ways, others, strict=True) if not other & set(map(way, held)))
+    return f"{', '.join(dict.fromkeys(map(way, held)))}: "
 
 
 def _ledger_note(report: CaseReport) -> tuple[str, ...]:

@@ -87,6 +87,22 @@ def test_a_note_that_all_plans_share_is_said_once() -> None:
     assert page.notes == ("same", "a: only a")
 
 
+def test_a_note_names_the_machine_or_the_plan_or_the_case_that_it_is_about() -> None:
+    everywhere = [(name, machine) for name in ("a", "b") for machine in ("h100:1x8", "v5e:2x4")]
+    notes = {
+        ("a", "h100:1x8"): ("machine", "case"),
+        ("b", "h100:1x8"): ("machine", "plan"),
+        ("a", "v5e:2x4"): (),
+        ("b", "v5e:2x4"): ("plan",),
+    }
+    rows = [report(case=case(*key), notes=notes[key]) for key in everywhere]
+    assert set(comparison_page(rank(rows)).notes) == {
+        "h100:1x8: machine",
+        "a on h100:1x8: case",
+        "b: plan",
+    }
+
+
 def test_a_ledger_that_is_not_empty_is_mentioned() -> None:
     entry = LedgerEntry(what="custom-call", name="x", why="opaque")
     with_ledger = report("a", analysis=replace(analysis(), ledger=(entry,)))
