@@ -49,6 +49,12 @@ class Metadata:
     stack_frame_id: int = 0
 
 
+def instruction_error(instruction: Instruction, message: str) -> ParseError:
+    """The error for what an instruction says; it points to the start of the instruction's line."""
+    column = 1 if instruction.line else 0
+    return ParseError(f"{instruction.name}: {message}", line=instruction.line, column=column)
+
+
 def computation_names(instruction: Instruction, attribute: str) -> tuple[str, ...]:
     """Names in `to_apply=%add`, `calls=%a, %b` or `branch_computations={%a, %b}`, without `%`, in order."""
     raw = instruction.attributes.get(attribute)
@@ -125,9 +131,7 @@ def config_value(instruction: Instruction, *path: str) -> object | None:
         return None
     value: object = backend_config(instruction)
     if not value:
-        raise ParseError(
-            f"{instruction.name}: the backend config is not JSON: {text[:60]!r}", line=instruction.line
-        )
+        raise instruction_error(instruction, f"the backend config is not JSON: {text[:60]!r}")
     for key in path:
         if not isinstance(value, dict) or key not in value:
             return None

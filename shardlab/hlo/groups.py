@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import NoReturn
 
 from shardlab.errors import ParseError
-from shardlab.hlo.attributes import channel_id, is_true
+from shardlab.hlo.attributes import channel_id, instruction_error, is_true
 from shardlab.hlo.lexer import Text, without_comments
 from shardlab.hlo.module import Instruction
 
@@ -220,13 +220,16 @@ def _expand_mesh(
     sizes = [size for _, size in mesh]
     ids = _mesh_ids(text, _check_size(text, sizes), ids_text)
     factors: list[tuple[int, int]] = []
-    listed: dict[int, list[tuple[int, int]]] = {}
+    listed: dict[int, tuple[int, int]] = {}
     for (name, size), stride in zip(mesh, _strides(sizes), strict=True):
         refs = {index: ref for index, ref in enumerate(axes) if ref.name == name}
         for index, factor in _split_axis(text, size, stride, refs):
-            (factors if index is None else listed.setdefault(index, [])).append(factor)
+            if index is None:
+                factors.append(factor)
+            else:
+                listed[index] = factor
     rows = _offsets(factors)
-    columns = _offsets(factor for index in sorted(listed) for factor in listed[index])
+    columns = _offsets(listed[index] for index in sorted(listed))
     return tuple(tuple(ids[row + column] for column in columns) for row in rows)
 
 
@@ -248,8 +251,7 @@ def _mesh_ids(text: str, count: int, ids_text: str | None) -> list[int]:
 def _split_axis(
     text: str, size: int, stride: int, refs: dict[int, AxisRef]
 ) -> list[tuple[int | None, tuple[int, int]]]:
-    """Cut one axis into (size, stride) factors, each with the reference that takes it (None: not in the
-    group).
+    """Cut one axis into (size, stride) factors, each with the reference that takes it, if any.
 
     A sub-axis `(pre)part` takes the middle factor of [pre, part, size / (pre * part)].
     """
@@ -279,9 +281,7 @@ def group_mode(instruction: Instruction) -> str:
     has_global_ids = is_true(instruction, "use_global_device_ids")
     if channel_id(instruction) is None:
         if has_global_ids:
-            raise ParseError(
-                f"{instruction.name}: use_global_device_ids without channel_id", line=instruction.line
-            )
+            raise instruction_error(instruction, "use_global_device_ids without channel_id")
         return CROSS_REPLICA
     if instruction.opcode.removesuffix("-start") not in _REDUCERS:
         return CROSS_PARTITION
@@ -293,16 +293,22 @@ def flattened_groups(instruction: Instruction, num_replicas: int, num_partitions
 
     Groups that the text leaves empty are spelled out. Raises ParseError for an id that does not exist.
     """
-    text = instruction.attributes.get("replica_groups", "{}")
-    return flatten(text, group_mode(instruction), num_replicas, num_partitions)
+    text, mode = instruction.attributes.get("replica_groups", "{}"), group_mode(instruction)
+    try:
+        return flatten(text, mode, num_replicas, num_partitions)
+    except ParseError as error:
+        raise instruction_error(instruction, error.message) from None
 
 
 def flattened_pairs(
     instruction: Instruction, num_replicas: int, num_partitions: int
 ) -> tuple[tuple[int, int], ...]:
     """Source-target pairs of a permute as flattened positions: once per partition, or once per replica."""
-    pairs = parse_source_target_pairs(instruction.attributes.get("source_target_pairs", "{}"))
-    spread = _spread(pairs, group_mode(instruction), num_replicas, num_partitions)
+    text, mode = instruction.attributes.get("source_target_pairs", "{}"), group_mode(instruction)
+    try:
+        spread = _spread(parse_source_target_pairs(text), mode, num_replicas, num_partitions)
+    except ParseError as error:
+        raise instruction_error(instruction, error.message) from None
     return tuple((source, target) for source, target in spread)
 
 

@@ -252,3 +252,13 @@ def test_lists_of_nine_thousand_devices() -> None:
     groups = parse_replica_groups(text).groups
     assert groups[4499] == (8998, 8999)
     assert parse_replica_groups(text).groups is groups
+
+
+def test_errors_name_the_instruction_and_its_line() -> None:
+    given_attributes = {"channel_id": "1", "use_global_device_ids": "true", "replica_groups": "{{0,1}"}
+    instruction = Instruction(
+        name="ar.7", opcode="all-reduce", shape=Shape("f32"), attributes=given_attributes, line=42
+    )
+    with pytest.raises(ParseError, match=r"ar\.7: not replica groups") as caught:
+        flattened_groups(instruction, 1, 8)
+    assert (caught.value.line, caught.value.column) == (42, 1)
