@@ -1,5 +1,4 @@
-"""Values of the attributes that later stages ask for: called computations, metadata, backend config,
-frontend.
+"""Values of attributes that later stages ask for: called computations, metadata, configs.
 
 Each function takes an `Instruction` and reads its raw text; an attribute that is absent gives an empty value.
 """

@@ -28,8 +28,7 @@ def printed_head(text: Text, offset: int) -> tuple[str, int] | None:
 def add_printed_lines(
     text: Text, lines: Lines, offset: int, instructions: Instructions, last: str
 ) -> tuple[int, str, str]:
-    """Add the instructions that fill the lines from `offset` on, until one needs care or the computation
-    ends.
+    """Add the instructions that fill the lines from `offset` on, until one needs care.
 
     last: the name of the instruction before `offset`. Returns the offset to go on from, the name of the last
     instruction, and the name of the root if it was among them.
@@ -88,5 +87,10 @@ def _whole_rows(text: str, lines: Lines, rows: list[tuple[str, str, str, str]], 
 
 
 def _is_balanced(text: str, start: int, end: int) -> bool:
-    """Whether as many round and square brackets open as close."""
-    return all(text.count(a, start, end) == text.count(b, start, end) for a, b in ("()", "[]", "{}"))
+    """Whether as many brackets of each kind open as close."""
+    count = text.count
+    return (
+        count("(", start, end) == count(")", start, end)
+        and count("[", start, end) == count("]", start, end)
+        and count("{", start, end) == count("}", start, end)
+    )

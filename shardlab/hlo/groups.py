@@ -210,6 +210,8 @@ def _axis_ref(
         bare = known[int(bare)]
     if bare not in known:
         _fail(text, f"axis {bare!r} is not in the mesh")
+    if pre is not None and size is not None and (int(pre) < 1 or int(size) < 1):
+        _fail(text, f"a sub-axis of {bare!r} is empty")
     return AxisRef(name=bare, pre=int(pre or 1), size=int(size) if size else None)
 
 
@@ -259,7 +261,7 @@ def _split_axis(
     pieces: list[tuple[int | None, tuple[int, int]]] = []
     done = 1
     for pre, end, index in [*spans, (size, size, None)]:
-        if pre < done or pre % done or end % pre or size % end:
+        if pre % done:
             _fail(text, f"the sub-axes of an axis of {size} overlap or do not divide it")
         for taken, low, high in ((None, done, pre), (index, pre, end)):
             if high > low:

@@ -32,8 +32,7 @@ _ADVICE = "give HLO text, an HLO proto, either compressed, a dump folder, or a s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One thing that was read: where it came from, its modules, and the program's facts if it was a saved
-    program.
+    """One thing that was read: where it came from, its modules, and the saved program if it was one.
 
     modules is empty when a saved program was refused by its compiler.
     """

@@ -1,5 +1,4 @@
-"""The records that reading HLO gives: Module > Computation > Instruction > Shape. Pure values, no logic of
-cost.
+"""The records that reading HLO gives: Module > Computation > Instruction > Shape. Pure values.
 
 Text, dump text and proto readers all produce these, so that everything after them is written once.
 Async sugar is kept as written (`all-gather-start`); `attribute/` gives it meaning.

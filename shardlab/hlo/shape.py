@@ -158,8 +158,7 @@ def is_bounded(shape: Shape) -> bool:
 
 
 def format_shape(shape: Shape) -> str:
-    """The shape as HLO text without dimension order and tiles; `parse_shape` reads it back to an equal
-    record.
+    """The shape as HLO text without dimension order and tiles; `parse_shape` reads it back.
 
     Which of several extents is the bound is not kept in the record: all of them are then printed with `<=`.
     """
