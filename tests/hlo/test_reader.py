@@ -265,19 +265,43 @@ def test_call_chain_of_five_thousand() -> None:
     assert (module.entry, len(module.computations)) == ("c4999", 5000)
 
 
-def test_names_may_look_like_structure() -> None:
-    """A hostile axis name holds a closing brace on its own line, then what looks like an instruction."""
-    name = "x\n}\n\nENTRY %evil (p: f32[8]) -> f32[8] {\n  %q = f32[8]{0} all-reduce(%p), to_apply=%add\n"
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x\n}\n\nENTRY %evil (p: f32[8]) -> f32[8] {\n  %q = f32[8]{0} all-reduce(%p), to_apply=%add\n",
+        "]\n  %q = f32[8]{0} all-reduce(%p), to_apply=%add\n[",
+        "'] {'x'}".replace("'", '"') + ", channel_id=9",
+    ],
+    ids=["computation", "instruction", "attribute"],
+)
+def test_names_may_look_like_structure(name: str) -> None:
     groups = f"mesh['{name}'=8] {{'{name}'}}"
-    text = (
-        HEADER
-        + ADD
-        + ENTRY.replace("negate(%p)", f"all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add")
-    )
-    (module,) = everything(text)
+    attributes = f"channel_id=1, replica_groups={groups}, to_apply=%add"
+    (module,) = everything(HEADER + ADD + ENTRY.replace("negate(%p)", f"all-reduce(%p), {attributes}"))
     assert list(module.computations) == ["add", "main"]
-    found = module.computations["main"].instructions["n"].attributes["replica_groups"]
-    assert parse_replica_groups(found).mesh == ((name, 8),)
+    assert list(module.computations["main"].instructions) == ["p", "n"]
+    found = module.computations["main"].instructions["n"].attributes
+    assert parse_replica_groups(found["replica_groups"]).mesh == ((name, 8),)
+    assert found["channel_id"] == "1"
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        ", channel_id=2 replica_groups={{0,1}}",
+        ', metadata={op_name="x}',
+        ", plan=mesh['a'=2] {'a'}",
+        ', frontend_attributes={a="b"}x=y',
+        ", channel_id=2,",
+        ", channel_id=",
+        " channel_id=2",
+        ", 7",
+    ],
+)
+def test_garbage_between_attributes_is_seen_before_anything_is_asked_for(tail: str) -> None:
+    with pytest.raises(ParseError) as caught:
+        parse(HEADER + ENTRY.replace("negate(%p)", f"negate(%p){tail}"))
+    assert caught.value.line in (5, 6)
 
 
 @settings(deadline=None, max_examples=60)
