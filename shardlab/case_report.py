@@ -12,6 +12,7 @@ from shardlab.analysis import Analysis, analyze
 from shardlab.cost.flops import Flops, hardware_flops, model_flops
 from shardlab.cost.memory import MemoryFit, memory_report
 from shardlab.cost.network import communication
+from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.machine import Machine
 from shardlab.hlo.reader import parse
 from shardlab.program import Program, Refusal
@@ -85,6 +86,12 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
         tier_s=time.tier_s or None,
         notes=(*known.notes, *_flops_notes(work)),
     )
+
+
+def unanswered(case: Case, *, infeasible: str | None = None, failure: str | None = None) -> CaseReport:
+    """The report of a case that was not compiled, and why. Raises UserError for an unknown machine."""
+    emulated = load_machine(case.machine).emulated
+    return CaseReport(case=case, infeasible=infeasible, failure=failure, emulated=emulated)
 
 
 def _program_flops(program: Program) -> Flops:

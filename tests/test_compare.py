@@ -103,6 +103,14 @@ def test_dominant_falls_back_to_bytes_when_one_time_is_unknown() -> None:
     assert dominant([gather, untimed]) == Dominant(kind="all-gather", axes=("fsdp",), share=1.0, of="bytes")
 
 
+def test_dominant_takes_the_upper_end_of_the_executions() -> None:
+    often = collective(executions=(0, 4), tier_s={"nvlink": 0.1})  # at most 4 · 0.1 s
+    once = collective("r", kind="all-reduce", executions=(1, 1), tier_s={"nvlink": 0.1})
+    found = dominant([often, once])
+    assert found is not None
+    assert (found.kind, found.share) == ("all-gather", pytest.approx(0.8))
+
+
 def test_nothing_dominates_when_nothing_moves() -> None:
     assert dominant([]) is None
     assert dominant([collective(axes=(), wire_bytes=Fraction(0), tier_s={})]) is None

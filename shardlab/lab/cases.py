@@ -9,7 +9,7 @@ from functools import partial
 from itertools import product
 from typing import TypeVar
 
-from shardlab.case_report import CaseReport
+from shardlab.case_report import CaseReport, unanswered
 from shardlab.errors import Infeasible, Problem, UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.spec.case import Case, Workload, default_batch, make_case
@@ -17,6 +17,7 @@ from shardlab.spec.models import find_model
 from shardlab.spec.plan import Plan, load_plan
 
 Answer = TypeVar("Answer")
+ATTACHED = "attached"  # however many devices the plan has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,8 @@ def comparison_cases(plans: Sequence[Plan], question: Question) -> Cases:
     """
     model = question.model or _common_model(plans)
     # Names that no plan can make up for; a plan that does not suit a machine is a row instead.
-    names: list[Callable[[], object]] = [partial(load_machine, machine) for machine in question.machines]
+    named = (machine for machine in question.machines if machine != ATTACHED)
+    names: list[Callable[[], object]] = [partial(load_machine, machine) for machine in named]
     names.insert(0, partial(find_model, model))
     _all_or_every_mistake(names)
     own = () if question.machines else _all_or_every_mistake(partial(_own_machine, plan) for plan in plans)
@@ -78,7 +80,7 @@ def comparison_cases(plans: Sequence[Plan], question: Question) -> Cases:
     if mistakes and not cases:
         raise UserError(*dict.fromkeys(problem for error in mistakes for problem in error.problems))
     rejected = tuple(
-        CaseReport(case=_unchecked(plan, machine, question), infeasible="; ".join(str(item).splitlines()))
+        unanswered(_unchecked(plan, machine, question), infeasible="; ".join(str(item).splitlines()))
         for (plan, machine), item in zip(pairs, made, strict=True)
         if not isinstance(item, Case)
     )
@@ -138,7 +140,7 @@ def _unchecked(plan: Plan, machine: str, question: Question) -> Case:
     return Case(
         plan=plan,
         model=find_model(question.model),
-        machine=machine,
+        machine=f"{ATTACHED}:{plan.num_devices}" if machine == ATTACHED else machine,
         batch=question.batch,
         seq=question.seq,
         workload=question.workload,

@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardlab.case_report import CaseReport, report_case
+from shardlab.case_report import CaseReport, report_case, unanswered
 from shardlab.compile import compile_case, program_key
 from shardlab.compile.launch import stop_children
 from shardlab.errors import CompileFailed, Infeasible, ParseError, TargetMissing, UserError
@@ -122,10 +122,10 @@ def _run_group(cases: Sequence[Case], steps: Steps) -> list[CaseReport]:
     try:
         program = steps.compile(cases[0])
     except Infeasible as error:
-        return [CaseReport(case=case, infeasible=str(error)) for case in cases]
+        return [unanswered(case, infeasible=str(error)) for case in cases]
     except (TargetMissing, CompileFailed, UserError) as error:
         reason = "; ".join(str(error).splitlines())
-        return [CaseReport(case=case, failure=reason) for case in cases]
+        return [unanswered(case, failure=reason) for case in cases]
     return [_reported(case, program, steps) for case in cases]
 
 

@@ -167,7 +167,7 @@ FLOPS = Field(Column("FLOPs", "right"), lambda report: cell(_flops_text(report))
 
 def _unranked_table(rows: Sequence[Unranked], machines: bool) -> Table:
     return Table(
-        title="No answer",
+        title="Not ranked",
         columns=(Column("plan", keep=False), Column("why", keep=False)),
         rows=tuple((_plan_cell(row.report, machines), cell(row.reason, "warn")) for row in rows),
     )

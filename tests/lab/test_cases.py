@@ -86,3 +86,17 @@ def test_every_unknown_name_is_reported_at_once() -> None:
     with pytest.raises(UserError) as caught:
         comparison_cases(plans, Question(model="tiny"))
     assert [problem.where for problem in caught.value.problems] == ["no-machine", "none-either"]
+
+
+def test_attached_stands_for_as_many_devices_as_the_plan_has() -> None:
+    fits, heads = with_check("fits", 4), with_check("heads", 8)
+    heads = heads.model_copy(update={"params": {"heads": ("fsdp",)}})
+    cases = comparison_cases([fits, heads], Question(model="gpt2-124m", machines=("attached",)))
+    assert [case.machine for case in cases.cases] == ["attached:4"]
+    assert [row.case.machine for row in cases.rejected] == ["attached:8"]
+
+
+def test_an_infeasible_row_knows_whether_its_machine_is_emulated() -> None:
+    heads = with_check("heads", 8).model_copy(update={"params": {"heads": ("fsdp",)}})
+    question = Question(model="gpt2-124m", machines=("cpu:8", "h100:1x8"))
+    assert [row.emulated for row in comparison_cases([heads], question).rejected] == [True, False]
