@@ -9,4 +9,7 @@ FAKE_DEVICES = 8
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={FAKE_DEVICES}"
+# LLVM's optimisation is most of the time of a small compile; it comes after everything that shardlab reads.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count={FAKE_DEVICES} --xla_backend_optimization_level=0"
+)

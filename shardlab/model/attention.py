@@ -78,8 +78,13 @@ def _cudnn_for_tracing() -> Iterator[None]:
         yield
 
 
-def splash_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array) -> jax.Array:
-    """Pallas splash attention for TPU (`tpu_custom_call`). L must be a multiple of SPLASH_TILE."""
+def splash_attention(
+    q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Pallas splash attention for TPU (`tpu_custom_call`). L must be a multiple of SPLASH_TILE.
+
+    interpret: run it on any backend, slowly, for tests.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
     )
@@ -94,6 +99,7 @@ def splash_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.
         mask,
         head_shards=1,
         q_seq_shards=1,
+        interpret=interpret,
         block_sizes=kernel.BlockSizes(
             block_q=tile,
             block_kv=tile,

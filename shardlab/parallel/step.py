@@ -165,6 +165,11 @@ def _refuse_methods(case: Case) -> None:
         raise Infeasible(
             f"context = {method.context!r}: this model has no context parallelism", "use context = 'none'"
         )
+    if case.workload == "train" and case.batch % method.accumulate:
+        raise Infeasible(
+            f"batch {case.batch} over {method.accumulate} microbatches",
+            f"use a multiple of {method.accumulate}",
+        )
     if case.model.positions == "learned" and case.seq > case.model.context:
         raise Infeasible(
             f"seq {case.seq} is longer than {case.model.name}'s {case.model.context} learned positions",
@@ -187,7 +192,7 @@ def _train_step(setup: _Setup, config: OptimizerConfig, z_loss: float) -> Step:
         loss, gradients = loss_and_gradients(state.params, batch)
         with jax.named_scope("optimizer"):
             gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
-            norm = optax.global_norm(gradients)
+            norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradients.values()))
             updates, optimizer = tx.update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
         return TrainState(params, optimizer), Metrics(loss, norm)
@@ -218,8 +223,6 @@ def accumulated(loss_and_gradients: LossAndGradients, count: int, shardings: Sha
     def split(tokens_BxL: jax.Array) -> jax.Array:
         """[B, L] -> [count, B / count, L] with each device's sequences staying where they are."""
         B, L = tokens_BxL.shape
-        if B % count:
-            raise Infeasible(f"batch {B} over {count} microbatches", f"use a multiple of {count}")
         micro = tokens_BxL.reshape(B // count, count, L).swapaxes(0, 1)
         return shardings.constrain(micro, (None, "batch", "seq"))
 

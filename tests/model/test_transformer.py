@@ -1,0 +1,216 @@
+"""The transformer on one device, in f32: parameters, causality, remat, scan, padding, prefill and decode."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shardlab.model.loss import cross_entropy
+from shardlab.model.runtime import Runtime
+from shardlab.model.transformer import Params, abstract_model, to_params, with_params
+from shardlab.spec.models import ModelConfig
+from shardlab.spec.params import parameter_table
+
+LLAMA = ModelConfig(
+    name="small-llama",
+    layers=3,
+    embed=16,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp=32,
+    vocab=100,
+    context=16,
+)
+GPT2 = replace(
+    LLAMA,
+    name="small-gpt2",
+    kv_heads=4,
+    norm="layernorm",
+    activation="gelu",
+    positions="learned",
+    tied_embeddings=True,
+    bias=True,
+)
+BOTH = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda config: config.name)
+F32 = Runtime(compute_dtype=jnp.float32)
+
+
+def random_tokens(config: ModelConfig, length: int = 12) -> jax.Array:
+    return jax.random.randint(jax.random.key(7), (2, length), 0, config.vocab)
+
+
+def random_params(config: ModelConfig) -> Params:
+    """Random parameters, biases and scales too."""
+    random = np.random.default_rng(0)
+    return {
+        p.path: jnp.asarray(
+            random.normal(1.0 if p.path.endswith("scale") else 0.0, 0.2, p.shape), dtype=jnp.float32
+        )
+        for p in parameter_table(config)
+    }
+
+
+def unrolled(params: Params, config: ModelConfig) -> Params:
+    """The same parameters, one array per layer."""
+    flat: Params = {}
+    for path, array in params.items():
+        if path.startswith("layers/"):
+            flat |= {path.replace("layers/", f"layers/{i}/", 1): array[i] for i in range(config.layers)}
+        else:
+            flat[path] = array
+    return flat
+
+
+def loss_of(params: Params, config: ModelConfig, run: Runtime, *, scan_layers: bool = True) -> jax.Array:
+    model = with_params(abstract_model(config, scan_layers=scan_layers), params)
+    tokens = random_tokens(config, 13)
+    return cross_entropy(model(tokens[:, :-1], run), tokens[:, 1:])
+
+
+@partial(jax.jit, static_argnums=2)
+def logits_of(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Array:
+    return with_params(abstract_model(config), params)(tokens, F32)
+
+
+def gradients(params: Params, *arguments: Any, **options: Any) -> Params:
+    return jax.jit(jax.grad(lambda params: loss_of(params, *arguments, **options)))(params)
+
+
+def assert_same(ours: Params, truth: Params, rtol: float) -> None:
+    assert ours.keys() == truth.keys()
+    for path in truth:
+        scale = float(jnp.max(jnp.abs(truth[path])))
+        np.testing.assert_allclose(ours[path], truth[path], rtol=rtol, atol=rtol * scale + 1e-8, err_msg=path)
+
+
+@BOTH
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
+def test_parameters_are_those_of_the_table(config: ModelConfig, scan_layers: bool) -> None:
+    """Paths, shapes, types, and the logical axes that the model itself carries."""
+    model = abstract_model(config, scan_layers=scan_layers)
+    table = parameter_table(config, scan_layers=scan_layers)
+    assert {p.path: (p.shape, jnp.float32) for p in table} == {
+        path: (leaf.shape, leaf.dtype) for path, leaf in to_params(model).items()
+    }
+    from flax import nnx
+
+    axes = {"/".join(map(str, path)): v.logical_axes for path, v in nnx.to_flat_state(nnx.state(model))}
+    assert axes == {p.path: p.axes[1:] if p.axes[0] == "layers" else p.axes for p in table}
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        # Llama 3 8B has 8,030,261,248 parameters; GPT-2 124M 124,439,808, here with 47 rows of padding.
+        pytest.param(
+            ModelConfig(
+                name="llama3-8b",
+                layers=32,
+                embed=4096,
+                heads=32,
+                kv_heads=8,
+                head_dim=128,
+                mlp=14336,
+                vocab=128256,
+                context=8192,
+            ),
+            8_030_261_248,
+            id="llama3-8b",
+        ),
+        pytest.param(
+            replace(
+                GPT2,
+                layers=12,
+                embed=768,
+                heads=12,
+                kv_heads=12,
+                head_dim=64,
+                mlp=3072,
+                vocab=50257,
+                context=1024,
+            ),
+            124_439_808 + 47 * 768,
+            id="gpt2-124m",
+        ),
+    ],
+)
+def test_number_of_parameters_is_the_published_one(config: ModelConfig, count: int) -> None:
+    assert sum(leaf.size for leaf in to_params(abstract_model(config)).values()) == count
+
+
+@BOTH
+def test_a_position_sees_no_later_token(config: ModelConfig) -> None:
+    params, tokens = random_params(config), random_tokens(config)
+    changed = tokens.at[:, 8].set((tokens[:, 8] + 1) % config.vocab)
+    before, after = logits_of(params, tokens, config), logits_of(params, changed, config)
+    np.testing.assert_array_equal(before[:, :8], after[:, :8])
+    assert (
+        float(jnp.max(jnp.abs(before[:, 8:] - after[:, 8:]), initial=0, where=before[:, 8:] > -1e29)) > 1e-3
+    )
+
+
+@BOTH
+def test_padded_vocabulary_gets_no_probability(config: ModelConfig) -> None:
+    logits = logits_of(random_params(config), random_tokens(config), config)
+    probability = jax.nn.softmax(logits, axis=-1)
+    assert logits.shape[-1] == 128
+    np.testing.assert_array_equal(probability[..., config.vocab :], 0.0)
+    np.testing.assert_allclose(probability[..., : config.vocab].sum(-1), 1.0, rtol=1e-5)
+    assert float(probability[..., : config.vocab].min()) > 0
+
+
+@pytest.mark.parametrize("remat", ["none", "matmuls", "offload"])
+def test_remat_does_not_change_gradients(remat: Any) -> None:
+    params = random_params(LLAMA)
+    assert_same(gradients(params, LLAMA, replace(F32, remat=remat)), gradients(params, LLAMA, F32), 1e-5)
+
+
+def products_in_backward(remat: Any) -> int:
+    """Matrix products in the gradient's jaxpr, all nested ones included."""
+    params = random_params(LLAMA)
+    run = replace(F32, remat=remat)
+    return str(jax.make_jaxpr(jax.grad(lambda p: loss_of(p, LLAMA, run)))(params)).count("dot_general")
+
+
+def test_remat_policies_save_what_they_say() -> None:
+    """full computes everything again, matmuls only attention's products (they have batch dimensions), none
+    nothing."""
+    none, matmuls, full = (products_in_backward(remat) for remat in ("none", "matmuls", "full"))
+    assert none < matmuls < full
+
+
+@BOTH
+def test_scanned_layers_equal_unrolled_ones(config: ModelConfig) -> None:
+    params = random_params(config)
+    scanned = unrolled(gradients(params, config, F32), config)
+    assert_same(gradients(unrolled(params, config), config, F32, scan_layers=False), scanned, 1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
+def test_prefill_then_decode_equals_the_whole_sequence(config: ModelConfig, scan_layers: bool) -> None:
+    params, tokens = random_params(config), random_tokens(config)
+    params = params if scan_layers else unrolled(params, config)
+    model = with_params(abstract_model(config, scan_layers=scan_layers), params)
+    truth = logits_of(random_params(config), tokens, config)
+    last, cache = jax.jit(model.prefill, static_argnums=1)(tokens[:, :9], F32)
+    np.testing.assert_allclose(last, truth[:, 8], rtol=1e-4, atol=1e-5)
+    cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, 3), (0, 0), (0, 0)]), cache)
+    decode = jax.jit(model.decode, static_argnums=3)
+    for position in range(9, 12):
+        logits, cache = decode(tokens[:, position], jnp.int32(position), cache, F32)
+        np.testing.assert_allclose(logits, truth[:, position], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_cross_entropy_of_known_logits(z_loss: float) -> None:
+    """Two tokens with probabilities 1/4 and 3/4: logits log 1 and log 3, log Σ exp = log 4."""
+    logits = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 3.0]]]))
+    expected = (np.log(4) + np.log(4 / 3)) / 2 + z_loss * np.log(4) ** 2
+    loss = cross_entropy(logits, jnp.array([[0, 1]]), z_loss=z_loss)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)

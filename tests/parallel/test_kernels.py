@@ -1,0 +1,49 @@
+"""Which attention kernel a case gets, and how often KV heads are repeated for it."""
+
+from dataclasses import replace
+
+import pytest
+from emulated import GROUPED, PLANS, SMALL, TENSOR, case_of, plan
+
+from shardlab.parallel.kernels import choose_kernel, kv_repeats
+
+SUITED = replace(SMALL, head_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("target", "seq", "head_dim", "kernel", "note"),
+    [
+        pytest.param("cpu", 128, 64, "reference", "", id="cpu"),
+        pytest.param("gpu", 128, 64, "cudnn", "", id="gpu"),
+        pytest.param("gpu", 100, 64, "cudnn", "", id="gpu-any-length"),
+        pytest.param("gpu", 128, 12, "reference", "multiple of 8", id="gpu-odd-head"),
+        pytest.param("gpu", 128, 256, "reference", "up to 128", id="gpu-large-head"),
+        pytest.param("tpu", 128, 64, "splash", "", id="tpu"),
+        pytest.param("tpu", 100, 64, "reference", "tiles of 128", id="tpu-odd-length"),
+    ],
+)
+def test_kernel_of_a_target(target: str, seq: int, head_dim: int, kernel: str, note: str) -> None:
+    case = case_of(PLANS["data"], replace(SUITED, head_dim=head_dim), seq=seq)
+    chosen, notes = choose_kernel(case, target)
+    assert chosen == kernel
+    assert (note in notes[0]) if note else notes == ()
+
+
+def test_a_split_sequence_needs_the_reference() -> None:
+    split = plan({"data": 2, "seq": 4}, {}, {"batch": ("data",), "seq": ("seq",)})
+    chosen, notes = choose_kernel(case_of(split, SUITED, seq=128), "gpu")
+    assert chosen == "reference"
+    assert "whole sequences" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ways", "repeats"),
+    [(8, 8, 8, 1), (8, 2, 2, 1), (8, 2, 4, 2), (8, 2, 8, 4), (12, 4, 6, 3), (12, 3, 1, 1)],
+)
+def test_kv_heads_are_repeated_until_the_devices_divide_them(
+    heads: int, kv_heads: int, ways: int, repeats: int
+) -> None:
+    model = replace(GROUPED, heads=heads, kv_heads=kv_heads)
+    found = kv_repeats(case_of(plan({"tensor": ways}, TENSOR, {}), model))
+    assert found == repeats
+    assert kv_heads * found % ways == 0

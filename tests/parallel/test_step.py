@@ -1,0 +1,176 @@
+"""Steps on eight emulated devices: every plan trains alike, and what it is built of stays where the plan
+says."""
+
+import re
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulated import GROUPED, PLANS, SMALL, batch_for, case_of, curve, mesh_of, plan, state_of, step_of
+
+from shardlab.errors import Infeasible
+from shardlab.parallel.step import build_step
+from shardlab.spec.models import ModelConfig
+from shardlab.spec.plan import Plan
+
+MANY = [name for name in PLANS if name != "one-device"]
+
+
+@cache
+def truth(model: ModelConfig = SMALL) -> np.ndarray:
+    """(loss, gradient norm) per step on one device."""
+    return np.array(curve(case_of(PLANS["one-device"], model)))
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_every_plan_trains_alike(name: str) -> None:
+    """f32 sums in another order: five steps of a model of depth 2 stay within 1e-5 of each other."""
+    np.testing.assert_allclose(curve(case_of(PLANS[name])), truth(), rtol=1e-5)
+
+
+def test_the_loss_falls_and_depends_on_the_seed() -> None:
+    assert truth()[-1, 0] < truth()[0, 0] - 0.2
+    other = curve(case_of(PLANS["one-device"]), steps=1, seed=1)
+    assert abs(other[0][0] - truth()[0, 0]) > 1e-3
+
+
+@pytest.mark.parametrize("ways", [4, 8], ids=lambda ways: f"2-kv-heads-over-{ways}")
+def test_replicated_kv_heads_train_alike(ways: int) -> None:
+    rules = {axis: ("tensor",) for axis in ("heads", "kv_heads", "mlp", "vocab")}
+    grouped = plan({"data": 8 // ways, "tensor": ways}, rules, {"batch": ("data",)})
+    np.testing.assert_allclose(curve(case_of(grouped, GROUPED)), truth(GROUPED), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["one-device", "hybrid", "zero1"])
+def test_accumulation_equals_one_big_batch(name: str) -> None:
+    method = PLANS[name].method.model_copy(update={"accumulate": 2})
+    accumulating = PLANS[name].model_copy(update={"method": method})
+    np.testing.assert_allclose(curve(case_of(accumulating)), truth(), rtol=1e-5)
+
+
+def test_tied_embeddings_and_biases_train_alike() -> None:
+    model = replace(
+        SMALL,
+        name="gpt2",
+        norm="layernorm",
+        activation="gelu",
+        positions="learned",
+        tied_embeddings=True,
+        bias=True,
+    )
+    np.testing.assert_allclose(curve(case_of(PLANS["data-fsdp-tensor"], model)), truth(model), rtol=1e-5)
+
+
+def test_the_state_is_donated_and_stays_in_place() -> None:
+    case = case_of(PLANS["zero1"])
+    step, state = step_of(case), state_of(case)
+    after, _ = step.function(state, batch_for(step, case))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    for old, new, abstract in zip(*map(jax.tree.leaves, (state, after, step.arguments[0])), strict=True):
+        assert old.sharding.is_equivalent_to(new.sharding, new.ndim)
+        assert new.sharding.is_equivalent_to(abstract.sharding, new.ndim)
+
+
+def shard_elements(tree: object) -> int:
+    """Elements that the first device holds."""
+    return sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("name", "params_split", "moments_split"),
+    [("data", 1, 1), ("zero1", 1, 8), ("fsdp", 8, 8), ("hybrid", 4, 4)],
+)
+def test_each_device_holds_its_share(name: str, params_split: int, moments_split: int) -> None:
+    """Every array has an embed dimension that 8 divides, so shares are exact. Counters are the rest of the
+    state."""
+    state = state_of(case_of(PLANS[name]))
+    total = sum(leaf.size for leaf in state.params.values())
+    counters = sum(leaf.ndim == 0 for leaf in jax.tree.leaves(state.optimizer))
+    assert shard_elements(state.params) == total // params_split
+    assert shard_elements(state.optimizer) - counters == 2 * total // moments_split
+
+
+def test_llama_405b_is_described_without_allocating() -> None:
+    model = ModelConfig(
+        name="llama3-405b",
+        layers=126,
+        embed=16_384,
+        heads=128,
+        kv_heads=8,
+        head_dim=128,
+        mlp=53_248,
+        vocab=128_256,
+        context=8_192,
+    )
+    before = sum(array.nbytes for array in jax.live_arrays())
+    step = step_of(case_of(PLANS["data-fsdp-tensor"], model))
+    params = step.arguments[0].params
+    assert sum(leaf.size for leaf in params.values()) == 405_853_388_800  # 405 B, as published
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(step.arguments))
+    assert sum(array.nbytes for array in jax.live_arrays()) == before
+
+
+def test_operations_carry_the_path_of_their_layer() -> None:
+    step = step_of(case_of(PLANS["data"]))
+    text = step.function.lower(*step.arguments).compile().as_text()
+    names = "\n".join(re.findall(r'op_name="([^"]*)"', text))
+    for part in (
+        "attention/query",
+        "attention/key",
+        "attention/kernel",
+        "attention/output",
+        "mlp/gate",
+        "mlp/down",
+    ):
+        assert re.search(rf"layers\)*/.*{part}", names), part
+    for part in ("embedding", "final_norm", "head", "loss", "optimizer"):
+        assert re.search(rf"[/(]{part}[/)]", names), part
+
+
+@pytest.mark.parametrize("name", ["tensor-sequence", "data-fsdp-tensor"])
+def test_inference_on_a_mesh_equals_one_device(name: str) -> None:
+    """Logits of prefill, then of one decoded token, whose cache is prefill's."""
+    np.testing.assert_allclose(inference(PLANS[name]), on_one_device(), rtol=1e-4, atol=1e-5)
+
+
+@cache
+def on_one_device() -> np.ndarray:
+    return inference(PLANS["one-device"])
+
+
+def inference(plan: Plan) -> np.ndarray:
+    """(prefill, decode) logits [2, B, V], padding left out."""
+    prefill = step_of(case_of(plan, GROUPED, workload="prefill"))
+    decode = step_of(case_of(plan, GROUPED, workload="decode"))
+    params = {
+        path: jax.device_put(array, prefill.arguments[0][path].sharding)
+        for path, array in state_of(case_of(PLANS["one-device"], GROUPED)).params.items()
+    }
+    text = np.random.default_rng(0).integers(100, size=prefill.arguments[1].shape, dtype=np.int32)
+    first, cache = prefill.function(params, jax.device_put(text, prefill.arguments[1].sharding))
+    cache = jax.tree.map(lambda a, leaf: jax.device_put(a, leaf.sharding), cache, decode.arguments[1])
+    token = jax.device_put(text[:, -1], decode.arguments[2].sharding)
+    position = jax.device_put(jnp.int32(15), decode.arguments[3].sharding)
+    second, _ = decode.function(params, cache, token, position)
+    return np.stack([first, second])[..., : GROUPED.vocab]
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "reason"),
+    [
+        pytest.param({"pipeline": "1f1b", "microbatches": 2}, SMALL, "pipeline", id="pipeline"),
+        pytest.param({"context": "ring"}, SMALL, "context", id="context"),
+        pytest.param({"attention": "cudnn"}, SMALL, "cudnn does not run on cpu", id="attention"),
+        pytest.param(
+            {}, replace(SMALL, positions="learned", context=8), "8 learned positions", id="positions"
+        ),
+        pytest.param({"accumulate": 3}, SMALL, "3 microbatches", id="microbatches"),
+    ],
+)
+def test_what_the_model_lacks(method: dict[str, object], model: ModelConfig, reason: str) -> None:
+    asked = plan({"data": 8}, {}, {"batch": ("data",)}, **method)
+    with pytest.raises(Infeasible, match=reason):
+        build_step(case_of(asked, model), mesh_of(asked), target="cpu")
