@@ -114,11 +114,12 @@ def memory_cell(report: CaseReport) -> Cell:
 
 
 def axes_cell(analysis: Analysis | None) -> Cell:
-    """One line per set of axes, the largest first: `fsdp 12.3 GB`."""
-    if analysis is None or not analysis.totals.by_axes:
-        return cell("nothing") if analysis is not None else cell(NONE)
+    """One line per set of axes, the largest first: `fsdp 12.3 GB`; `nothing` where nothing moves."""
+    if analysis is None:
+        return cell(NONE)
     wire = {key: entry["wire_bytes"] for key, entry in analysis.totals.by_axes.items()}
-    return lines(f"{key_text(key)} {format_bytes(value)}" for key, value in largest_first(wire) if any(value))
+    moved = [f"{key_text(key)} {format_bytes(value)}" for key, value in largest_first(wire) if any(value)]
+    return lines(moved) if moved else cell("nothing")
 
 
 def links_cell(report: CaseReport, seconds: bool = True) -> Cell:

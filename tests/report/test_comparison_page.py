@@ -82,6 +82,12 @@ def test_unknown_is_a_dash_and_never_a_zero() -> None:
     assert (row[2], row[6]) == ("–", "–")
 
 
+def test_a_plan_that_moves_nothing_says_so() -> None:
+    alone = analysis(collective(axes=(), wire_bytes=Fraction(0), tier_s={}))
+    page = comparison_page(rank([report(analysis=alone)]))
+    assert texts(page.tables[0])[0][4:6] == ["–", "nothing"]
+
+
 def test_a_note_that_all_plans_share_is_said_once() -> None:
     page = comparison_page(rank([report("a", notes=("same", "only a")), report("b", notes=("same",))]))
     assert page.notes == ("same", "a: only a")
