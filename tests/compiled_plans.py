@@ -25,7 +25,12 @@ def _compiled(name: str, remat: str | None) -> tuple[Case, Program, bytes]:
     if remat is not None:
         plan = plan.model_copy(update={"method": plan.method.model_copy(update={"remat": remat})})
     case = make_case(plan)
+    return case, *compiled_case(case)
+
+
+def compiled_case(case: Case) -> tuple[Program, bytes]:
+    """The program and its serialized module, which is empty where the compiler refused."""
     with tempfile.TemporaryDirectory() as folder:
         proto = Path(folder) / "module.pb"
         program = compile_case(case, proto_to=proto, find_largest_batch=False)
-        return case, program, proto.read_bytes() if proto.exists() else b""
+        return program, proto.read_bytes() if proto.exists() else b""

@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 import pytest
-from compiled_plans import MESHES, compiled_plan
+from compiled_plans import MESHES, compiled_case, compiled_plan
 from second_counter import count
 
 from shardlab.analysis import analyze
+from shardlab.program import Program
+from shardlab.spec.case import make_case
+from shardlab.spec.plan import load_plan
 
 ALWAYS = {"cpu8-tensor", "h100x8-fsdp8"}
 SUBSET = {"cpu8-fsdp", "h100x64-fsdp8-tensor8"}
@@ -46,6 +49,19 @@ def test_the_named_plans_are_shipped() -> None:
 def test_two_counters_agree(name: str) -> None:
     _, program, proto = compiled_plan(name)
     assert program.refusal is None, f"{name} does not fit its own machine"
+    check(program, proto)
+
+
+@pytest.mark.tpu
+def test_two_counters_agree_on_a_small_tpu() -> None:
+    """The shipped TPU plans compile for minutes; this is a small plan on eight chips."""
+    plan = load_plan(MESHES / "cpu8-data2-fsdp2-tensor2.toml")
+    case = make_case(plan, model="tiny", machine="v5e:2x4", batch=8, seq=256)
+    check(*compiled_case(case))
+
+
+def check(program: Program, proto: bytes) -> None:
+    """Equal by axes, by kind, and in all."""
     assert program.mesh is not None
     counted = count(proto, program.num_devices, program.mesh)
     totals = analyze(program).totals
