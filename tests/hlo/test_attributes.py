@@ -65,6 +65,10 @@ def test_one_attribute_of_several() -> None:
             Metadata(op_name='stack_frame_id=9 "}', stack_frame_id=2),
         ),
         ('{profile_type={WINDOW} op_name="n" size_of_generated_code_in_bytes=1}', Metadata(op_name="n")),
+        (
+            '{op_name="n" profile_info={op_name="not this"} source_line=4}',
+            Metadata(op_name="n", source_line=4),
+        ),
         (r'{op_name="caf\303\251\n"}', Metadata(op_name="café\n")),
     ],
 )

@@ -137,6 +137,14 @@ def test_device_assignment_is_the_order_of_the_mesh() -> None:
     assert (module.replica_count, module.num_partitions) == (1, 8)
 
 
+def test_device_assignment_of_replicas_is_in_flattened_order() -> None:
+    """Two partitions, each with the devices of its two replicas: replica 0 of both comes first."""
+    devices = field(1, 2) + field(2, 2) + field(3, field(1, b"\x0a\x0c")) + field(3, field(1, b"\x0b\x0d"))
+    (module,) = parse_proto(contents("permuted_mesh.hlo_module.pb") + field(15, devices))
+    assert module.device_assignment == (10, 11, 12, 13)
+    assert (module.replica_count, module.num_partitions) == (2, 2)
+
+
 @pytest.mark.parametrize("proto", [pair[1] for pair in PAIRS], ids=IDS)
 def test_cut_protos_are_refused(proto: str) -> None:
     """A cut inside the module's bytes; what follows the module in a dump (buffer assignment) is not read."""
