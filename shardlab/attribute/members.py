@@ -225,14 +225,14 @@ def _positions(slices: int, devices: int, where: Mapping[int, int] | None) -> tu
     if slices == 1 or where is None:
         return tuple(tuple(range(s * devices, (s + 1) * devices)) for s in range(slices))
     found: list[list[int]] = [[] for _ in range(slices)]
-    for device, position in where.items():
+    for device, position in where.items():  # in order of position
         if device // devices < slices:
             found[device // devices].append(position)
     if any(len(positions) != devices for positions in found):
         what = f"they are not {slices} slices of {devices} devices"
         fix = "number the devices slice * devices per slice + id in the slice"
         raise UserError(Problem("device ids", what, fix))
-    return tuple(tuple(sorted(positions)) for positions in found)
+    return tuple(map(tuple, found))
 
 
 def _slice_and_id(device: int) -> tuple[int, int]:

@@ -134,6 +134,8 @@ def test_named(groups: list[list[int]], mesh: dict[str, int], names: tuple[str, 
         ([[0, 5], [1, 4], [2, 3], [6, 7]], "groups vary over x, y"),  # not one shape
         ([[0, 7], [1, 6], [2, 5], [3, 4]], "groups vary over x, y"),  # not a product
         ([[1, 2], [3, 0], [5, 6], [7, 4]], "groups vary over y"),  # neighbours, but not aligned
+        ([[1, 2], [5, 6]], "groups vary over y"),  # not aligned, and the others take no part
+        ([[0, 1], [2, 6], [3, 7], [4, 5]], "groups vary over x, y"),  # each a part, but not the same
         ([[0, 1, 2], [3, 4, 5, 6, 7]], "different sizes (3, 5)"),
         ([[0, 1], [2, 3], [4, 5], [6], [7]], "different sizes (1, 2)"),
     ],

@@ -64,6 +64,8 @@ CASES = [
     ),
     ("b23_multi_slice_in_slice_groups", "dcn", (1, "all-gather", 8_388_608, 4, "data", 6_291_456)),
     ("b24_tpu_async_collective_fusion", "d4m4", (1, "all-gather", 8_388_608, 4, "data", 6_291_456)),
+    # The same, older: only the custom calls at its ends tell that it is one transfer.
+    ("b24x_chain_without_flags", "d4m4", (1, "all-gather", 8_388_608, 4, "data", 6_291_456)),
     ("b25_tpu_all_reduce_scatter", "d4m4", (1, "reduce-scatter", 8_650_752, 4, "data", 6_488_064)),
     # 2 * 3/4 * 2048 * 2048 * 2: the slice is a use of a real all-reduce, not a part of its fusion.
     ("b25x_all_reduce_sliced_outside_a_fusion", "d4m4", (1, "all-reduce", 8_388_608, 4, "data", 12_582_912)),
@@ -77,6 +79,13 @@ CASES = [
         (2, "collective-permute", 524_288, 2, M, 1_048_576),
     ),
     ("b30_opaque_remote_dma", "d2m4"),
+    # dump text writes operands as %p#1#0: 2 * 3/4 of 128 and of 256 bytes
+    (
+        "b31_compact_operands",
+        "d2m4",
+        (1, "all-reduce", 128, 4, M, 192),
+        (1, "all-reduce", 256, 4, M, 384),
+    ),
     ("c01_iota_plain", "d2m4", (1, "all-reduce", 4_096, 4, M, 6_144)),
     ("c02_iota_transposed", "d2m4", (1, "all-reduce", 4_096, 2, "data", 4_096)),
     ("c03_iota_3d", "abc", (1, "all-reduce", 4_096, 4, "b", 6_144)),

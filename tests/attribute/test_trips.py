@@ -124,6 +124,8 @@ def test_counters_against_running_them(data: st.DataObject) -> None:
         # 250, 253, then 256 wraps to 0
         (counted("u8", 250, "add", 3, "GT", 5), 2),
         (counted("s8", 120, "add", 1, "GT", 0), 8),
+        # multiples of 4 below 256, of which only 252 = 23 * 100 (mod 256) is not less than 250
+        (counted("u8", 0, "add", 100, "LT", 250), 23),
         (counted("s32", 3, "add", 1, "EQ", 3), 1),
         (counted("s32", 0, "add", 0, "LT", 0), 0),
     ],
