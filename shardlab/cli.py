@@ -8,8 +8,10 @@ jax, rich and pydantic.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -55,6 +57,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code and never raises for a mistake of the user's."""
+    _never_fail_to_print()
     try:
         args = parser().parse_args(argv)
         code: int = args.run(args)
@@ -70,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _never_fail_to_print() -> None:
+    """A name that standard output's encoding lacks is written as `\\u2013`, not answered with a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -167,10 +176,9 @@ def _add_format(verb: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return value
+    if not _is_count(text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number above 0")
+    return int(text)
 
 
 def run_analyze(args: argparse.Namespace) -> int:
@@ -263,7 +271,7 @@ def parse_device_ids(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    wrong = [part for part in parts if not (part.isascii() and part.isdigit())]
+    wrong = [part for part in parts if not _is_whole(part)]
     if wrong:
         raise UserError(
             *(Problem("--device-ids", f"{part!r} is not a device id", "write 0,1,2,3") for part in wrong)
@@ -273,8 +281,13 @@ def parse_device_ids(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
+def _is_whole(text: str) -> bool:
+    """A whole number from 0 of at most nine digits: no more devices or sequences than that exist."""
+    return re.fullmatch(r"[0-9]{1,9}", text) is not None
+
+
 def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and int(text) > 0
+    return _is_whole(text) and int(text) > 0
 
 
 def _axes_of_mesh(path: str) -> dict[str, int]:
@@ -317,7 +330,7 @@ def _write_program(program: Program | None, hlo: str | None, saved: str | None) 
 
 
 def _print_json(document: object) -> None:
-    json.dump(document, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
+    json.dump(document, sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
 
 

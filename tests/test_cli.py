@@ -217,10 +217,14 @@ def test_a_missing_file_and_a_folder_without_dumps_are_one_line_each(
                 "--axes: 'b=x' is not NAME=SIZE; write it as data=4,model=2",
             ],
         ),
+        (
+            ("--axes", "a=" + "9" * 5000),
+            ["--axes: 'a=" + "9" * 5000 + "' is not NAME=SIZE; write it as data=4,model=2"],
+        ),
         (("--device-ids", "0,x"), ["--device-ids: 'x' is not a device id; write 0,1,2,3"]),
         (("--device-ids", "0,0"), ["--device-ids: a device comes twice; list each device of the mesh once"]),
     ],
-    ids=["no-size", "twice", "not-a-number", "twice-a-device"],
+    ids=["no-size", "twice", "huge", "not-a-number", "twice-a-device"],
 )
 def test_wrong_axes_and_ids(
     argv: tuple[str, ...], wanted: list[str], hlo: str, capsys: pytest.CaptureFixture[str]
@@ -328,6 +332,20 @@ def test_ctrl_c_is_130_and_no_traceback(
     monkeypatch.setattr("shardlab.lab.study.compare_plans", interrupted)
     assert run("compare", plan, "--model", "tiny") == 130
     assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_a_terminal_without_unicode_gets_escapes_not_a_traceback(tmp_path: Path) -> None:
+    text = HLO.replace("to_apply=add", 'to_apply=add, metadata={op_name="jit(step)/größe/psum"}')
+    path = written(tmp_path / "m.txt", text)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    outputs = []
+    for flag in ("--json", "--markdown"):
+        command = [sys.executable, "-m", "shardlab", "analyze", path, flag]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        outputs.append(done.stdout)
+    assert json.loads(outputs[0])["collectives"][0]["op_name"] == "jit(step)/größe/psum"
+    assert "gr\\xf6\\xdfe" in outputs[1]
 
 
 def test_a_reader_that_leaves_is_no_error(hlo: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from shardlab.case_report import CaseReport, report_case, unanswered
 from shardlab.compile import compile_case, program_key
 from shardlab.compile.launch import stop_children
-from shardlab.errors import CompileFailed, Infeasible, ParseError, TargetMissing, UserError
+from shardlab.errors import CompileFailed, Infeasible, ShardlabError, TargetMissing, UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.lab.progress import Progress, Quiet
 from shardlab.program import Program
@@ -132,5 +132,6 @@ def _run_group(cases: Sequence[Case], steps: Steps) -> list[CaseReport]:
 def _reported(case: Case, program: Program, steps: Steps) -> CaseReport:
     try:
         return steps.report(case, program)
-    except ParseError as error:
-        return CaseReport(case=case, program=program, failure=f"the compiled program cannot be read: {error}")
+    except ShardlabError as error:
+        reason = "; ".join(str(error).splitlines())
+        return unanswered(case, failure=f"the compiled program cannot be analysed: {reason}")

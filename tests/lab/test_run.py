@@ -88,13 +88,13 @@ def test_a_failure_is_a_row_and_the_others_go_on(
     assert good.program is not None
 
 
-def test_a_program_that_cannot_be_read_is_a_row() -> None:
+def test_a_program_that_cannot_be_analysed_is_a_row() -> None:
     def unreadable(wanted: Case, made: Program) -> CaseReport:
         raise ParseError("no such opcode", source="m", line=3, column=7)
 
     steps = Steps(key=lambda wanted: "", compile=Lab().compile, report=unreadable)
     (row,) = run_cases([case()], steps=steps)
-    assert row.failure == "the compiled program cannot be read: m:3:7: no such opcode"
+    assert row.failure == "the compiled program cannot be analysed: m:3:7: no such opcode"
 
 
 def test_no_more_than_jobs_compile_at_a_time() -> None:
