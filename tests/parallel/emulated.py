@@ -28,7 +28,7 @@ SMALL = ModelConfig(
 )
 GROUPED = replace(SMALL, name="small-grouped", kv_heads=2)
 BATCH, SEQ = 16, 16
-OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=2, total_steps=20)
+OPTIMIZER = OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=2, total_steps=20)
 
 TENSOR = {axis: ("tensor",) for axis in ("heads", "kv_heads", "mlp", "vocab")}
 Rules = dict[str, tuple[str, ...]]
