@@ -102,8 +102,8 @@ def _analyze_module(
     machine: Machine | None,
 ) -> Analysis:
     mesh = axes if axes is not None else program.mesh if program else None
-    if device_ids is None and program is not None and axes is None:
-        device_ids = program.device_ids
+    if device_ids is None and program is not None:
+        device_ids = program.device_ids  # other axes over the same devices leave them where they are
     graph = call_graph(module)
     active = [i for name in graph.sites.order for i in active_instructions(module.computations[name])]
     backend = program.backend if program else backend_of(active)

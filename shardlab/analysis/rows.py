@@ -15,6 +15,7 @@ from shardlab.attribute.origin import Origin, origin_of
 from shardlab.cost.traffic import Traffic, traffic_of
 from shardlab.cost.wire import Wire, wire_of
 from shardlab.hardware.machine import Machine
+from shardlab.hlo.attributes import channel_id
 from shardlab.hlo.module import Module
 
 
@@ -29,16 +30,15 @@ class Rows:
     machine: Machine | None
     placement: Placement
     training: bool
-    _axes: dict[tuple[str, ...], Axes] = field(default_factory=dict)
+    _known: dict[tuple[object, ...], tuple[Members, Axes]] = field(default_factory=dict)
     _inexact: dict[str, str] = field(default_factory=dict)
     _neighbours: Neighbours = field(default_factory=Neighbours)
 
     def row(self, collective: Collective) -> CollectiveRow:
         """The row of one collective."""
-        joined = self._members(collective)
+        joined, axes = self._joined(collective)
         wire = _wire(collective, joined)
         logical = _wire(collective, joined, logical=True) if collective.logical else None
-        axes = self._axes_of(collective, joined)
         origin = self._origin(collective)
         traffic = self._traffic(collective, wire, joined)
         pairs = [pair for pair in joined.pairs if pair[0] != pair[1]]
@@ -83,45 +83,45 @@ class Rows:
 
         return origin_of(self.module, inside_out, self.training, nearby)
 
-    def _members(self, collective: Collective) -> Members:
-        if collective.target is not None:
-            joined = megascale_members(collective.target, self.placement)
-        elif collective.pairs_text is not None:
-            joined = send_members(collective.pairs_text, self.placement)
-        else:
-            joined = members(collective.instruction, self.placement)
-        taking_part = sum(map(len, joined.groups))
+    def _joined(self, collective: Collective) -> tuple[Members, Axes]:
+        """Devices and axes. Large programs repeat few group texts, so these are worked out once per text."""
+        attributes = collective.instruction.attributes
+        key = (
+            collective.instruction.opcode,
+            attributes.get("replica_groups"),
+            attributes.get("source_target_pairs"),
+            collective.pairs_text,
+            collective.target,
+            # what the ids in the text are
+            attributes.get("use_global_device_ids"),
+            channel_id(collective.instruction) is None,
+        )
+        if key not in self._known:
+            joined = self._members(collective)
+            self._known[key] = joined, self._axes_of(joined)
+        joined, axes = self._known[key]
+        taking_part, devices = sum(map(len, joined.groups)), self.placement.num_devices
         if joined.assumed:
             self._inexact[collective.name] = f"the device order is unknown: assumed that {joined.assumed}"
-        elif joined.groups and taking_part < self.placement.num_devices:
-            self._inexact[collective.name] = (
-                f"only {taking_part} of {self.placement.num_devices} devices take part"
-            )
-        return joined
+        elif joined.groups and taking_part < devices:
+            self._inexact[collective.name] = f"only {taking_part} of {devices} devices take part"
+        return joined, axes
 
-    def _axes_of(self, collective: Collective, joined: Members) -> Axes:
+    def _members(self, collective: Collective) -> Members:
+        if collective.target is not None:
+            return megascale_members(collective.target, self.placement)
+        if collective.pairs_text is not None:
+            return send_members(collective.pairs_text, self.placement)
+        return members(collective.instruction, self.placement)
+
+    def _axes_of(self, joined: Members) -> Axes:
         if not any(len(group) > 1 for group in joined.groups) and all(a == b for a, b in joined.pairs):
             return Axes(())
         if self.mesh is None:
             return Axes(None, "no mesh axes were given")
-        attributes = collective.instruction.attributes
-        # Large programs repeat few texts; the other attributes say what the ids in the text are.
-        key = (
-            attributes.get("replica_groups", ""),
-            attributes.get("source_target_pairs", "") + (collective.pairs_text or ""),
-            collective.target or "",
-            attributes.get("use_global_device_ids", ""),
-            str("channel_id" in attributes),
-            collective.kind,
-        )
-        if key not in self._axes:
-            fit = (
-                axes_of_pairs(joined.pairs, self.mesh)
-                if joined.pairs
-                else axes_of_groups(joined.groups, self.mesh)
-            )
-            self._axes[key] = fit
-        return self._axes[key]
+        if joined.pairs:
+            return axes_of_pairs(joined.pairs, self.mesh)
+        return axes_of_groups(joined.groups, self.mesh)
 
     def _traffic(self, collective: Collective, wire: Wire, joined: Members) -> Traffic | None:
         if self.machine is None:

@@ -104,18 +104,24 @@ class _Finder:
         """Transfers of one computation."""
         computation = self.module.computations[name]
         around = _around(self.sites, name)
+        targets = _custom_call_targets(computation)
         for instruction in active_instructions(computation):
             opcode = instruction.opcode
             if opcode.removesuffix("-start") in KINDS:
-                if not _is_clone(computation, instruction):
-                    yield self._collective(computation, instruction, around)
+                if not _is_clone(instruction, targets):
+                    started = "AsyncCollectiveStart" in targets
+                    yield self._collective(computation, instruction, around, started)
             elif opcode == "send":
                 yield self._send(computation, instruction, around)
             elif opcode in ("custom-call", "custom-call-start") and (why := _opaque(instruction)):
                 yield Uncounted("custom-call", instruction.name, why)
 
     def _collective(
-        self, computation: Computation, instruction: Instruction, around: tuple[CallSite, ...]
+        self,
+        computation: Computation,
+        instruction: Instruction,
+        around: tuple[CallSite, ...],
+        started: bool,
     ) -> Found:
         kind = instruction.opcode.removesuffix("-start")
         payload = payload_of(computation, instruction, kind)
@@ -132,7 +138,7 @@ class _Finder:
                 outermost=around[-1].caller if around else computation.name,
                 name=_name(computation, instruction, around),
                 kind=kind,
-                asynchronous=_is_asynchronous(computation, instruction, around),
+                asynchronous=_is_asynchronous(instruction, around, started),
                 payload=payload,
                 logical=logical,
                 realizes=_realizes(computation, around) if kind == "collective-permute" else None,
@@ -243,11 +249,10 @@ def _around(sites: CallSites, name: str) -> tuple[CallSite, ...]:
     return tuple(chain)
 
 
-def _is_clone(computation: Computation, instruction: Instruction) -> bool:
+def _is_clone(instruction: Instruction, targets: set[str]) -> bool:
     """A TPU fusion that carries an all-gather further, or ends it, repeats it; only the start's copy
     counts.
     """
-    targets = _custom_call_targets(computation)
     if "AsyncCollectiveStart" in targets:
         return False
     flags = config_value(instruction, "async_collective_fusion_config")
@@ -269,21 +274,22 @@ def _is_scatter_fusion(
     return around[0].instruction.attributes.get("kind") == "kCustom" and sliced_from(computation, instruction)
 
 
-def _is_asynchronous(
-    computation: Computation, instruction: Instruction, around: tuple[CallSite, ...]
-) -> bool:
+def _is_asynchronous(instruction: Instruction, around: tuple[CallSite, ...], started: bool) -> bool:
+    """started: whether the computation begins a TPU chain of fusions that carry the transfer."""
     printed = (instruction, *(site.instruction for site in around))
     if any(config_value(one, "collective_backend_config", "is_sync") is True for one in printed):
         return False
-    started = instruction.opcode.endswith("-start") or any(site.role == "async" for site in around)
-    return started or "AsyncCollectiveStart" in _custom_call_targets(computation)
+    starts = instruction.opcode.endswith("-start") or any(site.role == "async" for site in around)
+    return started or starts
 
 
 def _name(computation: Computation, instruction: Instruction, around: tuple[CallSite, ...]) -> str:
     """The async start's name when it starts this collective alone, so that text and dump say the same."""
     start = next((site.instruction for site in around if site.role == "async"), None)
-    others = sum(other.opcode.removesuffix("-start") in KINDS for other in active_instructions(computation))
-    return start.name if start is not None and others == 1 else instruction.name
+    if start is None:
+        return instruction.name
+    together = sum(one.opcode.removesuffix("-start") in KINDS for one in active_instructions(computation))
+    return start.name if together == 1 else instruction.name
 
 
 def _realizes(computation: Computation, around: tuple[CallSite, ...]) -> str | None:

@@ -7,6 +7,7 @@ devices.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -48,11 +49,14 @@ def wire_of(
         senders = len({source for source, target in pairs if source != target})
         sent = Fraction(operand_bytes if senders else 0)
         return Wire(payload_bytes=payload, wire_bytes=sent, fabric_bytes=sent * senders)
-    per_group = [(len(group), _sent(kind, operand_bytes, len(group))) for group in groups]
+    counts = Counter(map(len, groups))
+    sent_by_size = {size: _sent(kind, operand_bytes, size) for size in counts}
     return Wire(
         payload_bytes=payload,
-        wire_bytes=max((sent for _, sent in per_group), default=Fraction(0)),
-        fabric_bytes=sum((_of_group(kind, size, sent) for size, sent in per_group), Fraction(0)),
+        wire_bytes=max(sent_by_size.values(), default=Fraction(0)),
+        fabric_bytes=sum(
+            (counts[size] * _of_group(kind, size, sent) for size, sent in sent_by_size.items()), Fraction(0)
+        ),
     )
 
 
