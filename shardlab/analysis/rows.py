@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from shardlab.analysis.records import CollectiveRow, LedgerEntry
 from shardlab.attribute.axes import Axes, axes_of_groups, axes_of_pairs
 from shardlab.attribute.calls import CallGraph
+from shardlab.attribute.chains import Chains
 from shardlab.attribute.collectives import Collective
 from shardlab.attribute.members import Members, Placement, megascale_members, members, send_members
 from shardlab.attribute.neighbours import Neighbours, enclosing_op_name
@@ -33,6 +34,10 @@ class Rows:
     _known: dict[tuple[object, ...], tuple[Members, Axes]] = field(default_factory=dict)
     _inexact: dict[str, str] = field(default_factory=dict)
     _neighbours: Neighbours = field(default_factory=Neighbours)
+    _chains: Chains = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._chains = Chains(self.module)
 
     def row(self, collective: Collective) -> CollectiveRow:
         """The row of one collective."""
@@ -78,7 +83,8 @@ class Rows:
         outermost = self.module.computations[collective.outermost]
 
         def nearby() -> str:
-            found = self._neighbours.op_name(outermost, inside_out[-1], collective.kind)
+            last = self._chains.end(outermost, collective.instruction) or inside_out[-1]
+            found = self._neighbours.op_name(outermost, last, collective.kind)
             return found or enclosing_op_name(self.graph.sites, collective.outermost)
 
         return origin_of(self.module, inside_out, self.training, nearby)
