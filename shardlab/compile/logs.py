@@ -92,13 +92,12 @@ def warnings(log: str) -> tuple[CompilerWarning, ...]:
 
 
 def _warning(line: str) -> CompilerWarning | None:
-    text = _LOG_PREFIX.sub("", line).strip()
-    if match := _REMATERIALIZED.search(text):
+    if match := _REMATERIALIZED.search(line):
         op_names = _OP_NAME.findall(match["rest"])[:1]
         names = (match["operation"].lstrip("%"), *op_names, match["from"], match["to"])
         return CompilerWarning(kind="involuntary full rematerialization", text=match[0], names=names)
     for kind, pattern in _OTHER_WARNINGS:
-        if match := pattern.search(text):
+        if match := pattern.search(line):
             return CompilerWarning(kind=kind, text=match[0])
     return None
 
