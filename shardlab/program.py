@@ -1,7 +1,7 @@
 """The saved, compiled program: the hand-over record between compiling (dear) and analysing (cheap).
 
-A file is zstd-compressed JSON (`{"schema": "shardlab.program/1", …}`), written atomically, read with a size bound.
-Imports neither jax nor anything heavy.
+A file is zstd-compressed JSON (`{"schema": "shardlab.program/1", …}`), written atomically and read with a
+size bound. Imports neither jax nor anything heavy.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Program:
     """One compiled program, per device code, with the facts that the text alone does not hold.
 
     mesh: axis name -> size, major to minor; HLO id p is position p in the row-major grid of these axes.
-    device_ids: at each mesh position the device: its index in the machine (slice * devices per slice + id in slice).
+    device_ids: at each mesh position the device, its index in the machine (slice * devices per slice + id in
+        its slice).
     device_coords: physical coordinates by device id where the target has them (TPU torus), else None.
     hlo_text: the optimised HLO; empty when `refusal` is set.
     autotuned: False for ahead-of-time GPU programs, None where the word means nothing.
@@ -112,7 +113,9 @@ def from_bytes(data: bytes, source: str = "<program>") -> Program:
         document = json.loads(raw)
         return from_document(document)
     except (zstandard.ZstdError, ValueError, TypeError, KeyError, AttributeError) as error:
-        problem = Problem(source, f"not a saved program ({error})", "save one with: shardlab explain … --save FILE")
+        problem = Problem(
+            source, f"not a saved program ({error})", "save one with: shardlab explain … --save FILE"
+        )
         raise UserError(problem) from None
 
 
@@ -129,7 +132,8 @@ def from_document(document: dict[str, Any]) -> Program:
         rejected=tuple((str(flag), str(why)) for flag, why in flags.get("rejected", ())),
     )
     fields["warnings"] = tuple(
-        CompilerWarning(kind=w["kind"], text=w["text"], names=tuple(w["names"])) for w in fields.get("warnings", ())
+        CompilerWarning(kind=w["kind"], text=w["text"], names=tuple(w["names"]))
+        for w in fields.get("warnings", ())
     )
     fields["refusal"] = Refusal(**fields["refusal"]) if fields.get("refusal") else None
     for key in ("device_ids", "notes"):
@@ -149,7 +153,9 @@ def load(path: str | Path) -> Program:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(Problem(str(path), error.strerror or str(error), "give the path of a saved program")) from None
+        raise UserError(
+            Problem(str(path), error.strerror or str(error), "give the path of a saved program")
+        ) from None
     return from_bytes(data, str(path))
 
 
