@@ -17,7 +17,7 @@ class ShardlabError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake of the user's: `where` (file, line, key, flag), `what` is wrong, `fix` (what to do next)."""
+    """One mistake of the user's: `where` (file, line, key), `what` is wrong, `fix` (what to do next)."""
 
     where: str
     what: str
