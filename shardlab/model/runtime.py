@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -26,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 Remat = Literal["none", "full", "matmuls", "offload"]
 
-# What `Runtime.weight` returns carries this name, so that no remat policy keeps gathered weights for the
+# What `Shardings.place_weight` returns carries this name, so that no remat policy keeps gathered weights for the
 # backward pass.
 GATHERED_WEIGHT = "gathered_weight"
 
@@ -70,9 +71,19 @@ def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function
     """
     policies = jax.checkpoint_policies
     policy = {
-        "none": policies.save_anything_except_these_names(GATHERED_WEIGHT),
+        "none": _save_all_but_gathers,
         "full": policies.nothing_saveable,
         "matmuls": policies.dots_with_no_batch_dims_saveable,
         "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     }[remat]
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
+
+
+def _save_all_but_gathers(primitive: jax.extend.core.Primitive, *_: Any, **params: Any) -> bool:
+    """Neither the named weight nor the call that gathers it: to save either is to save the whole model.
+
+    The name alone would not do, since what it names could be saved instead. Of custom_vjp functions only that of
+    `place_weight` calls itself in its forward rule, and is a call here.
+    """
+    is_gather = primitive.name.startswith("custom_vjp_call")
+    return not is_gather and params.get("name") != GATHERED_WEIGHT
