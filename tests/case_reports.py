@@ -88,6 +88,7 @@ def memory(peak_gb: int = 60, limit_gb: int = 80) -> MemoryFit:
         argument_bytes=40 * GB,
         temp_bytes=(peak_gb - 40) * GB,
         peak_bytes=peak_gb * GB,
+        needed_bytes=peak_gb * GB,
         limit_bytes=limit_gb * GB,
         limit_source="by hand",
         deficit_bytes=over,

@@ -119,6 +119,7 @@ def test_json_has_every_member_of_the_contract() -> None:
         "argument_bytes": 40 * GB,
         "temp_bytes": 20 * GB,
         "peak_bytes": 60 * GB,
+        "needed_bytes": 60 * GB,
         "limit_bytes": 80 * GB,
         "limit_source": "by hand",
         "deficit_bytes": 0,

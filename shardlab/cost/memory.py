@@ -19,6 +19,8 @@ Fits = Literal["yes", "tight", "no"]
 class MemoryFit:
     """Memory per device against its limit. Bytes; None is unknown, never zero.
 
+    peak_bytes: the compiler's own figure. needed_bytes: what a run holds, the larger of the peak and
+    of what is reserved (on emulated CPU the compiler's peak leaves the temporaries out); the verdict follows it.
     deficit_bytes: what is missing, 0 when it fits. fits: `tight` above 92 % of the limit; None without a
     limit. note: what a reader must know of these figures, "" when nothing.
     """
@@ -26,6 +28,7 @@ class MemoryFit:
     argument_bytes: int | None
     temp_bytes: int | None
     peak_bytes: int | None
+    needed_bytes: int | None
     limit_bytes: int | None
     limit_source: str
     deficit_bytes: int | None
@@ -58,6 +61,7 @@ def memory_report(memory: Memory | None, refusal: Refusal | None, machine: Machi
         argument_bytes=memory.argument_bytes,
         temp_bytes=memory.temp_bytes,
         peak_bytes=peak,
+        needed_bytes=needed,
         limit_bytes=limit,
         limit_source=source,
         deficit_bytes=_deficit(needed, limit, fits),
@@ -96,6 +100,7 @@ def _refused(refusal: Refusal, memory: Memory) -> MemoryFit:
         argument_bytes=memory.argument_bytes,
         temp_bytes=memory.temp_bytes,
         peak_bytes=refusal.needed_bytes,
+        needed_bytes=refusal.needed_bytes,
         limit_bytes=refusal.limit_bytes,
         limit_source="the compiler, which refused the program",
         deficit_bytes=max(0, refusal.needed_bytes - refusal.limit_bytes),

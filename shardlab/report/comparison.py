@@ -102,15 +102,15 @@ def _plan_cell(report: CaseReport, machines: bool) -> Cell:
 def memory_cell(report: CaseReport) -> Cell:
     """`61.2 GB of 80.0 GB`, `fits`; the verdict by its colour too. A dash where the memory is unknown."""
     memory = report.memory
-    if memory is None or memory.peak_bytes is None:
+    if memory is None or memory.needed_bytes is None:
         return cell(NONE)
-    peak = format_bytes(memory.peak_bytes)
+    needed = format_bytes(memory.needed_bytes)
     if memory.limit_bytes is None:
-        return cell(peak) if report.emulated else (Line(peak), Line("capacity unknown", "dim"))
+        return cell(needed) if report.emulated else (Line(needed), Line("capacity unknown", "dim"))
     verdict = {"yes": "fits", "tight": "tight", "no": "does not fit", None: "unknown"}[memory.fits]
     if memory.deficit_bytes:
         verdict = f"{format_bytes(memory.deficit_bytes)} too much"
-    return (Line(f"{peak} of {format_bytes(memory.limit_bytes)}"), Line(verdict, FITS_MOOD[memory.fits]))
+    return (Line(f"{needed} of {format_bytes(memory.limit_bytes)}"), Line(verdict, FITS_MOOD[memory.fits]))
 
 
 def axes_cell(analysis: Analysis | None) -> Cell:

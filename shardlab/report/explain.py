@@ -85,9 +85,11 @@ def _figure_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
 
 def _memory_text(report: CaseReport) -> str:
     memory = report.memory
-    if memory is None or memory.peak_bytes is None:
+    if memory is None or memory.needed_bytes is None or memory.peak_bytes is None:
         return "unknown"
-    parts = [f"{format_bytes(memory.peak_bytes)} at the peak"]
+    parts = [
+        f"{format_bytes(memory.needed_bytes)} reserved, {format_bytes(memory.peak_bytes)} at the compiler's peak"
+    ]
     if memory.argument_bytes is not None:
         parts.append(f"arguments {format_bytes(memory.argument_bytes)}")
     if memory.temp_bytes is not None:

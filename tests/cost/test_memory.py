@@ -87,6 +87,13 @@ def test_gaps_in_the_temporary_block_count():
     assert "61 GB" in report.note
 
 
+def test_a_peak_without_temporaries_is_not_what_is_needed():
+    # XLA:CPU's peak leaves the temporaries out: 187 of 187 + 742 here.
+    memory = Memory(argument_bytes=187, output_bytes=180, alias_bytes=180, temp_bytes=742, peak_bytes=187)
+    report = memory_report(memory, None, machine(CPU, emulated=True))
+    assert (report.peak_bytes, report.needed_bytes) == (187, 929)
+
+
 def test_gaps_that_change_nothing_are_not_noted():
     memory = Memory(argument_bytes=10 * GB, temp_bytes=12 * GB, peak_bytes=20 * GB)
     report = memory_report(memory, None, machine(H100))

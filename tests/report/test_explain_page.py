@@ -66,7 +66,8 @@ def test_facts_say_what_the_case_is() -> None:
     assert facts["FLOPs"] == "200 TFLOP per device and step, as compiled"
     assert (
         facts["memory"]
-        == "60 GB at the peak, arguments 40 GB, temporaries 20 GB, limit 80 GB (by hand), fits"
+        == "60 GB reserved, 60 GB at the compiler's peak, arguments 40 GB, temporaries 20 GB, "
+        "limit 80 GB (by hand), fits"
     )
 
 
