@@ -88,10 +88,8 @@ def _memory_text(report: CaseReport) -> str:
     if memory is None or memory.needed_bytes is None or memory.peak_bytes is None:
         return "unknown"
     parts = [
-    parts = [
         f"{format_bytes(memory.needed_bytes)} reserved",
         f"{format_bytes(memory.peak_bytes)} at the compiler's peak",
-    ]
     ]
     if memory.argument_bytes is not None:
         parts.append(f"arguments {format_bytes(memory.argument_bytes)}")
