@@ -27,8 +27,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 Remat = Literal["none", "full", "matmuls", "offload"]
 
-# What `Shardings.place_weight` returns carries this name, so that no remat policy keeps gathered weights for the
-# backward pass.
+# What `Shardings.place_weight` returns carries this name, so that no remat policy keeps gathered weights for
+# the backward pass.
 GATHERED_WEIGHT = "gathered_weight"
 
 
@@ -82,8 +82,8 @@ def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function
 def _save_all_but_gathers(primitive: jax.extend.core.Primitive, *_: Any, **params: Any) -> bool:
     """Neither the named weight nor the call that gathers it: to save either is to save the whole model.
 
-    The name alone would not do, since what it names could be saved instead. Of custom_vjp functions only that of
-    `place_weight` calls itself in its forward rule, and is a call here.
+    The name alone would not do, since what it names could be saved instead. Of custom_vjp functions only that
+    of `place_weight` calls itself in its forward rule, and is a call here.
     """
     is_gather = primitive.name.startswith("custom_vjp_call")
     return not is_gather and params.get("name") != GATHERED_WEIGHT
