@@ -174,3 +174,15 @@ def test_what_the_model_lacks(method: dict[str, object], model: ModelConfig, rea
     asked = plan({"data": 8}, {}, {"batch": ("data",)}, **method)
     with pytest.raises(Infeasible, match=reason):
         build_step(case_of(asked, model), mesh_of(asked), target="cpu")
+
+
+@pytest.mark.parametrize("remat", ["none", "matmuls", "full"])
+def test_no_remat_policy_keeps_gathered_weights(remat: str) -> None:
+    """The backward pass gathers every weight of a layer again: kept for it, they would be the whole model."""
+    method = PLANS["fsdp"].method.model_copy(update={"remat": remat})
+    step = step_of(case_of(PLANS["fsdp"].model_copy(update={"method": method})))
+    text = step.function.lower(*step.arguments).compile().as_text()
+    gathers = [line for line in text.splitlines() if re.search(r" all-gather(-start)?\(", line)]
+    for weight in ("attention/query", "attention/value", "mlp/gate", "mlp/up", "mlp/down"):
+        passes = {"rematted_computation" in line for line in gathers if f"{weight}/" in line}
+        assert passes == {False, True}, weight
