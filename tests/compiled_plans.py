@@ -5,26 +5,32 @@ from __future__ import annotations
 import functools
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from shardlab.compile import compile_case
 from shardlab.program import Program
 from shardlab.spec.case import Case, make_case
 from shardlab.spec.plan import load_plan
 
+Remat = Literal["none", "full"]
 MESHES = Path(__file__).parents[1] / "meshes"
 
 
-def compiled_plan(name: str, remat: str | None = None) -> tuple[Case, Program, bytes]:
-    """The case of meshes/NAME.toml, its program and serialized module. remat: instead of the plan's own."""
-    return _compiled(name, remat)
+def compiled_plan(
+    name: str, *, remat: Remat | None = None, model: str | None = None, batch: int | None = None
+) -> tuple[Case, Program, bytes]:
+    """The case of meshes/NAME.toml, its program and serialized module. What is given replaces the plan's."""
+    return _compiled(name, remat, model, batch)
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(name: str, remat: str | None) -> tuple[Case, Program, bytes]:
+def _compiled(
+    name: str, remat: Remat | None, model: str | None, batch: int | None
+) -> tuple[Case, Program, bytes]:
     plan = load_plan(MESHES / f"{name}.toml")
     if remat is not None:
         plan = plan.model_copy(update={"method": plan.method.model_copy(update={"remat": remat})})
-    case = make_case(plan)
+    case = make_case(plan, model=model, batch=batch)
     return case, *compiled_case(case)
 
 

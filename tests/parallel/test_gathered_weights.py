@@ -1,4 +1,4 @@
-"""Whatever the remat policy, no weight is kept gathered for the backward pass: saved, it would be the model."""
+"""Whatever the remat policy, no weight is kept gathered for the backward pass: that would be the model."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ MEGATRON_ALL_REDUCES = 4
 # the backward pass does not read: the compiler drops it.
 REMAT_ALL_REDUCES = MEGATRON_ALL_REDUCES + 1
 # Sequence parallelism (arXiv:2205.05198, section 4.2.2) turns each all-reduce into a reduce-scatter and an
-# all-gather, and gathers twice more in the backward pass because only shards of the inputs are stored.
-SEQUENCE_SCATTERS, SEQUENCE_GATHERS = 4, 4 + 2
-# With full remat those two extra gathers are the ones that the recomputed forward needs.
-REMAT_SEQUENCE_SCATTERS, REMAT_SEQUENCE_GATHERS = SEQUENCE_SCATTERS + 1, SEQUENCE_GATHERS
+# all-gather. (The paper then stores only shards and gathers twice more backward; without remat we store all.)
+SEQUENCE_SCATTERS = SEQUENCE_GATHERS = MEGATRON_ALL_REDUCES
+# Full remat gathers both inputs again; of its two reduce-scatters it needs the first, as above.
+REMAT_SEQUENCE_SCATTERS, REMAT_SEQUENCE_GATHERS = SEQUENCE_SCATTERS + 1, SEQUENCE_GATHERS + 2
