@@ -123,6 +123,7 @@ def _gather(
         return constrain(constrain(x, stored), used)
 
     def forward(x: jax.Array) -> tuple[jax.Array, None]:
+        # By calling itself it is one call to remat policies, which must not save it (model/runtime.py).
         return gather(x), None
 
     def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
