@@ -79,7 +79,9 @@ def place(
     devices = replicas * partitions
     total = math.prod(mesh.values()) if mesh else max(devices, len(device_ids or ()))
     slices, rest = divmod(total, devices)
-    if rest or not slices or (slices > 1 and replicas > 1):
+    leading = device_ids is not None or _leading_axes_split(mesh, slices)
+    copies_fit = slices == 1 or (replicas == 1 and leading)
+    if rest or not slices or not copies_fit:
         raise UserError(_wrong_size(mesh, total, devices, module.name))
     where = None if device_ids is None else _where(device_ids, total, devices)
     return Placement(
@@ -89,6 +91,16 @@ def place(
         positions=_positions(slices, devices, where),
         device_position=where,
     )
+
+
+def _leading_axes_split(mesh: Mapping[str, int] | None, slices: int) -> bool:
+    """Whether the leading axes, the last of them perhaps in part, make `slices` equal runs of positions."""
+    for size in (mesh or {"": slices}).values():
+        shared = math.gcd(size, slices)
+        slices //= shared
+        if slices == 1 or shared != size:
+            break
+    return slices == 1
 
 
 def members(instruction: Instruction, placement: Placement) -> Members:

@@ -112,6 +112,12 @@ def test_how_many_devices(
         (", num_partitions=8", {"data": 4}, ("has 4 devices", "compiled for 8")),
         (", replica_count=2, num_partitions=4", {"data": 16}, ("has 16 devices", "compiled for 8")),
         ("", {"data": 1}, ("has 1 devices", "compiled for 2")),
+        # 28 = 14 x 2, but no leading axes (2, 2 x 2) make 14 slices
+        (
+            ", num_partitions=2",
+            {"data": 2, "model": 2, "x": 7},
+            ("data=2 x model=2 x x=7 has 28 devices", "compiled for 2"),
+        ),
     ],
 )
 def test_a_mesh_of_another_size_is_refused_and_both_numbers_named(
