@@ -22,8 +22,6 @@ _COMMON_LIMITS = {
     "registers_per_block_limit": 65_536,
 }
 _THREADS_PER_CORE = {(8, 6): 1536, (8, 9): 1536}  # 2048 elsewhere; same source
-# cuDNN 9.10, the version from which its fused attention has every variant that jax can ask for.
-_CUDNN_VERSION = 91_000
 
 
 def open_target(machine: Machine) -> Target:
@@ -35,7 +33,6 @@ def open_target(machine: Machine) -> Target:
     name = str(machine.chip.compile_as)
     topology = f"1x{machine.hosts}x{machine.num_devices // machine.hosts}"
     config = target_config(load_gpu_target(name))
-    _assume_cudnn()
     try:
         described = topologies.get_topology_desc(
             name, "cuda", target_config=config, topology=topology
@@ -44,18 +41,6 @@ def open_target(machine: Machine) -> Target:
         raise CompileFailed(machine.spec, f"XLA refuses {topology} of {name}: {error}") from None
     devices = tuple(sorted(described, key=lambda device: int(device.id)))
     return Target(family="gpu", platform="cuda", devices=devices, autotuned=False)
-
-
-def _assume_cudnn() -> None:
-    """Let jax lower fused attention where no cuDNN is installed: the machine that runs the program has one.
-
-    jax asks the installed library for its version only to refuse variants that an old one lacks. There is no
-    public way to say which one is meant, hence the private name; it holds for this process, the compile
-    child, alone.
-    """
-    from jax._src.cudnn import fused_attention_stablehlo
-
-    fused_attention_stablehlo.check_cudnn_version = lambda: _CUDNN_VERSION
 
 
 def target_config(gpu: GpuTarget) -> str:
