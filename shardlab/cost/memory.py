@@ -20,7 +20,8 @@ class MemoryFit:
     """Memory per device against its limit. Bytes; None is unknown, never zero.
 
     peak_bytes: the compiler's own figure. needed_bytes: what a run holds, the larger of the peak and
-    of what is reserved (on emulated CPU the compiler's peak leaves the temporaries out); the verdict follows it.
+    of what is reserved (on emulated CPU the compiler's peak leaves the temporaries out); the verdict
+    follows it.
     deficit_bytes: what is missing, 0 when it fits. fits: `tight` above 92 % of the limit; None without a
     limit. note: what a reader must know of these figures, "" when nothing.
     """
