@@ -35,6 +35,7 @@ readme_test_command() {
   [ -n "$command" ] || { echo "README.md has no line that sets up and runs pytest" >&2; return 1; }
   command=${command//python3 -m venv .venv/true}
   command=${command//.venv/$venv}
-  echo "+ $command $(printf '%q ' "$@")"
-  eval "$command $(printf '%q ' "$@")"
+  [ $# -eq 0 ] || command+=$(printf ' %q' "$@")
+  echo "+ $command"
+  eval "$command"
 }
