@@ -88,11 +88,12 @@ class Communication:
     dominant: str
 
 
-def communication(analysis: CommunicationAnalysis, machine: Machine) -> Communication:
+def communication(analysis: CommunicationAnalysis, machine: Machine | None = None) -> Communication:
     """Communication time of one step, upper end of every range (both branches of a conditional count).
 
     A row without `tier_s` (a saved analysis) is priced from its traffic at the links' rates, but not on a
-    torus, where the rate depends on coordinates that a row does not hold: then the total is unknown.
+    torus, where the rate depends on coordinates that a row does not hold: then the total is unknown, as it
+    is for such a row without a machine.
     """
     total: float | None = 0.0
     tiers: dict[str, float] = {}
@@ -112,8 +113,10 @@ def communication(analysis: CommunicationAnalysis, machine: Machine) -> Communic
     return Communication(communication_s=total, tier_s=tiers, dominant=dominant)
 
 
-def _link_seconds(traffic: Mapping[str, Fraction] | None, machine: Machine) -> dict[str, float] | None:
+def _link_seconds(traffic: Mapping[str, Fraction] | None, machine: Machine | None) -> dict[str, float] | None:
     """Seconds per tier at each link's own rate; None where one is unknown or depends on the torus."""
+    if machine is None:
+        return None
     rates = {domain.tier: domain.bytes_per_s for domain in machine.domains if domain.tier != "ici"}
     seconds = {}
     for tier, sent_bytes in (traffic or {"": Fraction(0)}).items():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from shardlab.analysis import Analysis, ByteRange, CollectiveRow
 from shardlab.case_report import EMULATED_NOTE, CaseReport
 from shardlab.compare import refusal_reason
+from shardlab.cost.network import communication
 from shardlab.report.comparison import time_text
 from shardlab.report.figures import (
     axes_text,
@@ -22,6 +23,7 @@ from shardlab.spec.names import strategy_names
 from shardlab.units import format_bytes, format_count, format_seconds
 
 TOP = 12
+TIME_MEANS = "of links in use; no compute, no overlap"
 Breakdown = Mapping[str, Mapping[str, ByteRange]]
 
 
@@ -33,7 +35,7 @@ def explain_page(report: CaseReport, top: int = TOP) -> Page:
     if report.analysis is None:
         return Page(title=title, facts=(*_case_facts(report), ("no analysis", _why(report))), notes=notes)
     facts = (*_case_facts(report), *_figure_facts(report))
-    tables = (*_tables(report.analysis, top, report), *_warning_tables(report))
+    tables = (*_tables(report.analysis, top, report.tier_s or {}), *_warning_tables(report))
     return Page(title=title, facts=facts, tables=tables, notes=notes)
 
 
@@ -49,7 +51,11 @@ def analysis_page(analysis: Analysis, top: int = TOP) -> Page:
     ]
     facts += [("machine", analysis.machine)] if analysis.machine else []
     facts.append(("sent", f"{format_bytes(analysis.totals.wire_bytes)} per device and step"))
-    return Page(title="What this program communicates", facts=tuple(facts), tables=_tables(analysis, top))
+    time = communication(analysis)
+    if analysis.machine and time.communication_s is not None:
+        facts.append(("comm. time", f"{format_seconds(time.communication_s)} {TIME_MEANS}"))
+    tables = _tables(analysis, top, time.tier_s)
+    return Page(title="What this program communicates", facts=tuple(facts), tables=tables)
 
 
 def _why(report: CaseReport) -> str:
@@ -79,7 +85,7 @@ def _figure_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
     if analysis is not None:
         facts.append(("sent", f"{format_bytes(analysis.totals.wire_bytes)} per device and step"))
     if report.communication_s is not None:
-        facts.append(("comm. time", f"{time_text(report)} of links in use; no compute, no overlap"))
+        facts.append(("comm. time", f"{time_text(report)} {TIME_MEANS}"))
     return tuple(facts)
 
 
@@ -106,14 +112,14 @@ def _mesh_text(mesh: Mapping[str, int] | None) -> str:
     return " × ".join(f"{axis} {size}" for axis, size in mesh.items()) if mesh else "not given"
 
 
-def _tables(analysis: Analysis, top: int, report: CaseReport | None = None) -> tuple[Table, ...]:
+def _tables(analysis: Analysis, top: int, tier_s: Mapping[str, float]) -> tuple[Table, ...]:
     totals = analysis.totals
     tables = [
         _breakdown("By kind", "kind", totals.by_kind),
         _breakdown("By mesh axes", "axes", totals.by_axes),
         _breakdown("By phase", "phase", totals.by_phase),
         _breakdown("By layer", "layer", totals.by_layer, top),
-        _links(analysis, (report.tier_s if report is not None else None) or {}),
+        _links(analysis, tier_s),
         _collectives(analysis, top),
         _ledger(analysis),
     ]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 from case_reports import GB, analysis, case, collective, refused, report
 
+from shardlab.analysis import analyze
 from shardlab.case_report import EMULATED_NOTE, CaseReport
+from shardlab.hardware.catalog import load_machine
 from shardlab.program import CompilerWarning, Flags, Program
 from shardlab.report.explain import analysis_page, explain_page
 from shardlab.report.page import Page, Table
+from shardlab.units import format_seconds
 
 
 def texts(table: Table) -> list[list[str]]:
@@ -105,5 +109,32 @@ def test_an_analysed_dump_needs_no_case() -> None:
         "mesh": "fsdp 8",
         "machine": "h100:1x8",
         "sent": "14 GB per device and step",
+        "comm. time": "40.0 ms of links in use; no compute, no overlap",  # twice 20 ms
     }
     assert [one.title for one in page.tables] == [one.title for one in explain_page(report()).tables]
+
+
+def test_an_analysed_dump_on_a_machine_says_how_long_its_links_work() -> None:
+    # One reduce-scatter over 4 of a host's 8 GPUs: 3/4 of 4 MiB at NVLink's 450 GB/s one way.
+    text = """HloModule m, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+ENTRY %main {
+  %x = f32[1048576]{0} parameter(0)
+  ROOT %r = f32[262144]{0} reduce-scatter(%x), channel_id=1, replica_groups=[2,4]<=[8], use_global_device_ids=true, dimensions={0}, to_apply=%add
+}
+"""  # noqa: E501
+    made = analyze(text, axes={"data": 2, "model": 4}, machine=load_machine("h100:1x8"))
+    page = analysis_page(made)
+    seconds = 3 / 4 * 4 * 2**20 / 450e9
+    assert dict(page.facts)["comm. time"].startswith(format_seconds(seconds))
+    assert texts(table(page, "By link")) == [["nvlink", "3.15 MB", format_seconds(seconds)]]
+
+
+def test_without_a_machine_there_is_no_time() -> None:
+    assert "comm. time" not in dict(analysis_page(replace(analysis(), machine=None)).facts)
