@@ -103,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     _add_explain(_verb(verbs, "explain", "compile one plan and break down what it costs", EXPLAIN_EXAMPLES))
     _add_compare(_verb(verbs, "compare", "compile several plans and rank them", COMPARE_EXAMPLES))
     doctor = _verb(verbs, "doctor", "which targets this machine can compile for", "")
+    doctor.add_argument("--deep", action="store_true", help="prove each target with a tiny compile")
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
     doctor.set_defaults(run=run_doctor)
     return top
@@ -238,7 +239,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     """`shardlab doctor`: a missing target is an answer, exit 0."""
     from shardlab.compile.doctor import targets
 
-    found = targets()
+    found = targets(deep=args.deep)
     if args.json:
         _print_json({"schema": "shardlab.doctor/1", "targets": [asdict(status) for status in found]})
     else:

@@ -315,6 +315,15 @@ def test_help_lists_the_verbs_that_are_built(capsys: pytest.CaptureFixture[str])
         assert f"  {verb} " not in text
 
 
+@pytest.mark.tpu
+@pytest.mark.gpu
+def test_doctor_proves_a_target_by_compiling_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor", "--deep", "--json") == 0
+    found = {status["target"]: status for status in json.loads(capsys.readouterr().out)["targets"]}
+    for target in ("cpu", "tpu", "gpu"):
+        assert found[target]["works"] and "compiled for" in found[target]["detail"]
+
+
 def test_doctor_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("doctor", "--json") == 0
     document = json.loads(capsys.readouterr().out)
