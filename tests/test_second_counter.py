@@ -85,6 +85,8 @@ GROUPS = {
     "v3_major_half": (v3(MESH, [(1, 1, 2)]), "model:(1)2", 4096),
     "v3_foreign_mesh": (v3({"p": 4, "q": 2}, [0]), "data+model:(1)2", 6144),
     "v3_device_ids": (v3({"x": 4, "y": 2}, [1], [0, 4, 1, 5, 2, 6, 3, 7]), "data", 4096),
+    # the same ids, 0 … 7 as 2 x 4 and read transposed
+    "v3_device_ids_iota": (v3({"x": 4, "y": 2}, [1], iota=([2, 4], [1, 0])), "data", 4096),
 }
 
 

@@ -118,9 +118,20 @@ def _mesh_groups(message: Message) -> str:
     if not axes and devices:
         return f"maximal_mesh[device_id={devices[0]}] {{}}"
     listed = ",".join(f"'{string(axis, 1)}'={integer(axis, 2)}" for axis in axes)
-    ids = f", device_ids=({','.join(map(str, devices))})" if devices else ""
+    ids = f", device_ids=({_device_order(mesh, devices)})" if devices or 3 in mesh else ""
     refs = ",".join(_axis(decode(blob), axes) for blob in blobs(message, 2))
     return f"mesh[{listed}]{ids} {{{refs}}}"
+
+
+def _device_order(mesh: Message, devices: Sequence[int]) -> str:
+    """`0,2,1,3`, or `[2,2]T(1,0)`: field 3 holds 1 reshape dims and 2 transpose permutation (as in protos of
+    jaxlib 0.10.2 and 0.12, whose text prints the same).
+    """
+    if devices:
+        return ",".join(map(str, devices))
+    iota = submessage(mesh, 3)
+    dims, perm = (",".join(map(str, integers(iota, field))) for field in (1, 2))
+    return f"[{dims}]T({perm})" if perm else f"[{dims}]"
 
 
 def _axis(ref: Message, axes: Sequence[Message]) -> str:

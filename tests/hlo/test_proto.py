@@ -36,6 +36,8 @@ PAIRS = [
     ("permuted_mesh.hlo", "permuted_mesh.hlo_module.pb"),
 ]
 IDS = ["cpu dump", "gpu dump", "bare HloModuleProto"]
+# No device assignment in it, which is where a proto holds the number of partitions.
+DEVICE_ORDER = ("v3_device_order.hlo", "v3_device_order.hlo_module.pb")
 SAME_TEXT = ["dimensions", "direction", "custom_call_target", "kind", "source_target_pairs", "dim_labels",
              "slice", "lhs_contracting_dims", "rhs_contracting_dims", "lhs_batch_dims", "rhs_batch_dims",
              "dynamic_slice_sizes",
@@ -70,7 +72,7 @@ def facts(instruction: Instruction) -> tuple[object, ...]:
     )
 
 
-@pytest.mark.parametrize(("text", "proto"), PAIRS, ids=IDS)
+@pytest.mark.parametrize(("text", "proto"), [*PAIRS, DEVICE_ORDER], ids=[*IDS, "device orders of meshes"])
 def test_proto_and_text_hold_the_same_instructions(text: str, proto: str) -> None:
     """Dump text leaves get-tuple-elements out; everything else is there, in the same (scheduled) order."""
     printed, serialised = read_pair(text, proto)

@@ -41,11 +41,17 @@ def iota_groups(data: bytes) -> Groups:
 
 
 def mesh_groups(data: bytes) -> Groups:
-    """MeshAxesReplicaGroupListProto: 1 mesh {1 axes {2 size}, 2 device ids}, 2 axes {1 index, 2 sub-axis}."""
+    """MeshAxesReplicaGroupListProto: 1 mesh {1 axes {2 size}, 2 device ids, 3 iota {1 dims, 2 order}}, 2 axes
+    {1 index, 2 sub-axis}.
+    """
     raw = group(data)
     mesh = group(message(raw, 1) or b"")
     sizes = [scalar(group(axis), 2) for axis in mesh.get(1, []) if isinstance(axis, bytes)]
     ids = integers(mesh.get(2, [])) or list(range(math.prod(sizes)))
+    iota = group(message(mesh, 3) or b"")
+    if iota:
+        dims = integers(iota.get(1, []))
+        ids = transposed(ids, dims, integers(iota.get(2, [])) or list(range(len(dims))))
     wanted = [axis_factors(axis, sizes) for axis in raw.get(2, []) if isinstance(axis, bytes)]
     # Split each axis at every border of a sub-axis in use, then move the wanted pieces to the end.
     cuts = [{1, size} for size in sizes]

@@ -120,10 +120,16 @@ def v2(
 Axis = tuple[int, int, int] | int
 
 
-def v3(mesh: Mapping[str, int], axes: Sequence[Axis], devices: Sequence[int] = ()) -> bytes:
-    """axes: an index into the mesh, or (index, pre-size, size) of a sub-axis."""
+def v3(
+    mesh: Mapping[str, int],
+    axes: Sequence[Axis],
+    devices: Sequence[int] = (),
+    iota: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> bytes:
+    """axes: an index into the mesh, or (index, pre-size, size) of a sub-axis. iota: dims and their order."""
     names = b"".join(field(1, field(1, name) + field(2, size)) for name, size in mesh.items())
     ids = packed(2, devices) if devices else b""
+    ids += field(3, packed(1, iota[0]) + packed(2, iota[1])) if iota else b""
     references = b""
     for axis in axes:
         index, *sub = (axis,) if isinstance(axis, int) else axis
