@@ -41,6 +41,7 @@ a saved program, or - for standard input.
 examples:
   shardlab analyze dump/ --axes data=4,model=2
   shardlab analyze step.program --on h100:64x8 --json
+  shardlab analyze step.program --on h100:64x8 --order
   XLA_FLAGS=--xla_dump_to=dump python train.py; shardlab analyze dump --mesh plan.toml --strict
 """
 EXPLAIN_EXAMPLES = """\
