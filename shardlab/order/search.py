@@ -150,8 +150,11 @@ def _own_alone(part: Attributed, machine: Machine, own: Ids, own_name: str) -> O
 def _notes(machine: Machine) -> tuple[str, ...]:
     if machine.emulated:
         return ("emulated devices have one kind of link: every order moves the same",)
+    model = (
+        "times are of bandwidth alone, with hierarchical collectives: measure an order before you adopt it"
+    )
     kept = "the compiled program is kept; compiled for another order, it may be another program"
-    return (kept,) if machine.family == "tpu" else ()
+    return (model, kept) if machine.family == "tpu" else (model,)
 
 
 def _jobs(part: Attributed) -> tuple[_Job, ...]:
