@@ -41,6 +41,7 @@ a saved program, or - for standard input.
 examples:
   shardlab analyze dump/ --axes data=4,model=2
   shardlab analyze step.program --on h100:64x8 --json
+  shardlab analyze step.program --on h100:64x8 --order
   XLA_FLAGS=--xla_dump_to=dump python train.py; shardlab analyze dump --mesh plan.toml --strict
 """
 EXPLAIN_EXAMPLES = """\
@@ -131,6 +132,7 @@ def _add_analyze(verb: argparse.ArgumentParser) -> None:
         "--device-ids", metavar="0,1,…", help="the device at each position of the mesh, row-major"
     )
     verb.add_argument("--on", metavar="MACHINE", help="price the traffic on this machine, such as h100:64x8")
+    _add_order(verb)
     verb.add_argument("--strict", action="store_true", help="exit 1 when something was not counted exactly")
     _add_format(verb)
     verb.set_defaults(run=run_analyze)
@@ -142,6 +144,7 @@ def _add_explain(verb: argparse.ArgumentParser) -> None:
         "--on", metavar="MACHINE", help="the plan's own machine unless said: cpu:8, h100:64x8, v5p:8x8x8"
     )
     _add_workload(verb)
+    _add_order(verb)
     _add_format(verb)
     verb.add_argument("--hlo", metavar="FILE", help="write the compiled HLO text")
     verb.add_argument("--save", metavar="FILE", help="write the whole program, for analyze")
@@ -170,6 +173,10 @@ def _add_workload(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_order(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--order", action="store_true", help="price other device orders of the same program")
+
+
 def _add_format(verb: argparse.ArgumentParser) -> None:
     formats = verb.add_mutually_exclusive_group()
     formats.add_argument("--json", action="store_true", help="print one JSON document")
@@ -184,37 +191,45 @@ def _positive(text: str) -> int:
 
 def run_analyze(args: argparse.Namespace) -> int:
     """`shardlab analyze`: exit 1 only with --strict and a ledger that is not empty."""
-    from shardlab.analysis import analyze
+    from shardlab.analysis import attribute, merge
     from shardlab.hardware.catalog import load_machine
+    from shardlab.order import best_orders, orders_member
 
     machine = load_machine(args.on) if args.on else None
     axes = _axes_of_mesh(args.mesh) if args.mesh else parse_axes(args.axes)
-    analysis = analyze(args.paths, axes=axes, device_ids=parse_device_ids(args.device_ids), machine=machine)
+    parts = attribute(args.paths, axes, parse_device_ids(args.device_ids), machine)
+    kept = tuple(parts) if args.order else ()
+    orders = best_orders(kept, machine) if args.order else None
+    analysis = merge([part.analysis for part in kept or parts])
     if args.json:
-        _print_json(analysis.to_json())
+        _print_json(analysis.to_json() | orders_member(orders))
     else:
         from shardlab.report.explain import analysis_page
+        from shardlab.report.order import with_orders
 
-        _print_page(analysis_page(analysis), args.markdown)
+        _print_page(with_orders(analysis_page(analysis), orders), args.markdown)
     return 1 if args.strict and analysis.ledger else 0
 
 
 def run_explain(args: argparse.Namespace) -> int:
     """`shardlab explain`: one case. Infeasible or too large is an answer; not compiled is exit 2."""
     from shardlab.case_report import to_json
-    from shardlab.lab.study import explain_plan
+    from shardlab.lab.study import explain_plan, orders_of
+    from shardlab.order import orders_member
 
     for path in filter(None, (args.hlo, args.save)):
         _check_writable(path)
     machines = (args.on,) if args.on else ()
     report = explain_plan(args.mesh, _question(args, machines), progress=sys.stderr)
     _write_program(report.program, args.hlo, args.save)
+    orders = orders_of(report) if args.order else None
     if args.json:
-        _print_json(to_json(report))
+        _print_json(to_json(report) | orders_member(orders))
     else:
         from shardlab.report.explain import explain_page
+        from shardlab.report.order import with_orders
 
-        _print_page(explain_page(report), args.markdown)
+        _print_page(with_orders(explain_page(report), orders), args.markdown)
     return 0
 
 

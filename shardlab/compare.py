@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from shardlab.agreement import Agreement, agreement, agreement_json
 from shardlab.analysis import Analysis, CollectiveRow
 from shardlab.case_report import CaseReport, Json, to_json
 from shardlab.units import format_bytes
@@ -28,12 +29,16 @@ class Unranked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Cases side by side: `ranked` best first, `emulated` by wire bytes, `unranked` with their reasons."""
+    """Cases side by side: `ranked` best first, `emulated` by wire bytes, `unranked` with their reasons.
+
+    agreement: of one plan on several backends, what each sends side by side.
+    """
 
     ranked: tuple[CaseReport, ...]
     emulated: tuple[CaseReport, ...]
     unranked: tuple[Unranked, ...]
     notes: tuple[str, ...] = ()
+    agreement: Agreement | None = None
 
     @property
     def reports(self) -> tuple[CaseReport, ...]:
@@ -57,6 +62,7 @@ def rank(reports: Iterable[CaseReport], notes: Iterable[str] = ()) -> Comparison
         emulated=tuple(sorted((r for r in rest if r.emulated), key=_emulated_key)),
         unranked=tuple(sorted(unranked, key=lambda row: _label_key(row.report))),
         notes=tuple(notes),
+        agreement=agreement(reports),
     )
 
 
@@ -134,14 +140,17 @@ def most_executions(row: CollectiveRow) -> int:
 
 def comparison_json(comparison: Comparison) -> Json:
     """`shardlab.comparison/1`: the reports best first. `rank` counts from 1 within `ranking`, which is `real`
-    or `emulated`; a case without an answer has `unranked`, the reason, instead.
+    or `emulated`; a case without an answer has `unranked`, the reason, instead. `agreement`: see there.
     """
     reports: list[Json] = []
     for ranking, group in (("real", comparison.ranked), ("emulated", comparison.emulated)):
         for number, report in enumerate(group, start=1):
             reports.append({"rank": number, "ranking": ranking} | to_json(report))
     reports += [{"unranked": row.reason} | to_json(row.report) for row in comparison.unranked]
-    return {"schema": SCHEMA, "reports": reports, "notes": list(comparison.notes)}
+    document: Json = {"schema": SCHEMA, "reports": reports, "notes": list(comparison.notes)}
+    if comparison.agreement is not None:
+        document["agreement"] = agreement_json(comparison.agreement)
+    return document
 
 
 def _real_key(report: CaseReport) -> tuple[int, float, Fraction, str, str]:

@@ -302,8 +302,9 @@ def test_help_has_no_flag_that_is_not_built(verb: str, capsys: pytest.CaptureFix
     assert run(verb, "--help") == 0
     text = capsys.readouterr().out
     assert f"usage: shardlab {verb}" in text
-    for flag in ("--html", "--trace", "--audit", "--why", "--order"):
+    for flag in ("--html", "--trace", "--audit", "--why"):
         assert flag not in text
+    assert ("--order" in text) == (verb in ("analyze", "explain"))
 
 
 def test_help_lists_the_verbs_that_are_built(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """Stages 3 + 4 + 5 on one program: the Analysis record, to and from JSON (`shardlab.analysis/1`)."""
 
-from shardlab.analysis.build import analyze, merge
+from shardlab.analysis.build import Attributed, analyze, attribute, merge
 from shardlab.analysis.document import analysis_from_json
 from shardlab.analysis.records import (
     Analysis,
@@ -15,6 +15,7 @@ from shardlab.analysis.records import (
 
 __all__ = [
     "Analysis",
+    "Attributed",
     "ByteRange",
     "CollectiveRow",
     "LedgerEntry",
@@ -23,6 +24,7 @@ __all__ = [
     "Totals",
     "analysis_from_json",
     "analyze",
+    "attribute",
     "axes_key",
     "merge",
 ]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardlab.analysis.records import Analysis, LedgerEntry, ModuleFacts
 from shardlab.analysis.rows import Rows
 from shardlab.analysis.totals import sum_totals, totals_of
 from shardlab.attribute.backend import backend_of
-from shardlab.attribute.calls import call_graph
+from shardlab.attribute.calls import CallGraph, call_graph
 from shardlab.attribute.collectives import Collective, Uncounted, find_collectives
 from shardlab.attribute.edges import active_instructions
-from shardlab.attribute.members import place
+from shardlab.attribute.members import Members, Placement, place
 from shardlab.attribute.origin import is_training
 from shardlab.errors import Problem, UserError
 from shardlab.hardware.machine import Machine
@@ -25,6 +25,23 @@ from shardlab.hlo.reader import parse
 from shardlab.program import Flags, Program
 
 Source = str | bytes | Path | Program | Module
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attributed:
+    """One module's analysis with what it was made from, so that it can be priced again without reading.
+
+    members, computations: of each of `analysis.collectives`, the mesh positions that it joins and the
+    computation that runs it; equal members are one object. device_ids: the device at each mesh position,
+    None where nothing says (then the device of the same number).
+    """
+
+    analysis: Analysis
+    graph: CallGraph
+    members: tuple[Members, ...]
+    computations: tuple[str, ...]
+    placement: Placement
+    device_ids: tuple[int, ...] | None
 
 
 def analyze(
@@ -41,16 +58,29 @@ def analyze(
     Program's own unless given. machine: adds traffic per link tier, and time.
     Raises ParseError when the source is not HLO, UserError when axes, device ids or machine do not fit it.
     """
-    parts = [_analyze_module(module, made, axes, device_ids, machine) for module, made in _modules_of(source)]
-    return parts[0] if len(parts) == 1 else merge(parts)
+    return merge([part.analysis for part in attribute(source, axes, device_ids, machine)])
+
+
+def attribute(
+    source: Source | Sequence[Source],
+    axes: Mapping[str, int] | None = None,
+    device_ids: Sequence[int] | None = None,
+    machine: Machine | None = None,
+) -> Iterator[Attributed]:
+    """Module by module, the analysis and what it was made from; arguments and errors as for `analyze`."""
+    for module, made in _modules_of(source):
+        yield _attribute_module(module, made, axes, device_ids, machine)
 
 
 def merge(analyses: Sequence[Analysis]) -> Analysis:
-    """Several analyses as one document: rows name their module, totals are sums. Raises ValueError for
-    none.
+    """Several analyses as one document: rows name their module, totals are sums; one analysis is itself.
+
+    Raises ValueError for none.
     """
     if not analyses:
         raise ValueError("nothing to merge")
+    if len(analyses) == 1:
+        return analyses[0]
     rows = tuple(
         replace(row, module=row.module or part.modules[0].name)
         for part in analyses
@@ -94,13 +124,13 @@ def _of_file(found: HloSource) -> Iterator[tuple[Module, Program | None]]:
         yield module, found.program
 
 
-def _analyze_module(
+def _attribute_module(
     module: Module,
     program: Program | None,
     axes: Mapping[str, int] | None,
     device_ids: Sequence[int] | None,
     machine: Machine | None,
-) -> Analysis:
+) -> Attributed:
     mesh = axes if axes is not None else program.mesh if program else None
     if device_ids is None and program is not None:
         device_ids = program.device_ids  # other axes over the same devices leave them where they are
@@ -121,7 +151,7 @@ def _analyze_module(
     facts = ModuleFacts(
         name=module.name, backend=backend, num_devices=placement.num_devices, scheduled=module.is_scheduled
     )
-    return Analysis(
+    analysis = Analysis(
         modules=(facts,),
         mesh=mesh,
         machine=machine.spec if machine else None,
@@ -129,6 +159,14 @@ def _analyze_module(
         totals=totals_of(graph, zip((c.computation for c in collectives), built, strict=True)),
         ledger=tuple(dict.fromkeys(ledger)),
         made_by=_made_by(program, device_ids),
+    )
+    return Attributed(
+        analysis=analysis,
+        graph=graph,
+        members=tuple(rows.members(collective) for collective in collectives),
+        computations=tuple(collective.computation for collective in collectives),
+        placement=placement,
+        device_ids=None if device_ids is None else tuple(device_ids),
     )
 
 

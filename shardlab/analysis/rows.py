@@ -78,6 +78,10 @@ class Rows:
             source=origin.source,
         )
 
+    def members(self, collective: Collective) -> Members:
+        """The mesh positions that a collective joins; one object for all that are written alike."""
+        return self._joined(collective)[0]
+
     def _origin(self, collective: Collective) -> Origin:
         inside_out = (collective.instruction, *collective.around)
         outermost = self.module.computations[collective.outermost]
@@ -103,7 +107,7 @@ class Rows:
             channel_id(collective.instruction) is None,
         )
         if key not in self._known:
-            joined = self._members(collective)
+            joined = self._read_members(collective)
             self._known[key] = joined, self._axes_of(joined)
         joined, axes = self._known[key]
         taking_part, devices = sum(map(len, joined.groups)), self.placement.num_devices
@@ -113,7 +117,7 @@ class Rows:
             self._inexact[collective.name] = f"only {taking_part} of {devices} devices take part"
         return joined, axes
 
-    def _members(self, collective: Collective) -> Members:
+    def _read_members(self, collective: Collective) -> Members:
         if collective.target is not None:
             return megascale_members(collective.target, self.placement)
         if collective.pairs_text is not None:

@@ -8,9 +8,11 @@ from typing import TextIO
 from shardlab.case_report import CaseReport
 from shardlab.compare import Comparison, rank
 from shardlab.errors import CompileFailed
+from shardlab.hardware.catalog import load_machine
 from shardlab.lab.cases import Question, comparison_cases, load_plans
 from shardlab.lab.progress import progress_on
 from shardlab.lab.run import Steps, run_cases
+from shardlab.order import OWN, Orders, orders
 
 
 def compare_plans(
@@ -40,6 +42,16 @@ def explain_plan(
 ) -> CaseReport:
     """Compile and analyse one plan; infeasible and too large are answers. Raises as `compare_plans`."""
     return compare_plans([path], question, progress=progress, jobs=1, steps=steps).reports[0]
+
+
+def orders_of(report: CaseReport) -> Orders | None:
+    """Other device orders for a case's program, its own called what the plan calls it; None without one."""
+    if report.program is None or report.analysis is None:
+        return None
+    asked = report.case.plan.order
+    refused = any(note.startswith("make_mesh refuses") for note in report.program.notes)
+    own_name = asked if isinstance(asked, str) and not refused else OWN
+    return orders(report.program, load_machine(report.case.machine), own_name=own_name)
 
 
 class NothingCompiled(CompileFailed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from shardlab.agreement import Agreement, AgreementRow
 from shardlab.analysis import Analysis
 from shardlab.case_report import EMULATED_NOTE, CaseReport
 from shardlab.compare import Comparison, Unranked, dominant
@@ -41,6 +42,7 @@ def comparison_page(comparison: Comparison, width: int = WIDE_COLUMNS) -> Page:
         *_section(RANKING, comparison.ranked, machines, _layout(width)),
         *_section(EMULATED, comparison.emulated, machines, _emulated_layout(width)),
         *((_unranked_table(comparison.unranked, machines),) if comparison.unranked else ()),
+        *((_agreement_table(comparison.agreement),) if comparison.agreement is not None else ()),
     )
     notes = (*comparison.notes, *_common_notes(reports))
     return Page(title=_title(reports), tables=tables, notes=notes)
@@ -172,6 +174,31 @@ def _unranked_table(rows: Sequence[Unranked], machines: bool) -> Table:
         columns=(Column("plan", keep=False), Column("why", keep=False)),
         rows=tuple((_plan_cell(row.report, machines), cell(row.reason, "warn")) for row in rows),
     )
+
+
+def _agreement_table(found: Agreement) -> Table:
+    """Every kind over every set of axes, one column per target."""
+    columns = (
+        Column("axes", keep=False),
+        Column("kind", keep=False),
+        *(Column(target, "right") for target in found.targets),
+        Column("why", keep=False),
+    )
+    rows = tuple(
+        (
+            cell(key_text(row.axes)),
+            cell(row.kind),
+            *(cell(NONE if figure[1] == 0 else format_bytes(figure)) for figure in row.wire_bytes),
+            _why_cell(row),
+        )
+        for row in found.rows
+    )
+    caption = "bytes each device sends per step; both branches of a conditional count"
+    return Table(title="Where targets agree", columns=columns, rows=rows, caption=caption)
+
+
+def _why_cell(row: AgreementRow) -> Cell:
+    return cell("the same", "good") if row.agree else lines(row.why, "warn")
 
 
 def _common_notes(reports: Sequence[CaseReport]) -> tuple[str, ...]:
