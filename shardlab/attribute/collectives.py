@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from shardlab.attribute.edges import CallSite, CallSites, active_instructions
+from shardlab.attribute.opaque import is_host_callback, opaque_reason, target_of
 from shardlab.attribute.payload import Payload, element_at, logical_payload, payload_of, sliced_from
-from shardlab.hlo.attributes import backend_config_text, config_value, frontend_attributes, is_true
+from shardlab.hlo.attributes import config_value, frontend_attributes, is_true
 from shardlab.hlo.instructions import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module
 from shardlab.hlo.shape import try_shape_bytes
@@ -38,9 +39,6 @@ _MEGASCALE_KINDS = {
 }
 _HANDLER, _RENDEZVOUS = "_xla_host_transfer_handler_name", "_xla_host_transfer_rendezvous"
 _PAIRS = "_xla_send_recv_source_target_pairs"
-# GPU kernels that may talk to other devices by themselves: their traffic is not in the HLO.
-_OPAQUE_TARGET = re.compile(r"mosaic_gpu|nvshmem|nccl", re.IGNORECASE)
-_HAS_COMMUNICATION = re.compile(r'"has_communication"\s*:\s*true')
 _WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")
 _REALIZES = {"ag": "all-gather", "rs": "reduce-scatter"}
 
@@ -113,8 +111,8 @@ class _Finder:
                     yield self._collective(computation, instruction, around, started)
             elif opcode == "send":
                 yield self._send(computation, instruction, around)
-            elif opcode in ("custom-call", "custom-call-start") and (why := _opaque(instruction)):
-                yield Uncounted("custom-call", instruction.name, why)
+            elif opcode in ("custom-call", "custom-call-start"):
+                yield from self._custom_call(name, instruction)
 
     def _collective(
         self,
@@ -144,6 +142,16 @@ class _Finder:
                 realizes=_realizes(computation, around) if kind == "collective-permute" else None,
             )
         )
+
+    def _custom_call(self, computation: str, call: Instruction) -> Iterator[Found]:
+        if is_host_callback(call):
+            yield Uncounted(
+                "host-transfer", call.name, f"to the host ({target_of(call)}): not network traffic"
+            )
+            return
+        walked = any(site.instruction.name == call.name for site in self.sites.by_caller[computation])
+        if why := opaque_reason(call, walked):
+            yield Uncounted("custom-call", call.name, why)
 
     def _send(
         self, computation: Computation, instruction: Instruction, around: tuple[CallSite, ...]
@@ -262,7 +270,7 @@ def _is_clone(instruction: Instruction, targets: set[str]) -> bool:
 
 def _custom_call_targets(computation: Computation) -> set[str]:
     calls = of_opcodes(computation.instructions, ("custom-call",))
-    return {call.attributes.get("custom_call_target", "").strip('"') for call in calls}
+    return {target_of(call) for call in calls}
 
 
 def _is_scatter_fusion(
@@ -298,11 +306,3 @@ def _realizes(computation: Computation, around: tuple[CallSite, ...]) -> str | N
         if windowed:
             return _REALIZES[windowed[1]]
     return None
-
-
-def _opaque(instruction: Instruction) -> str:
-    """Why a custom call may move bytes that the HLO does not show, or nothing."""
-    target = instruction.attributes.get("custom_call_target", "").strip('"')
-    if _HAS_COMMUNICATION.search(backend_config_text(instruction)):
-        return f"opaque: a kernel ({target}) that talks to other devices; its bytes are not in the program"
-    return f"opaque: {target} may communicate" if _OPAQUE_TARGET.search(target) else ""
