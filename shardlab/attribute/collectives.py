@@ -6,7 +6,6 @@ fusion, never a recv. Equal channel ids mean nothing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -39,8 +38,6 @@ _MEGASCALE_KINDS = {
 }
 _HANDLER, _RENDEZVOUS = "_xla_host_transfer_handler_name", "_xla_host_transfer_rendezvous"
 _PAIRS = "_xla_send_recv_source_target_pairs"
-_WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")
-_REALIZES = {"ag": "all-gather", "rs": "reduce-scatter"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +46,7 @@ class Collective:
 
     computation: where `instruction` stands. around: the fusion, call or async start that runs that
     computation, from the inside out. name: of the start, where there is one. kind: what happens on the wire.
-    logical: what the source asked for where XLA:CPU widened it. realizes: what a windowed loop of permutes
-    replaces.
+    logical: what the source asked for where XLA:CPU widened it.
     pairs_text: the pairs of a GPU send. target: the devices of a transfer between TPU slices, which goes
     over DCN.
     """
@@ -64,7 +60,6 @@ class Collective:
     asynchronous: bool
     payload: Payload
     logical: Payload | None = None
-    realizes: str | None = None
     pairs_text: str | None = None
     target: str | None = None
 
@@ -139,7 +134,6 @@ class _Finder:
                 asynchronous=_is_asynchronous(instruction, around, started),
                 payload=payload,
                 logical=logical,
-                realizes=_realizes(computation, around) if kind == "collective-permute" else None,
             )
         )
 
@@ -298,11 +292,3 @@ def _name(computation: Computation, instruction: Instruction, around: tuple[Call
         return instruction.name
     together = sum(one.opcode.removesuffix("-start") in KINDS for one in active_instructions(computation))
     return start.name if together == 1 else instruction.name
-
-
-def _realizes(computation: Computation, around: tuple[CallSite, ...]) -> str | None:
-    for name in (computation.name, *(site.caller for site in around)):
-        windowed = _WINDOWED.search(name)
-        if windowed:
-            return _REALIZES[windowed[1]]
-    return None

@@ -18,7 +18,7 @@ _HAS_COMMUNICATION = re.compile(r'"has_communication"\s*:\s*true')
 # Python callbacks: xla_python_cpu_callback, xla_ffi_partitioned_python_gpu_callback, … (JAX: callback.py).
 _HOST_CALLBACK = re.compile(r"xla_(ffi_)?(partitioned_)?python_\w+_callback")
 
-# Exact names. XLA markers and buffers: hlo_samples, XLA hlo/ and service/ (custom_call_target), libtpu's names.
+# Exact names. XLA markers and buffers: XLA hlo/ and service/ (custom_call_target), libtpu's names.
 # Linear algebra and sampling: JAX lax/linalg.py, lax/ann.py, tpu/linalg/eigh.py, _export.py's list of stable
 # targets; the rest are what jaxlib's plugins register.
 _LOCAL = frozenset({
@@ -38,8 +38,8 @@ _LOCAL = frozenset({
     "tridiagonal_solve_perturbed_ffi", "cpu_csr_sparse_dense_ffi",
 })  # fmt: skip
 # Families of names: NVIDIA's libraries as XLA (`__cublas$gemm`, `__cudnn$fmha…`, `__cub$DeviceRadixSort`,
-# `xla.gpu.ext.cub_sort_keys`) and jaxlib's plugins (`cusolver_potrf_ffi`, `cu_threefry2x32_ffi`) name them, AMD's
-# in jaxlib, and on CPU LAPACK, BLAS, oneDNN and the FFT library.
+# `xla.gpu.ext.cub_sort_keys`) and jaxlib's plugins (`cusolver_potrf_ffi`, `cu_threefry2x32_ffi`) name them,
+# AMD's in jaxlib, and on CPU LAPACK, BLAS, oneDNN and the FFT library.
 _LOCAL_FAMILIES = (
     "__cublas$", "__cudnn$", "__cub$", "__cusolver$", "xla.gpu.ext.cub_", "cublas_", "cusolver_",
     "cusparse_", "cudnn_rnn", "cuhybrid_", "cu_threefry2x32", "cu_lu_pivots_to_permutation",
