@@ -145,7 +145,8 @@ def _attribute_module(
         device_ids = recorded if len(recorded) == math.prod(mesh.values()) else None
     placement = place(module, mesh, device_ids, [c.instruction for c in collectives if c.target is None])
     rows = Rows(module, graph, mesh, device_ids, machine, placement, is_training(active))
-    built = [rows.row(collective) for collective in collectives]
+    realized = rows.realized(collectives)
+    built = [rows.row(one, realized.get((one.computation, one.instruction.name))) for one in collectives]
     ledger = [LedgerEntry(what=u.what, name=u.name, why=u.why) for u in found if isinstance(u, Uncounted)]
     ledger += rows.notes(collectives, built)
     facts = ModuleFacts(

@@ -13,6 +13,7 @@ from shardlab.attribute.collectives import Collective
 from shardlab.attribute.members import Members, Placement, megascale_members, members, send_members
 from shardlab.attribute.neighbours import Neighbours, enclosing_op_name
 from shardlab.attribute.origin import Origin, origin_of
+from shardlab.attribute.rings import Realized, realized_by_permutes
 from shardlab.cost.traffic import Traffic, traffic_of
 from shardlab.cost.wire import Wire, wire_of
 from shardlab.hardware.machine import Machine
@@ -39,8 +40,14 @@ class Rows:
     def __post_init__(self) -> None:
         self._chains = Chains(self.module)
 
-    def row(self, collective: Collective) -> CollectiveRow:
-        """The row of one collective."""
+    def realized(self, collectives: Sequence[Collective]) -> dict[tuple[str, str], Realized]:
+        """What permutes carry out together, by (computation, instruction)."""
+        permutes = [one for one in collectives if one.kind == "collective-permute" and one.target is None]
+        pairs = [(one, self._joined(one)[0].pairs) for one in permutes]
+        return realized_by_permutes(self.module, self.graph, pairs)
+
+    def row(self, collective: Collective, realizes: Realized | None = None) -> CollectiveRow:
+        """The row of one collective. realizes: what it is part of, where it is a permute of a ring."""
         joined, axes = self._joined(collective)
         wire = _wire(collective, joined)
         logical = _wire(collective, joined, logical=True) if collective.logical else None
@@ -70,7 +77,7 @@ class Rows:
             time_s=traffic.time_s if traffic else None,
             algorithm=traffic.algorithm if traffic else None,
             bound="upper" if collective.payload.upper_bound else None,
-            realizes=collective.realizes,
+            realizes=realizes,
             phase=origin.phase,
             recompute=origin.recompute,
             op_name=origin.op_name,

@@ -6,13 +6,13 @@ fusion, never a recv. Equal channel ids mean nothing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from shardlab.attribute.edges import CallSite, CallSites, active_instructions
+from shardlab.attribute.opaque import is_host_callback, opaque_reason, target_of
 from shardlab.attribute.payload import Payload, element_at, logical_payload, payload_of, sliced_from
-from shardlab.hlo.attributes import backend_config_text, config_value, frontend_attributes, is_true
+from shardlab.hlo.attributes import config_value, frontend_attributes, is_true
 from shardlab.hlo.instructions import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module
 from shardlab.hlo.shape import try_shape_bytes
@@ -38,11 +38,6 @@ _MEGASCALE_KINDS = {
 }
 _HANDLER, _RENDEZVOUS = "_xla_host_transfer_handler_name", "_xla_host_transfer_rendezvous"
 _PAIRS = "_xla_send_recv_source_target_pairs"
-# GPU kernels that may talk to other devices by themselves: their traffic is not in the HLO.
-_OPAQUE_TARGET = re.compile(r"mosaic_gpu|nvshmem|nccl", re.IGNORECASE)
-_HAS_COMMUNICATION = re.compile(r'"has_communication"\s*:\s*true')
-_WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")
-_REALIZES = {"ag": "all-gather", "rs": "reduce-scatter"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +46,7 @@ class Collective:
 
     computation: where `instruction` stands. around: the fusion, call or async start that runs that
     computation, from the inside out. name: of the start, where there is one. kind: what happens on the wire.
-    logical: what the source asked for where XLA:CPU widened it. realizes: what a windowed loop of permutes
-    replaces.
+    logical: what the source asked for where XLA:CPU widened it.
     pairs_text: the pairs of a GPU send. target: the devices of a transfer between TPU slices, which goes
     over DCN.
     """
@@ -66,7 +60,6 @@ class Collective:
     asynchronous: bool
     payload: Payload
     logical: Payload | None = None
-    realizes: str | None = None
     pairs_text: str | None = None
     target: str | None = None
 
@@ -113,8 +106,8 @@ class _Finder:
                     yield self._collective(computation, instruction, around, started)
             elif opcode == "send":
                 yield self._send(computation, instruction, around)
-            elif opcode in ("custom-call", "custom-call-start") and (why := _opaque(instruction)):
-                yield Uncounted("custom-call", instruction.name, why)
+            elif opcode in ("custom-call", "custom-call-start"):
+                yield from self._custom_call(name, instruction)
 
     def _collective(
         self,
@@ -141,9 +134,18 @@ class _Finder:
                 asynchronous=_is_asynchronous(instruction, around, started),
                 payload=payload,
                 logical=logical,
-                realizes=_realizes(computation, around) if kind == "collective-permute" else None,
             )
         )
+
+    def _custom_call(self, computation: str, call: Instruction) -> Iterator[Found]:
+        if is_host_callback(call):
+            yield Uncounted(
+                "host-transfer", call.name, f"to the host ({target_of(call)}): not network traffic"
+            )
+            return
+        walked = any(site.instruction.name == call.name for site in self.sites.by_caller[computation])
+        if why := opaque_reason(call, walked):
+            yield Uncounted("custom-call", call.name, why)
 
     def _send(
         self, computation: Computation, instruction: Instruction, around: tuple[CallSite, ...]
@@ -262,7 +264,7 @@ def _is_clone(instruction: Instruction, targets: set[str]) -> bool:
 
 def _custom_call_targets(computation: Computation) -> set[str]:
     calls = of_opcodes(computation.instructions, ("custom-call",))
-    return {call.attributes.get("custom_call_target", "").strip('"') for call in calls}
+    return {target_of(call) for call in calls}
 
 
 def _is_scatter_fusion(
@@ -290,19 +292,3 @@ def _name(computation: Computation, instruction: Instruction, around: tuple[Call
         return instruction.name
     together = sum(one.opcode.removesuffix("-start") in KINDS for one in active_instructions(computation))
     return start.name if together == 1 else instruction.name
-
-
-def _realizes(computation: Computation, around: tuple[CallSite, ...]) -> str | None:
-    for name in (computation.name, *(site.caller for site in around)):
-        windowed = _WINDOWED.search(name)
-        if windowed:
-            return _REALIZES[windowed[1]]
-    return None
-
-
-def _opaque(instruction: Instruction) -> str:
-    """Why a custom call may move bytes that the HLO does not show, or nothing."""
-    target = instruction.attributes.get("custom_call_target", "").strip('"')
-    if _HAS_COMMUNICATION.search(backend_config_text(instruction)):
-        return f"opaque: a kernel ({target}) that talks to other devices; its bytes are not in the program"
-    return f"opaque: {target} may communicate" if _OPAQUE_TARGET.search(target) else ""

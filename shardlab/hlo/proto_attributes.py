@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from shardlab.errors import ParseError
 from shardlab.hlo.module import Shape
 from shardlab.hlo.strings import escape
 from shardlab.hlo.wire import Message, blobs, decode, integer, integers, string, submessage
@@ -22,6 +23,7 @@ _FLAGS = {
 }
 _STRINGS = {"custom_call_target": 28, "async_execution_thread": 79}
 _WORDS = {"direction": 63, "kind": 11}
+_MAX_NESTING = 3
 _HAS_DIMENSIONS = {
     "all-gather", "all-gather-start", "all-to-all", "broadcast", "concatenate", "iota", "map", "reduce",
     "reduce-scatter", "reverse", "scan", "sort", "transpose",
@@ -91,7 +93,24 @@ def _group_attributes(message: Message, opcode: str) -> dict[str, str]:
         found["source_target_pairs"] = (
             "{" + ",".join(f"{{{integer(pair, 1)},{integer(pair, 2)}}}" for pair in pairs) + "}"
         )
+        if integers(message, 20):
+            found["slice_sizes"] = _slice_sizes(message)
     return found
+
+
+def _slice_sizes(message: Message) -> str:
+    """Extents of the slices that an in-place permute sends: one list, as long as slices times the rank of
+    the array.
+    """
+    extents, shape = integers(message, 20), submessage(message, 3)
+    for _ in range(_MAX_NESTING):  # of a start's tuple the first element is what it sends
+        if 4 not in shape:
+            break
+        shape = decode(blobs(shape, 4)[0])
+    rank = len(integers(shape, 3))
+    if not rank or len(extents) % rank:
+        raise ParseError(f"{string(message, 1)}: slice sizes do not fit an array of rank {rank}")
+    return "{" + ",".join(_braced(extents[at : at + rank]) for at in range(0, len(extents), rank)) + "}"
 
 
 def _replica_groups(message: Message) -> str | None:

@@ -287,3 +287,10 @@ def test_a_reduction_that_xla_did_not_promote_is_what_the_source_asked_for() -> 
     text = (GOLDEN / "e01_cpu_promotes_bf16.hlo").read_text().replace("add.clone_promoted", "add")
     (row,) = analyze(text, axes=MESHES["d2m4"]).collectives
     assert row.logical_payload_bytes is None
+
+
+def test_a_proto_of_an_in_place_permute_carries_its_slices() -> None:
+    """bf16 slices of 1 x 8 x 128 and 2 x 4 x 64 elements, not the 8 x 16 x 128 of the buffers."""
+    proto = GOLDEN.parent / "hlo" / "printed" / "in_place_permute_start.hlo_module.pb"
+    (row,) = analyze(proto, axes=MESHES["d2m4"]).collectives
+    assert row.payload_bytes == 2 * (1 * 8 * 128 + 2 * 4 * 64)

@@ -147,6 +147,28 @@ def test_device_assignment_of_replicas_is_in_flattened_order() -> None:
     assert (module.replica_count, module.num_partitions) == (2, 2)
 
 
+@pytest.mark.parametrize("form", ["", "_start"], ids=["sync", "start"])
+def test_slices_of_an_in_place_permute(form: str) -> None:
+    """XLA made these protos of a text with slice_sizes={{1,8,128},{2,4,64}}."""
+    (module,) = parse_proto(contents(f"in_place_permute{form}.hlo_module.pb"))
+    slices = [
+        one.attributes["slice_sizes"]
+        for one in module.computations[module.entry].instructions.values()
+        if one.opcode in ("collective-permute", "collective-permute-start")
+    ]
+    assert slices == ["{{1,8,128},{2,4,64}}"]
+
+
+def test_slices_that_do_not_fit_the_array_are_refused() -> None:
+    """The proto's list of six extents, one taken away: five do not make slices of a rank 3 array."""
+    data = contents("in_place_permute.hlo_module.pb")
+    packed, five = field(20, b"\x01\x08\x80\x01\x02\x04\x40"), field(20, b"\x01\x08\x80\x01\x02\x84\x40")
+    assert len(packed) == len(five)
+    assert packed in data
+    with pytest.raises(ParseError, match="slice sizes do not fit an array of rank 3"):
+        parse_proto(data.replace(packed, five))
+
+
 @pytest.mark.parametrize("proto", [pair[1] for pair in PAIRS], ids=IDS)
 def test_cut_protos_are_refused(proto: str) -> None:
     """A cut inside the module's bytes; what follows the module in a dump (buffer assignment) is not read."""
