@@ -55,8 +55,9 @@ def test_analyze_adds_the_orders_and_changes_nothing_else(
 
 
 def test_the_table_says_what_is_better_and_how_to_get_it(
-    hlo: str, capsys: pytest.CaptureFixture[str]
+    hlo: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no cell wraps
     ids = ",".join(map(str, ACROSS))
     asked = ("analyze", hlo, "--axes", "data=2,tensor=4", "--on", MACHINE, "--device-ids", ids, "--order")
     assert main(asked) == 0
