@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, NoReturn
 from shardlab.errors import Problem, ShardlabError, UserError
 
 if TYPE_CHECKING:
+    from shardlab.analysis import Analysis
+    from shardlab.audit import Finding
+    from shardlab.hardware.machine import Machine
     from shardlab.lab.cases import Question
     from shardlab.program import Program
     from shardlab.report.page import Page
@@ -41,6 +44,7 @@ a saved program, or - for standard input.
 examples:
   shardlab analyze dump/ --axes data=4,model=2
   shardlab analyze step.program --on h100:64x8 --json
+  shardlab analyze step.program --audit
   XLA_FLAGS=--xla_dump_to=dump python train.py; shardlab analyze dump --mesh plan.toml --strict
 """
 EXPLAIN_EXAMPLES = """\
@@ -130,6 +134,7 @@ def _add_analyze(verb: argparse.ArgumentParser) -> None:
         "--device-ids", metavar="0,1,…", help="the device at each position of the mesh, row-major"
     )
     verb.add_argument("--on", metavar="MACHINE", help="price the traffic on this machine, such as h100:64x8")
+    verb.add_argument("--audit", action="store_true", help="list what could be saved, and how")
     verb.add_argument("--strict", action="store_true", help="exit 1 when something was not counted exactly")
     _add_format(verb)
     verb.set_defaults(run=run_analyze)
@@ -183,19 +188,38 @@ def _positive(text: str) -> int:
 
 def run_analyze(args: argparse.Namespace) -> int:
     """`shardlab analyze`: exit 1 only with --strict and a ledger that is not empty."""
-    from shardlab.analysis import analyze
     from shardlab.hardware.catalog import load_machine
 
     machine = load_machine(args.on) if args.on else None
     axes = _axes_of_mesh(args.mesh) if args.mesh else parse_axes(args.axes)
-    analysis = analyze(args.paths, axes=axes, device_ids=parse_device_ids(args.device_ids), machine=machine)
+    analysis, findings = _analyzed(args, axes, machine)
     if args.json:
-        _print_json(analysis.to_json())
+        _print_json(analysis.to_json() | ({} if findings is None else {"audit": _findings_json(findings)}))
     else:
         from shardlab.report.explain import analysis_page
 
-        _print_page(analysis_page(analysis), args.markdown)
+        _print_page(analysis_page(analysis, findings=findings), args.markdown)
     return 1 if args.strict and analysis.ledger else 0
+
+
+def _analyzed(
+    args: argparse.Namespace, axes: dict[str, int] | None, machine: Machine | None
+) -> tuple[Analysis, tuple[Finding, ...] | None]:
+    """The analysis; findings are None unless they were asked for."""
+    device_ids = parse_device_ids(args.device_ids)
+    if args.audit:
+        from shardlab.audit import audit_sources
+
+        return audit_sources(args.paths, axes, device_ids, machine)
+    from shardlab.analysis import analyze
+
+    return analyze(args.paths, axes, device_ids, machine), None
+
+
+def _findings_json(findings: tuple[Finding, ...]) -> list[dict[str, object]]:
+    from shardlab.audit import finding_json
+
+    return [finding_json(finding) for finding in findings]
 
 
 def run_explain(args: argparse.Namespace) -> int:

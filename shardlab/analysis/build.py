@@ -41,8 +41,21 @@ def analyze(
     Program's own unless given. machine: adds traffic per link tier, and time.
     Raises ParseError when the source is not HLO, UserError when axes, device ids or machine do not fit it.
     """
-    parts = [_analyze_module(module, made, axes, device_ids, machine) for module, made in _modules_of(source)]
+    parts = [analysis for _, _, analysis in analyze_each(source, axes, device_ids, machine)]
     return parts[0] if len(parts) == 1 else merge(parts)
+
+
+def analyze_each(
+    source: Source | Sequence[Source],
+    axes: Mapping[str, int] | None = None,
+    device_ids: Sequence[int] | None = None,
+    machine: Machine | None = None,
+) -> Iterator[tuple[Module, Program | None, Analysis]]:
+    """Each module of the source, the saved program that it came in, and its analysis. Arguments and errors
+    are those of `analyze`.
+    """
+    for module, made in _modules_of(source):
+        yield module, made, _analyze_module(module, made, axes, device_ids, machine)
 
 
 def merge(analyses: Sequence[Analysis]) -> Analysis:
