@@ -17,6 +17,7 @@ from shardlab.hlo.module import Computation, Instruction, Module, Shape
 
 MAX_STEPS = 1_000
 MAX_NESTED = 8
+MAX_CALLERS = 64
 MISSING = 10**9
 
 # One operand's elements, in another order, form or memory.
@@ -67,7 +68,7 @@ class Flow:
         """The place of a computation: in its caller where one fusion, call or async start alone runs it."""
         chain = []
         callers = self.sites.by_callee.get(name, ())
-        while len(callers) == 1 and callers[0].role in ("call", "async"):
+        while len(callers) == 1 and callers[0].role in ("call", "async") and len(chain) < MAX_CALLERS:
             chain.append((name, callers[0].instruction))
             name = callers[0].caller
             callers = self.sites.by_callee.get(name, ())

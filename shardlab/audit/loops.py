@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardlab.audit.findings import Audited
-from shardlab.audit.flow import MAX_STEPS, Value
+from shardlab.audit.flow import MAX_NESTED, MAX_STEPS, Value
 from shardlab.hlo.module import Instruction
 
 # They give something else each time, or depend on more than their operands.
@@ -32,7 +32,9 @@ def _around(audited: Audited, name: str) -> Iterator[tuple[str, Instruction, str
     """(caller, while, body) of the loops around a computation, from the inside out; up to a branch."""
     sites = audited.graph.sites.by_callee
     callers = sites.get(name, ())
-    while len(callers) == 1 and callers[0].role in ("body", "call"):
+    for _ in range(MAX_NESTED):
+        if len(callers) != 1 or callers[0].role not in ("body", "call"):
+            break
         if callers[0].role == "body":
             yield callers[0].caller, callers[0].instruction, name
         name = callers[0].caller

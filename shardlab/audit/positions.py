@@ -99,7 +99,7 @@ def _apply(
         return None
     try:
         value = _computed(instruction, numbers)
-    except (ArithmeticError, ValueError, TypeError):
+    except (ArithmeticError, LookupError, ValueError, TypeError):
         return None
     return None if value is None else wrap(value, instruction.shape.dtype)
 

@@ -56,8 +56,8 @@ def _shared_out(
     shapes: of the whole and of the slice. first: which operand is the index of the first dimension.
     """
     whole, part = (shape.dims for shape in shapes)
-    differing = [position for position, (a, b) in enumerate(zip(whole, part, strict=True)) if a != b]
-    if len(differing) != 1:
+    differing = [position for position, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b]
+    if len(differing) != 1 or len(whole) != len(part):
         return False
     (dimension,) = differing
     extent, size = whole[dimension], part[dimension]

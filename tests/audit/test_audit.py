@@ -178,6 +178,30 @@ def test_asynchronous_gathers(used: str, rules: list[str]) -> None:
     assert rules_of(text) == rules
 
 
+def test_a_gather_in_an_async_wrapper_is_followed_to_its_done() -> None:
+    wrapped = (
+        "wrapped { q = f32[64,256]{1,0} parameter(0)\n"
+        f"  ROOT g = f32[256,256]{{1,0}} all-gather(q), dimensions={{0}}, {GROUPS} }}\n"
+    )
+    start = "  s = ((f32[64,256]), f32[256,256], u32[]) async-start(p), calls=wrapped\n"
+    done = f"  d = f32[256,256]{{1,0}} async-done(s)\n  ROOT r = {CONVERT}\n"
+    (finding,) = audit_sources(module_of(start + done, wrapped))[1]
+    assert (finding.rule, finding.instruction) == ("gathered-wide", "s")
+    also = done.replace("ROOT r", "r") + "  ROOT o = f32[256,256]{1,0} tanh(d)\n"
+    assert rules_of(module_of(start + also, wrapped)) == []
+
+
+def test_a_combined_gather_is_judged_array_by_array() -> None:
+    gather = (
+        "  q = f32[32,256]{1,0} parameter(1)\n"
+        f"  g = (f32[256,256], f32[128,256]) all-gather(p, q), dimensions={{0}}, {GROUPS}\n"
+        "  d = f32[256,256] get-tuple-element(g), index=0\n  e = f32[128,256] get-tuple-element(g), index=1\n"
+        f"  c = {CONVERT}\n  ROOT r = (bf16[256,256], f32[128,256]) tuple(c, e)\n"
+    )
+    (finding,) = audit_sources(module_of(gather))[1]
+    assert finding.wire_bytes == (3 * 65_536 // 2, 3 * 65_536 // 2)  # half of what f32[64,256] over 4 sends
+
+
 TABLE = """\
   i = u32[] partition-id()
   t = s32[4]{0} constant({%s})
