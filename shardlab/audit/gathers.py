@@ -48,7 +48,7 @@ def _converted_to(audited: Audited, part: Part) -> str | None:
     types = {use.instruction.shape.dtype for use in uses}
     if wide is None or len(types) != 1 or any(use.instruction.opcode != "convert" for use in uses):
         return None
-    if audited.backend == "cpu" and not all(metadata(use.instruction).op_name for use in uses):
+    if audited.backend not in ("tpu", "gpu") and not all(metadata(use.instruction).op_name for use in uses):
         return None
     (narrow,) = types
     return narrow if _FLOAT_BITS.get(narrow, wide) < wide else None

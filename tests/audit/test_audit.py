@@ -202,6 +202,53 @@ def test_a_combined_gather_is_judged_array_by_array() -> None:
     assert finding.wire_bytes == (3 * 65_536 // 2, 3 * 65_536 // 2)  # half of what f32[64,256] over 4 sends
 
 
+def rules_on(backend: str, text: str) -> list[str]:
+    program = Program(name="p", backend=backend, hlo_text=text, num_devices=4)
+    return [finding.rule for finding in audit_sources(program)[1]]
+
+
+BARE = CONVERT.partition(", metadata")[0]
+
+
+# Written by hand: what XLA:CPU may leave of a widened collective when only one of its two converts is near.
+@pytest.mark.parametrize(
+    ("backend", "before", "after", "rules"),
+    [
+        pytest.param("cpu", "copy(p)", CONVERT, ["gathered-wide"], id="of the source"),
+        pytest.param("cpu", "copy(p)", BARE, [], id="XLA's own convert after"),
+        pytest.param("cpu", "convert(h)", CONVERT, [], id="XLA's own convert before"),
+        pytest.param("tpu", "copy(p)", BARE, ["gathered-wide"], id="no other backend widens"),
+    ],
+)
+def test_what_the_cpu_compiler_widens_is_no_finding(
+    backend: str, before: str, after: str, rules: list[str]
+) -> None:
+    body = (
+        f"  h = bf16[64,256]{{1,0}} convert(p)\n  w = f32[64,256]{{1,0}} {before}\n"
+        f"  d = f32[256,256]{{1,0}} all-gather(w), dimensions={{0}}, {GROUPS}\n  ROOT r = {after}\n"
+    )
+    assert rules_on(backend, module_of(body)) == rules
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "rules"),
+    [
+        pytest.param("jvp(l)/a", "jvp(l)/b", ["gathered-twice"], id="forward again"),
+        pytest.param("jvp(l)/a", "transpose(jvp(l))/a", [], id="backward"),
+        pytest.param("transpose(jvp(l))/a", "transpose(jvp(l))/b", ["gathered-twice"], id="backward again"),
+        pytest.param("transpose(jvp(l))/a", "transpose(jvp(l))/rematted_computation/a", [], id="recomputed"),
+    ],
+)
+def test_a_gather_is_twice_only_within_a_phase(first: str, second: str, rules: list[str]) -> None:
+    gather = f"f32[256,256]{{1,0}} all-gather(p), dimensions={{0}}, {GROUPS}"
+    body = (
+        f'  g = {gather}, metadata={{op_name="jit(f)/{first}"}}\n'
+        f'  h = {gather}, metadata={{op_name="jit(f)/{second}"}}\n'
+        "  ROOT r = f32[256,256]{1,0} add(g, h)\n"
+    )
+    assert rules_of(module_of(body)) == rules
+
+
 TABLE = """\
   i = u32[] partition-id()
   t = s32[4]{0} constant({%s})
