@@ -66,7 +66,7 @@ class Flow:
 
     def home(self, name: str) -> Place:
         """The place of a computation: in its caller where one fusion, call or async start alone runs it."""
-        chain = []
+        chain: list[tuple[str, Instruction]] = []
         callers = self.sites.by_callee.get(name, ())
         while len(callers) == 1 and callers[0].role in ("call", "async") and len(chain) < MAX_CALLERS:
             chain.append((name, callers[0].instruction))
