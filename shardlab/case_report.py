@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from shardlab.analysis import Analysis, analyze
+from shardlab.audit import Finding, audit, finding_json
 from shardlab.cost.flops import Flops, hardware_flops, model_flops
 from shardlab.cost.memory import MemoryFit, memory_report
 from shardlab.cost.network import communication
@@ -38,7 +39,7 @@ class CaseReport:
     hardware_flops: per device per step, from the compiled program with trip counts; model_flops: 6·N·D plus
     attention over all devices. communication_s: Σ executions · max over tiers of bytes / bandwidth (no
     latency, no overlap).
-    tier_s: the same per tier. emulated rows are never ranked among real ones.
+    tier_s: the same per tier. findings: of the audit. emulated rows are never ranked among real ones.
     """
 
     case: Case
@@ -49,6 +50,7 @@ class CaseReport:
     model_flops: int | None = None
     communication_s: float | None = None
     tier_s: Mapping[str, float] | None = None
+    findings: tuple[Finding, ...] = ()
     infeasible: str | None = None
     failure: str | None = None
     emulated: bool = False
@@ -76,7 +78,8 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
     if program.refusal is not None:
         return known
     analysis = analyze(program, machine=machine)
-    work = _program_flops(program)
+    (module,) = parse(program.hlo_text, program.name)
+    work = hardware_flops(module)
     time = communication(analysis, machine)
     return replace(
         known,
@@ -84,6 +87,7 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
         hardware_flops=work.total,
         communication_s=time.communication_s,
         tier_s=time.tier_s or None,
+        findings=audit(module, analysis, program),
         notes=(*known.notes, *_flops_notes(work)),
     )
 
@@ -92,11 +96,6 @@ def unanswered(case: Case, *, infeasible: str | None = None, failure: str | None
     """The report of a case that was not compiled, and why. Raises UserError for an unknown machine."""
     emulated = load_machine(case.machine).emulated
     return CaseReport(case=case, infeasible=infeasible, failure=failure, emulated=emulated)
-
-
-def _program_flops(program: Program) -> Flops:
-    (module,) = parse(program.hlo_text, program.name)
-    return hardware_flops(module)
 
 
 def _notes(case: Case, program: Program, fit: MemoryFit) -> tuple[str, ...]:
@@ -124,6 +123,7 @@ def to_json(report: CaseReport) -> Json:
         document["failure"] = report.failure
     if report.analysis is not None:
         document["analysis"] = report.analysis.to_json()
+        document["audit"] = [finding_json(finding) for finding in report.findings]
     members = {
         "memory": _memory_json(report),
         "compute": _known(flops=report.hardware_flops, model_flops=report.model_flops),

@@ -42,6 +42,7 @@ examples:
   shardlab analyze dump/ --axes data=4,model=2
   shardlab analyze step.program --on h100:64x8 --json
   shardlab analyze step.program --on h100:64x8 --order
+  shardlab analyze step.program --audit
   XLA_FLAGS=--xla_dump_to=dump python train.py; shardlab analyze dump --mesh plan.toml --strict
 """
 EXPLAIN_EXAMPLES = """\
@@ -133,6 +134,7 @@ def _add_analyze(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--on", metavar="MACHINE", help="price the traffic on this machine, such as h100:64x8")
     _add_order(verb)
+    verb.add_argument("--audit", action="store_true", help="list what could be saved, and how")
     verb.add_argument("--strict", action="store_true", help="exit 1 when something was not counted exactly")
     _add_format(verb)
     verb.set_defaults(run=run_analyze)
@@ -192,22 +194,25 @@ def _positive(text: str) -> int:
 def run_analyze(args: argparse.Namespace) -> int:
     """`shardlab analyze`: exit 1 only with --strict and a ledger that is not empty."""
     from shardlab.analysis import attribute, merge
+    from shardlab.audit import audit_parts, finding_json
     from shardlab.hardware.catalog import load_machine
     from shardlab.order import best_orders, orders_member
 
     machine = load_machine(args.on) if args.on else None
     axes = _axes_of_mesh(args.mesh) if args.mesh else parse_axes(args.axes)
     parts = attribute(args.paths, axes, parse_device_ids(args.device_ids), machine)
-    kept = tuple(parts) if args.order else ()
+    kept = tuple(parts) if args.order or args.audit else ()
     orders = best_orders(kept, machine) if args.order else None
+    findings = audit_parts(kept) if args.audit else None
     analysis = merge([part.analysis for part in kept or parts])
     if args.json:
-        _print_json(analysis.to_json() | orders_member(orders))
+        audited = {} if findings is None else {"audit": [finding_json(one) for one in findings]}
+        _print_json(analysis.to_json() | audited | orders_member(orders))
     else:
         from shardlab.report.explain import analysis_page
         from shardlab.report.order import with_orders
 
-        _print_page(with_orders(analysis_page(analysis), orders), args.markdown)
+        _print_page(with_orders(analysis_page(analysis, findings=findings), orders), args.markdown)
     return 1 if args.strict and analysis.ledger else 0
 
 

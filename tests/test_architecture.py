@@ -16,14 +16,14 @@ PACKAGE = Path(__file__).parents[1] / "shardlab"
 # Top to bottom: a module imports only what stands above it (or beside it, in its own package).
 ORDER = (
     "errors", "units", "hardware", "spec", "program", "model", "parallel", "compile", "hlo", "attribute",
-    "cost", "analysis", "order", "case_report", "agreement", "compare", "report", "lab", "testing", "cli",
-    "__main__",
+    "cost", "analysis", "order", "audit", "case_report", "agreement", "compare", "report", "lab", "testing",
+    "cli", "__main__",
 )  # fmt: skip
 WITHOUT_JAX = (
-    "hardware", "spec", "program", "hlo", "attribute", "cost", "analysis", "order", "case_report",
+    "hardware", "spec", "program", "hlo", "attribute", "cost", "analysis", "order", "audit", "case_report",
     "agreement", "compare", "report",
 )  # fmt: skip
-WITHOUT_PYDANTIC = ("hlo", "attribute", "cost", "analysis", "order", "hardware")
+WITHOUT_PYDANTIC = ("hlo", "attribute", "cost", "analysis", "order", "audit", "hardware")
 # `__init__` re-exports the Python interface, lazily; any module may read it for the version alone.
 PUBLIC = "__init__"
 FILES = sorted(PACKAGE.rglob("*.py"))

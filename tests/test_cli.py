@@ -50,6 +50,8 @@ OPAQUE = HLO.replace(
     "ROOT r", 'k = f32[4]{0} custom-call(p), custom_call_target="nvshmem_put"\n  ROOT r'
 ).replace("all-reduce(p)", "all-reduce(k)")
 
+SLICED = str(Path(__file__).parent / "golden" / "audit" / "gather_then_slice.tpu.hlo")
+
 
 @pytest.fixture
 def plan(tmp_path: Path) -> str:
@@ -287,6 +289,32 @@ def test_analyze_of_several_paths_is_one_document(hlo: str, capsys: pytest.Captu
     assert document["totals"]["wire_bytes"] == [32, 32]
 
 
+def test_audit_is_a_member_of_the_document(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("analyze", SLICED, "--axes", "x=4,y=2", "--json") == 0
+    assert "audit" not in json.loads(capsys.readouterr().out)
+    assert run("analyze", SLICED, "--axes", "x=4,y=2", "--json", "--audit") == 0
+    (finding,) = json.loads(capsys.readouterr().out)["audit"]
+    assert (finding["rule"], finding["axes"]) == ("gathered-then-sliced", ["x", "y"])
+    assert finding["wire_bytes"] == [7 * 131_072 - 65_536] * 2
+
+
+@pytest.mark.parametrize("flags", [(), ("--markdown",)], ids=["terminal", "markdown"])
+def test_audit_is_a_table(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("analyze", SLICED, "--axes", "x=4,y=2", *flags) == 0
+    assert "Audit" not in capsys.readouterr().out
+    assert run("analyze", SLICED, "--axes", "x=4,y=2", "--audit", *flags) == 0
+    text = capsys.readouterr().out
+    assert "Audit" in text
+    assert "852 kB" in text
+
+
+def test_an_audit_that_finds_nothing_says_so(hlo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("analyze", hlo, "--audit") == 0
+    assert "nothing found" in capsys.readouterr().out
+    assert run("analyze", hlo, "--audit", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["audit"] == []
+
+
 def test_strict_is_exit_1_when_something_was_not_counted(
     hlo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,7 +330,7 @@ def test_help_has_no_flag_that_is_not_built(verb: str, capsys: pytest.CaptureFix
     assert run(verb, "--help") == 0
     text = capsys.readouterr().out
     assert f"usage: shardlab {verb}" in text
-    for flag in ("--html", "--trace", "--audit", "--why"):
+    for flag in ("--html", "--trace", "--why"):
         assert flag not in text
     assert ("--order" in text) == (verb in ("analyze", "explain"))
 
@@ -405,8 +433,9 @@ def test_explain_compiles_saves_and_agrees_with_analyze(
     assert explained["schema"] == "shardlab.report/1"
     assert explained["case"]["batch"] == 2  # one sequence per batch shard
     assert "fits" not in explained["memory"]  # emulated devices have no memory of their own
-    assert run("analyze", str(saved), "--json") == 0
+    assert run("analyze", str(saved), "--json", "--audit") == 0
     from_program = json.loads(capsys.readouterr().out)
+    assert explained["audit"] == from_program["audit"]
     assert run("analyze", str(hlo), "--axes", "fsdp=2", "--json") == 0
     from_text = json.loads(capsys.readouterr().out)
     totals = explained["analysis"]["totals"]["wire_bytes"]

@@ -1,6 +1,6 @@
 """Stages 3 + 4 + 5 on one program: the Analysis record, to and from JSON (`shardlab.analysis/1`)."""
 
-from shardlab.analysis.build import Attributed, analyze, attribute, merge
+from shardlab.analysis.build import Attributed, Source, analyze, attribute, merge
 from shardlab.analysis.document import analysis_from_json
 from shardlab.analysis.records import (
     Analysis,
@@ -21,6 +21,7 @@ __all__ = [
     "LedgerEntry",
     "ModuleFacts",
     "Range",
+    "Source",
     "Totals",
     "analysis_from_json",
     "analyze",

@@ -33,10 +33,12 @@ class Attributed:
 
     members, computations: of each of `analysis.collectives`, the mesh positions that it joins and the
     computation that runs it; equal members are one object. device_ids: the device at each mesh position,
-    None where nothing says (then the device of the same number).
+    None where nothing says (then the device of the same number). program: the saved program it came in.
     """
 
     analysis: Analysis
+    module: Module
+    program: Program | None
     graph: CallGraph
     members: tuple[Members, ...]
     computations: tuple[str, ...]
@@ -163,6 +165,8 @@ def _attribute_module(
     )
     return Attributed(
         analysis=analysis,
+        module=module,
+        program=program,
         graph=graph,
         members=tuple(rows.members(collective) for collective in collectives),
         computations=tuple(collective.computation for collective in collectives),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from shardlab.analysis import Analysis, ByteRange, CollectiveRow
+from shardlab.audit import Finding
 from shardlab.case_report import EMULATED_NOTE, CaseReport
 from shardlab.compare import refusal_reason
 from shardlab.cost.network import communication
@@ -35,12 +36,16 @@ def explain_page(report: CaseReport, top: int = TOP) -> Page:
     if report.analysis is None:
         return Page(title=title, facts=(*_case_facts(report), ("no analysis", _why(report))), notes=notes)
     facts = (*_case_facts(report), *_figure_facts(report))
-    tables = (*_tables(report.analysis, top, report.tier_s or {}), *_warning_tables(report))
+    tables = (
+        *_tables(report.analysis, top, report.tier_s or {}),
+        *_audit(report.findings),
+        *_warning_tables(report),
+    )
     return Page(title=title, facts=facts, tables=tables, notes=notes)
 
 
-def analysis_page(analysis: Analysis, top: int = TOP) -> Page:
-    """An analysed dump: the same breakdown, without a case."""
+def analysis_page(analysis: Analysis, top: int = TOP, findings: Sequence[Finding] | None = None) -> Page:
+    """An analysed dump: the same breakdown, without a case. findings: None when no audit was asked for."""
     names = ", ".join(module.name for module in analysis.modules)
     backends = ", ".join(sorted({module.backend for module in analysis.modules}))
     devices = ", ".join(sorted({str(module.num_devices) for module in analysis.modules}))
@@ -54,7 +59,9 @@ def analysis_page(analysis: Analysis, top: int = TOP) -> Page:
     time = communication(analysis)
     if analysis.machine and time.communication_s is not None:
         facts.append(("comm. time", f"{format_seconds(time.communication_s)} {TIME_MEANS}"))
-    tables = _tables(analysis, top, time.tier_s)
+    if findings is not None and not findings:
+        facts.append(("audit", "nothing found"))
+    tables = (*_tables(analysis, top, time.tier_s), *_audit(findings or ()))
     return Page(title="What this program communicates", facts=tuple(facts), tables=tables)
 
 
@@ -205,6 +212,27 @@ def _collective_row(row: CollectiveRow, sent: ByteRange) -> tuple[Cell, ...]:
         (*over, *reason),
         (Line(phase), *code(row.layer), *code(row.source)),
     )
+
+
+def _audit(findings: Sequence[Finding]) -> tuple[Table, ...]:
+    """The findings, in the order of the rules; no table when there are none."""
+    columns = (
+        Column("at stake", "right"),
+        Column("found", keep=False),
+        Column("where", keep=False),
+        Column("remedy", keep=False),
+    )
+    rows = tuple(
+        (
+            cell("unknown" if one.wire_bytes is None else format_bytes(one.wire_bytes), "strong"),
+            (Line(one.rule, "warn"), Line(one.evidence)),
+            (*code(one.module or ""), *code(one.instruction), Line(axes_text(one.axes)), *code(one.source)),
+            cell(one.remedy),
+        )
+        for one in findings
+    )
+    caption = "bytes sent per device and step that the remedy would save; findings may overlap"
+    return (Table(title="Audit", columns=columns, rows=rows, caption=caption),) if rows else ()
 
 
 def _ledger(analysis: Analysis) -> Table:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from fractions import Fraction
 
 from case_reports import GB, analysis, case, collective, refused, report
 
 from shardlab.analysis import analyze
+from shardlab.audit import Finding
 from shardlab.case_report import EMULATED_NOTE, CaseReport
 from shardlab.hardware.catalog import load_machine
 from shardlab.program import CompilerWarning, Flags, Program
 from shardlab.report.explain import analysis_page, explain_page
+from shardlab.report.markdown import to_markdown
 from shardlab.report.page import Page, Table
+from shardlab.report.terminal import print_page
 from shardlab.units import format_seconds
 
 
@@ -73,6 +77,34 @@ def test_facts_say_what_the_case_is() -> None:
         == "60 GB reserved, 60 GB at the compiler's peak, arguments 40 GB, temporaries 20 GB, "
         "limit 80 GB (by hand), fits"
     )
+
+
+FINDING = Finding(
+    rule="gathered-wide",
+    instruction="g|<b>[red]\x1b[31m",
+    axes=("fsdp",),
+    wire_bytes=(Fraction(3 * GB), Fraction(3 * GB)),
+    source="transformer.py:112",
+    evidence="all is converted.",
+    remedy="Convert first.",
+)
+
+
+def test_findings_are_a_section_of_their_own() -> None:
+    page = explain_page(report(findings=(FINDING, replace(FINDING, wire_bytes=None, axes=None))))
+    shown = texts(table(page, "Audit"))
+    where = f"{FINDING.instruction}\nfsdp\ntransformer.py:112"
+    assert shown[0] == ["3 GB", "gathered-wide\nall is converted.", where, "Convert first."]
+    assert shown[1][0] == "unknown"
+    assert "Audit" not in {one.title for one in explain_page(report()).tables}
+
+
+def test_names_in_findings_are_data_to_every_writer() -> None:
+    page = explain_page(report(findings=(FINDING,)))
+    assert "`g\\|<b>[red]\\x1b[31m`" in to_markdown(page)
+    out = io.StringIO()
+    print_page(page, out)
+    assert "\x1b" not in out.getvalue()
 
 
 def test_warnings_and_rejected_flags_are_shown() -> None:

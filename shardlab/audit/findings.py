@@ -1,0 +1,113 @@
+"""The Finding record, and what every rule gets: collectives joined to their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from shardlab.analysis import ByteRange, CollectiveRow
+from shardlab.attribute.calls import CallGraph
+from shardlab.attribute.collectives import Collective
+from shardlab.audit.flow import Flow, Value
+from shardlab.hlo.module import Module, Shape
+from shardlab.hlo.shape import array_bytes
+from shardlab.program import Program
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Traffic that could be saved, found by `rule` at `instruction`.
+
+    wire_bytes: what is at stake, per device and step, as (min, max); a max of None is unknown, and None means
+        that nothing is known of it. axes, source: of the collective. evidence, remedy: one sentence each.
+    module: only where several were audited.
+    """
+
+    rule: str
+    instruction: str
+    axes: tuple[str, ...] | None
+    wire_bytes: ByteRange | None
+    source: str
+    evidence: str
+    remedy: str
+    module: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One array of a collective (a combined one has several).
+
+    value: its result. wire_bytes: its part of what one execution sends.
+    """
+
+    operand: Value
+    value: Value
+    shape: Shape
+    wire_bytes: Fraction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audited:
+    """A module as the rules see it; `items` in printed order, callers first."""
+
+    module: Module
+    graph: CallGraph
+    flow: Flow
+    items: tuple[tuple[Collective, CollectiveRow], ...]
+    backend: str
+    program: Program | None = None
+
+    def of_kind(self, kind: str) -> Iterator[tuple[Collective, CollectiveRow]]:
+        """The collectives of one kind that move something and that the text holds as such (not sends to the
+        megascale runtime).
+        """
+        for collective, row in self.items:
+            printed = collective.instruction.opcode.removesuffix("-start")
+            if collective.kind == printed == kind and row.group_size > 1:
+                yield collective, row
+
+    def parts(self, collective: Collective, row: CollectiveRow) -> Iterator[Part]:
+        """The arrays of a collective; none when a size is unknown."""
+        place = self.flow.home(collective.computation)
+        instruction = collective.instruction
+        operands = [Value(place, operand.name, operand.index) for operand in instruction.operands]
+        shapes = [self.flow.shape(operand) for operand in operands]
+        sizes = [array_bytes(shape) for shape in shapes if shape is not None]
+        total = sum(size for size in sizes if size is not None)
+        if None in sizes or len(sizes) < len(operands) or not total:
+            return
+        single = len(operands) == 1 and (
+            instruction.opcode.endswith("-start") or instruction.shape.dtype != "tuple"
+        )
+        for position, (operand, shape, size) in enumerate(zip(operands, shapes, sizes, strict=True)):
+            if shape is not None and size is not None:
+                value = Value(place, instruction.name, () if single else (position,))
+                yield Part(operand, value, shape, row.wire_bytes * Fraction(size, total))
+
+
+def per_step(row: CollectiveRow, each: Fraction) -> ByteRange:
+    """Bytes of one execution to bytes of a step."""
+    low, high = row.executions
+    return low * each, None if high is None else high * each
+
+
+def finding_json(finding: Finding) -> dict[str, object]:
+    """The finding as a member of the `audit` list; what is not known is null, `module` absent when alone."""
+    at_stake = finding.wire_bytes
+    document: dict[str, object] = {
+        "rule": finding.rule,
+        "instruction": finding.instruction,
+        "axes": None if finding.axes is None else list(finding.axes),
+        "wire_bytes": None if at_stake is None else [_number(at_stake[0]), _number(at_stake[1])],
+        "source": finding.source,
+        "evidence": finding.evidence,
+        "remedy": finding.remedy,
+    }
+    return document if finding.module is None else {**document, "module": finding.module}
+
+
+def _number(value: Fraction | None) -> int | float | None:
+    if value is None:
+        return None
+    return value.numerator if value.denominator == 1 else float(value)

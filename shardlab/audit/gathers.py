@@ -1,0 +1,158 @@
+"""Rules about all-gathers: too wide, twice, mostly thrown away, once per trip of a loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+
+from shardlab.analysis import CollectiveRow
+from shardlab.attribute.collectives import Collective
+from shardlab.audit.findings import Audited, Finding, Part, per_step
+from shardlab.audit.flow import Use
+from shardlab.audit.loops import steady_loops
+from shardlab.hlo.attributes import metadata
+from shardlab.hlo.module import Shape
+
+_FLOAT_BITS = {"f64": 64, "f32": 32, "bf16": 16, "f16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
+
+
+def gathered_wide(audited: Audited) -> Iterator[Finding]:
+    """A gather of floats that every user converts to a narrower type at once: convert first, gather half.
+
+    Not where XLA:CPU widened the collective by itself: its own converts carry no op_name.
+    """
+    for collective, row in audited.of_kind("all-gather"):
+        if collective.logical is not None:
+            continue
+        for part in audited.parts(collective, row):
+            narrow = _converted_to(audited, part)
+            if narrow is None:
+                continue
+            saved = part.wire_bytes * (1 - Fraction(_FLOAT_BITS[narrow], _FLOAT_BITS[part.shape.dtype]))
+            yield Finding(
+                rule="gathered-wide",
+                instruction=row.name,
+                axes=row.axes,
+                wire_bytes=per_step(row, saved),
+                source=row.source,
+                evidence=f"{_text(part.shape)} shards are gathered in {part.shape.dtype}, "
+                f"and every use of the result converts it to {narrow}.",
+                remedy=f"Convert to {narrow} before the gather: cast, then constrain the sharding.",
+            )
+
+
+def _converted_to(audited: Audited, part: Part) -> str | None:
+    wide = _FLOAT_BITS.get(part.shape.dtype)
+    uses = list(audited.flow.uses(part.value))
+    types = {use.instruction.shape.dtype for use in uses}
+    if wide is None or len(types) != 1 or any(use.instruction.opcode != "convert" for use in uses):
+        return None
+    if audited.backend not in ("tpu", "gpu") and not all(metadata(use.instruction).op_name for use in uses):
+        return None
+    (narrow,) = types
+    return narrow if _FLOAT_BITS.get(narrow, wide) < wide else None
+
+
+def gathered_twice(audited: Audited) -> Iterator[Finding]:
+    """The same tensor gathered again over the same groups, in one computation and one phase.
+
+    A gather that is repeated in the backward pass, or for rematerialization, is the plan's own choice.
+    """
+    first: dict[tuple[object, ...], CollectiveRow] = {}
+    for collective, row in audited.of_kind("all-gather"):
+        if row.recompute:
+            continue
+        for part in audited.parts(collective, row):
+            key = _gathered(audited, collective, row, part)
+            before = first.setdefault(key, row)
+            if before is row:
+                continue
+            yield Finding(
+                rule="gathered-twice",
+                instruction=row.name,
+                axes=row.axes,
+                wire_bytes=per_step(row, part.wire_bytes),
+                source=row.source,
+                evidence=f"{before.name} has gathered the same {_text(part.shape)} shards "
+                "over the same groups.",
+                remedy="Use the first result again: gather once, before both uses.",
+            )
+
+
+def _gathered(audited: Audited, collective: Collective, row: CollectiveRow, part: Part) -> tuple[object, ...]:
+    """Equal for gathers that give equal arrays: tensor (through converts), shape, groups, dimension."""
+    attributes = collective.instruction.attributes
+    said = tuple(attributes.get(key, "") for key in ("replica_groups", "dimensions", "use_global_device_ids"))
+    value, types = audited.flow.origin(part.operand), []
+    while (made := audited.flow.instruction(value)) is not None and made.opcode == "convert":
+        types.append(made.shape.dtype)
+        before = audited.flow.operand(value, 0)
+        if before is None:
+            break
+        value = audited.flow.origin(before)
+    return collective.outermost, row.phase, said, value, tuple(types), part.shape.dtype, part.shape.dims
+
+
+def gathered_then_sliced(audited: Audited) -> Iterator[Finding]:
+    """A gathered array of which only slices are used, together smaller than half of it."""
+    for collective, row in audited.of_kind("all-gather"):
+        for part in audited.parts(collective, row):
+            extents = [extent for extent in part.shape.dims if extent is not None]
+            full = math.prod(extents) * row.group_size
+            uses = list(audited.flow.uses(part.value))
+            if (
+                not uses
+                or not all(map(_is_slice, uses))
+                or len(extents) < len(part.shape.dims)
+                or part.shape.bounded
+            ):
+                continue
+            kept = sum(math.prod(extent or 0 for extent in use.instruction.shape.dims) for use in uses)
+            if 2 * kept >= full:
+                continue
+            # A device needs no more than what it keeps.
+            needed = part.wire_bytes * row.group_size / (row.group_size - 1) * Fraction(kept, full)
+            saved = part.wire_bytes - needed
+            share = f"{float(100 * Fraction(kept, full)):.3g} %"
+            yield Finding(
+                rule="gathered-then-sliced",
+                instruction=row.name,
+                axes=row.axes,
+                wire_bytes=per_step(row, saved),
+                source=row.source,
+                evidence=f"of the gathered array only {uses[0].instruction.name}"
+                f"{' and others' if len(uses) > 1 else ''} is used: {share} of its elements.",
+                remedy="Slice before the gather, or give the result the sharding of the slice, "
+                "so that only the part is moved.",
+            )
+
+
+def _is_slice(use: Use) -> bool:
+    return use.instruction.opcode in ("slice", "dynamic-slice") and use.position == 0
+
+
+def gathered_every_trip(audited: Audited) -> Iterator[Finding]:
+    """A gather in a loop that gives the same on every trip: weights gathered once per microbatch."""
+    for collective, row in audited.of_kind("all-gather"):
+        for part in audited.parts(collective, row):
+            loops = steady_loops(audited, collective.outermost, part.operand)
+            trips = math.prod(trips for _, trips in loops)
+            if trips < 2:
+                continue
+            names = ", ".join(name for name, _ in loops)
+            saved = part.wire_bytes * (1 - Fraction(1, trips))
+            yield Finding(
+                rule="gathered-every-trip",
+                instruction=row.name,
+                axes=row.axes,
+                wire_bytes=per_step(row, saved),
+                source=row.source,
+                evidence=f"{_text(part.shape)} shards are gathered on each of {trips} trips of {names}, "
+                "which does not change them.",
+                remedy="Gather before the loop where memory allows, or take fewer and larger microbatches.",
+            )
+
+
+def _text(shape: Shape) -> str:
+    return f"{shape.dtype}[{','.join('?' if extent is None else str(extent) for extent in shape.dims)}]"
