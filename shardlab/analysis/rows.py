@@ -16,7 +16,7 @@ from shardlab.attribute.origin import Origin, origin_of
 from shardlab.cost.traffic import Traffic, traffic_of
 from shardlab.cost.wire import Wire, wire_of
 from shardlab.hardware.machine import Machine
-from shardlab.hlo.attributes import channel_id
+from shardlab.hlo.attributes import channel_id, errors_at
 from shardlab.hlo.module import Module
 
 
@@ -40,7 +40,11 @@ class Rows:
         self._chains = Chains(self.module)
 
     def row(self, collective: Collective) -> CollectiveRow:
-        """The row of one collective."""
+        """The row of one collective. Raises ParseError, which points to it, when its text cannot be read."""
+        with errors_at(collective.instruction):
+            return self._row(collective)
+
+    def _row(self, collective: Collective) -> CollectiveRow:
         joined, axes = self._joined(collective)
         wire = _wire(collective, joined)
         logical = _wire(collective, joined, logical=True) if collective.logical else None

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 from shardlab.attribute.edges import CallSite, CallSites, active_instructions
 from shardlab.attribute.payload import Payload, element_at, logical_payload, payload_of, sliced_from
-from shardlab.hlo.attributes import backend_config_text, config_value, frontend_attributes, is_true
+from shardlab.hlo.attributes import (
+    backend_config_text,
+    config_value,
+    errors_at,
+    frontend_attributes,
+    is_true,
+)
 from shardlab.hlo.instructions import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module
 from shardlab.hlo.shape import try_shape_bytes
@@ -106,15 +112,28 @@ class _Finder:
         around = _around(self.sites, name)
         targets = _custom_call_targets(computation)
         for instruction in active_instructions(computation):
-            opcode = instruction.opcode
-            if opcode.removesuffix("-start") in KINDS:
-                if not _is_clone(instruction, targets):
-                    started = "AsyncCollectiveStart" in targets
-                    yield self._collective(computation, instruction, around, started)
-            elif opcode == "send":
-                yield self._send(computation, instruction, around)
-            elif opcode in ("custom-call", "custom-call-start") and (why := _opaque(instruction)):
-                yield Uncounted("custom-call", instruction.name, why)
+            with errors_at(instruction):
+                found = self._of_instruction(computation, instruction, around, targets)
+            if found is not None:
+                yield found
+
+    def _of_instruction(
+        self,
+        computation: Computation,
+        instruction: Instruction,
+        around: tuple[CallSite, ...],
+        targets: set[str],
+    ) -> Found | None:
+        """The transfer that one instruction starts, None for all others."""
+        opcode = instruction.opcode
+        if opcode.removesuffix("-start") in KINDS:
+            if _is_clone(instruction, targets):
+                return None
+            return self._collective(computation, instruction, around, "AsyncCollectiveStart" in targets)
+        if opcode == "send":
+            return self._send(computation, instruction, around)
+        why = _opaque(instruction) if opcode in ("custom-call", "custom-call-start") else ""
+        return Uncounted("custom-call", instruction.name, why) if why else None
 
     def _collective(
         self,
