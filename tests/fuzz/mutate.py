@@ -21,14 +21,15 @@ _NUMBERS = (
 _PIECES = (
     b"{", b"}", b"(", b")", b"[", b"]", b'"', b"'", b"\\", b"/*", b"*/", b"//", b",", b"=", b":", b"%", b"\n",
     b"<=", b"?", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"ROOT ", b"ENTRY ", b"HloModule x\n", b"#1#0",
-    b"replica_groups={}", b"replica_groups={{}}", b"replica_groups=[4,2]<=[8]", b"replica_groups=[2,4]<=[4,2]T(1,0)",
+    b"replica_groups={}", b"replica_groups={{}}", b"replica_groups=[4,2]<=[8]",
+    b"replica_groups=[2,4]<=[4,2]T(1,0)",
     b"replica_groups=mesh['a'=2,'b'=4] {'b'}", b"replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}",
     b"source_target_pairs={{0,1},{1,0}}", b"channel_id=1", b"use_global_device_ids=true", b"dimensions={0}",
     b'backend_config={"known_trip_count":{"n":"9"}}', b"execution_thread=\"host\"", b"is_scheduled=true",
     b"num_partitions=8", b"replica_count=2", b"f32[]", b"(f32[8], token[])", b"s64[1000000000000000000]",
     b"all-reduce", b"all-gather-start", b"all-gather-done", b"collective-permute", b"while", b"conditional",
-    b"fusion", b"call", b"async-start", b"custom-call", b"get-tuple-element", b"tuple", b"parameter", b"constant",
-    b"nan", b"inf", b"1e30", b"<b>&amp;</b>", b"[bold]", b"metadata={op_name=\"",
+    b"fusion", b"call", b"async-start", b"custom-call", b"get-tuple-element", b"tuple", b"parameter",
+    b"constant", b"nan", b"inf", b"1e30", b"<b>&amp;</b>", b"[bold]", b"metadata={op_name=\"",
 )  # fmt: skip
 
 Mutator = Callable[[random.Random, bytes, Sequence[bytes]], bytes]
@@ -133,16 +134,40 @@ def _rename(chosen: random.Random, data: bytes, _: Sequence[bytes]) -> bytes:
     return data.replace(old, new, chosen.choice((1, 2, -1)))
 
 
+def _attribute(chosen: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    """One attribute's value becomes that of another instruction, here or in another sample."""
+    found = list(_ATTRIBUTE.finditer(data))
+    donors = _ATTRIBUTE.findall(chosen.choice((data, chosen.choice(others))))
+    if not found or not donors:
+        return data
+    match, (name, value) = chosen.choice(found), chosen.choice(donors)
+    name = chosen.choice((name, match.group(1)))
+    return data[: match.start()] + b", " + name + b"=" + value + data[match.end() :]
+
+
+def _opcode(chosen: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    """One opcode becomes another that occurs in the samples."""
+    found = list(_OPCODE.finditer(data))
+    donors = _OPCODE.findall(chosen.choice(others))
+    if not found or not donors:
+        return data
+    match = chosen.choice(found)
+    return data[: match.start(1)] + chosen.choice(donors) + data[match.end(1) :]
+
+
+_ATTRIBUTE = re.compile(rb", ([a-z_]+)=([^\s,{}\"\[\]()]+|\{[^\n{}]*\}|\{\{[^\n{}]*\}(?:,\{[^\n{}]*\})*\})")
+_OPCODE = re.compile(rb"[\])}] ([a-z][a-z\-]+)\(")
 _NAMES = re.compile(rb"%[A-Za-z_][A-Za-z0-9_.\-]*")
 _MUTATORS: tuple[Mutator, ...] = (
     _cut, _delete, _delete, _duplicate, _swap, _flip, _insert, _insert, _splice, _splice, _number, _number,
-    _nest, _rename, _rename,
+    _nest, _rename, _rename, _rename, _rename, _attribute, _attribute, _attribute, _attribute,
+    _opcode, _opcode, _opcode,
 )  # fmt: skip
 
 
 def mutate(chosen: random.Random, originals: Sequence[bytes]) -> bytes:
     """One new input: a seed with one to six kinds of damage, at most MAX_INPUT_BYTES."""
     data = chosen.choice(originals)
-    for _ in range(chosen.choice((1, 1, 1, 2, 2, 3, 4, 6))):
+    for _ in range(chosen.choice((1, 1, 1, 1, 2, 2, 3, 5))):
         data = chosen.choice(_MUTATORS)(chosen, data, originals)[:MAX_INPUT_BYTES]
     return data

@@ -2,8 +2,8 @@
 
     python tests/fuzz/run.py --inputs 1000000 --jobs 2 --seed 1
 
-An input that breaks this is written to tests/golden/actual/ and the run exits 1. Input i of a seed is the same
-in every run, on every machine: `--seed S --first I --inputs 1` repeats it.
+An input that breaks this is written to tests/golden/actual/ and the run exits 1. Input i of a seed is the
+same in every run, on every machine: `--seed S --first I --inputs 1` repeats it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+from mutate import GOLDEN, mutate, seeds
 
 import shardlab
-from mutate import GOLDEN, mutate, seeds
 from shardlab.analysis.document import analysis_to_json
 from shardlab.errors import ParseError, UserError
 
@@ -61,7 +60,9 @@ def _too_slow(signum: int, frame: object) -> None:
     raise TooSlow(f"more than {MAX_SECONDS} s")
 
 
-def nth_input(seed: int, index: int, originals: Sequence[bytes]) -> tuple[str | bytes, Mapping[str, int] | None]:
+def nth_input(
+    seed: int, index: int, originals: Sequence[bytes]
+) -> tuple[str | bytes, Mapping[str, int] | None]:
     """Input `index` of `seed`, as text where it is text, and the axes to read it with."""
     chosen = random.Random(f"{seed}:{index}")
     data = mutate(chosen, originals)
@@ -112,7 +113,9 @@ def _tasks(seed: int, first: int, inputs: int | None, stop_at: float) -> Iterato
         first += CHUNK
 
 
-def fuzz(seed: int, first: int, inputs: int | None, seconds: float, jobs: int) -> tuple[Counter[str], list[str]]:
+def fuzz(
+    seed: int, first: int, inputs: int | None, seconds: float, jobs: int
+) -> tuple[Counter[str], list[str]]:
     """Run inputs from `first` on until their number or the time is used up."""
     counts: Counter[str] = Counter()
     failures: list[str] = []
@@ -130,7 +133,9 @@ def fuzz(seed: int, first: int, inputs: int | None, seconds: float, jobs: int) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inputs", type=int, help="how many; without it, until --seconds are over")
     parser.add_argument("--seconds", type=float, help="stop starting new inputs after this long")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
