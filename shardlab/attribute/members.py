@@ -270,7 +270,10 @@ def _ranges(text: str) -> list[int]:
     for part in text.split(","):
         first, _, last = (bound.strip() for bound in part.partition(":"))
         last = last or first
-        if not (_ID.fullmatch(first) and _ID.fullmatch(last)) or int(last) - int(first) + len(found) > MAX_IDS:
+        if (
+            not (_ID.fullmatch(first) and _ID.fullmatch(last))
+            or int(last) - int(first) + len(found) > MAX_IDS
+        ):
             return []
         found.extend(range(int(first), int(last) + 1))
     return found
