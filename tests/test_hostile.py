@@ -97,6 +97,12 @@ def test_damage_beside_a_collective_leaves_it_readable(lines: tuple[str, ...]) -
     assert (row.axes, row.payload_bytes) == (("all",), 32)
 
 
+@pytest.mark.parametrize("text", [program("%x = \ud800"), "\n\ud800"], ids=["module", "other"])
+def test_text_that_no_encoding_holds_is_an_error_that_points(text: str) -> None:
+    with pytest.raises(ParseError):
+        shardlab.analyze(text)
+
+
 def test_a_negative_trip_count_is_not_a_count() -> None:
     loop = (
         "\n%body (t: f32[8]) -> f32[8] {\n  %t = f32[8]{0} parameter(0)\n"

@@ -80,6 +80,9 @@ class Attributes(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self._values())
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._values()
+
     def __repr__(self) -> str:
         return repr(self._values())
 
