@@ -12,6 +12,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
+from sys import intern
 
 from shardlab.errors import ParseError
 from shardlab.hlo.lexer import NAME, WORD, Text, split_top_level
@@ -91,7 +92,7 @@ def _printed_attributes(text: str, offset: int) -> tuple[dict[str, str], int]:
     """Raw values by name as far as they are printed in the usual way, and the offset after the last one."""
     found: dict[str, str] = {}
     while match := ATTRIBUTE.match(text, offset):
-        found[match.group(1)] = match.group(2)
+        found[intern(match.group(1))] = match.group(2)
         offset = match.end()
     return found, offset
 
@@ -191,7 +192,7 @@ def _printed_instruction(text: Text, lines: Lines, line: int) -> Instruction:
     is_literal = opcode in _LITERAL_OPCODES
     return Instruction(
         name=name,
-        opcode=opcode,
+        opcode=intern(opcode),
         shape=shape_at(text, *match.span(3)),
         operands=() if is_literal else read_operands(text, match.start(5), inner),
         attributes=Attributes(text, match.end()),
