@@ -115,6 +115,24 @@ def test_a_negative_trip_count_is_not_a_count() -> None:
     assert row.executions == (0, None)
 
 
+def test_arithmetic_with_too_few_operands_is_no_count() -> None:
+    loop = (
+        "\n%body (t: (s32[])) -> (s32[]) {\n  %t = (s32[]) parameter(0)\n"
+        "  %i = s32[] get-tuple-element(%t), index=0\n  %one = s32[] constant(1)\n"
+        f"  %x = f32[8]{{0}} constant({{...}})\n  {reduce('%x')}\n"
+        "  %next = s32[] add(%i, %one)\n  ROOT %o = (s32[]) tuple(%next)\n}\n\n"
+        "%cond (u: (s32[])) -> pred[] {\n  %u = (s32[]) parameter(0)\n"
+        "  %j = s32[] get-tuple-element(%u), index=0\n  %sum = s32[] add(%j)\n  %n = s32[] constant(9)\n"
+        "  ROOT %c = pred[] compare(%sum, %n), direction=LT\n}\n"
+    )
+    start = ("%z = s32[] constant(0)", "%t0 = (s32[]) tuple(%z)")
+    text = program(*start, "%w = (s32[]) while(%t0), condition=%cond, body=%body", before=loop)
+    (row,) = shardlab.analyze(text).collectives
+    assert row.executions == (0, None)
+    (exact,) = shardlab.analyze(text.replace("add(%j)", "add(%j, %j)")).collectives
+    assert exact.executions == (5, 5)  # 0, 2, 4, 6, 8 are below 9
+
+
 @pytest.mark.parametrize("header", ["num_partitions=1000000000000", "num_partitions=1, replica_count=200000"])
 def test_an_absurd_number_of_devices_is_refused(header: str) -> None:
     with pytest.raises(UserError, match="at most 131072 devices"):

@@ -270,6 +270,8 @@ class Slice:
 
     def _apply(self, opcode: str, dtype: str, args: tuple[int, ...], direction: str) -> int:
         nodes = [self.nodes[arg] for arg in args]
+        if len(args) != _OPERANDS.get(opcode, 2):
+            return self._unknown(f"{opcode} of {len(args)} operands")
         odd = next((n.note for n in nodes if n.op == "unknown" or (n.op == "state" and n.note)), None)
         if odd is not None and opcode != "and":
             return self._unknown(odd)
@@ -366,6 +368,7 @@ def _quotient(a: int, b: int) -> int:
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
+_OPERANDS = {"convert": 1, "not": 1, "negate": 1, "abs": 1, "sign": 1, "select": 3, "clamp": 3}  # others: 2
 COMPARISONS: Mapping[str, Callable[[int, int], bool]] = {
     "LT": operator.lt,
     "LE": operator.le,
