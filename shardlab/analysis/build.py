@@ -108,8 +108,10 @@ def _modules_of(source: Source | Sequence[Source]) -> Iterator[tuple[Module, Pro
         yield from _of_file(HloSource(name=source.name, modules=modules, program=source))
     elif isinstance(source, bytes):
         yield from _of_file(read_bytes(source))
-    elif isinstance(source, str) and (not source.strip() or "\n" in source or source.startswith("HloModule")):
-        yield from _of_file(read_bytes(source.encode(), "<hlo>"))
+    elif isinstance(source, str) and source.startswith("HloModule"):
+        yield from _of_file(HloSource(name="<hlo>", modules=parse(source)))
+    elif isinstance(source, str) and (not source.strip() or "\n" in source):
+        yield from _of_file(read_bytes(source.encode("utf-8", "replace"), "<hlo>"))
     elif isinstance(source, str | Path):
         for found in read_sources(source):
             yield from _of_file(found)

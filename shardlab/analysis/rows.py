@@ -17,7 +17,7 @@ from shardlab.attribute.rings import Realized, realized_by_permutes
 from shardlab.cost.traffic import Traffic, traffic_of
 from shardlab.cost.wire import Wire, wire_of
 from shardlab.hardware.machine import Machine
-from shardlab.hlo.attributes import channel_id
+from shardlab.hlo.attributes import channel_id, errors_at
 from shardlab.hlo.module import Module
 
 
@@ -42,12 +42,22 @@ class Rows:
 
     def realized(self, collectives: Sequence[Collective]) -> dict[tuple[str, str], Realized]:
         """What permutes carry out together, by (computation, instruction)."""
-        permutes = [one for one in collectives if one.kind == "collective-permute" and one.target is None]
-        pairs = [(one, self._joined(one)[0].pairs) for one in permutes]
+        pairs = []
+        for one in collectives:
+            if one.kind == "collective-permute" and one.target is None:
+                with errors_at(one.instruction):
+                    pairs.append((one, self._joined(one)[0].pairs))
         return realized_by_permutes(self.module, self.graph, pairs)
 
     def row(self, collective: Collective, realizes: Realized | None = None) -> CollectiveRow:
-        """The row of one collective. realizes: what it is part of, where it is a permute of a ring."""
+        """The row of one collective. realizes: what it is part of, where it is a permute of a ring.
+
+        Raises ParseError, which points to it, when its text cannot be read.
+        """
+        with errors_at(collective.instruction):
+            return self._row(collective, realizes)
+
+    def _row(self, collective: Collective, realizes: Realized | None) -> CollectiveRow:
         joined, axes = self._joined(collective)
         wire = _wire(collective, joined)
         logical = _wire(collective, joined, logical=True) if collective.logical else None

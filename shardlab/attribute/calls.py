@@ -6,6 +6,7 @@ maximum.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 from shardlab.attribute.edges import CallSite, CallSites, call_sites
 from shardlab.attribute.trips import Trips, trip_count
+from shardlab.hlo.attributes import errors_at
 from shardlab.hlo.module import Module
 
 Range = tuple[int, int | None]
@@ -21,7 +23,9 @@ K = TypeVar("K", bound=Hashable)
 
 ONCE: Range = (1, 1)
 _ZERO = Fraction(0)
+_UNKNOWN = Trips(0, None)
 _NOTHING: Amount = (_ZERO, _ZERO)
+_EXTENT = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,8 @@ def call_graph(module: Module) -> CallGraph:
     for name in sites.order:
         for site in sites.by_caller[name]:
             if site.role == "body":
-                loops[name, site.instruction.name] = trip_count(module, sites, name, site.instruction)
+                with errors_at(site.instruction):
+                    loops[name, site.instruction.name] = trip_count(module, sites, name, site.instruction)
     calls = {name: _calls(module, sites.by_caller[name], loops) for name in sites.order}
     return CallGraph(sites, calls, loops, _times(sites.order, calls))
 
@@ -120,7 +125,7 @@ def _one_instruction(
 def _weight(module: Module, loops: Mapping[tuple[str, str], Trips], site: CallSite) -> Range:
     """Runs of `site.callee` per run of the calling instruction, given that its branch is taken."""
     if site.role in ("body", "condition"):
-        trips = loops[site.caller, site.instruction.name]
+        trips = loops.get((site.caller, site.instruction.name), _UNKNOWN)
         extra = int(site.role == "condition")  # the test that ends the loop
         return trips.low + extra, None if trips.high is None else trips.high + extra
     return _scanned(module, site) if site.instruction.opcode.startswith("scan") else ONCE
@@ -132,7 +137,7 @@ def _scanned(module: Module, site: CallSite) -> Range:
     instructions = module.computations[site.caller].instructions
     dimension = instruction.attributes.get("dimensions", "{0}").strip("{} ").split(",")[0]
     source = instructions.get(instruction.operands[0].name) if instruction.operands else None
-    if source is None or not dimension.isdigit() or int(dimension) >= len(source.shape.dims):
+    if source is None or not _EXTENT.fullmatch(dimension) or int(dimension) >= len(source.shape.dims):
         return 0, None
     extent = source.shape.dims[int(dimension)]
     return 0 if extent is None else extent, extent

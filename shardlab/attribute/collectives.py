@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shardlab.attribute.edges import CallSite, CallSites, active_instructions
 from shardlab.attribute.opaque import is_host_callback, opaque_reason, target_of
 from shardlab.attribute.payload import Payload, element_at, logical_payload, payload_of, sliced_from
-from shardlab.hlo.attributes import config_value, frontend_attributes, is_true
+from shardlab.hlo.attributes import config_value, errors_at, frontend_attributes, is_true
 from shardlab.hlo.instructions import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module
 from shardlab.hlo.shape import try_shape_bytes
@@ -99,15 +99,29 @@ class _Finder:
         around = _around(self.sites, name)
         targets = _custom_call_targets(computation)
         for instruction in active_instructions(computation):
-            opcode = instruction.opcode
-            if opcode.removesuffix("-start") in KINDS:
-                if not _is_clone(instruction, targets):
-                    started = "AsyncCollectiveStart" in targets
-                    yield self._collective(computation, instruction, around, started)
-            elif opcode == "send":
-                yield self._send(computation, instruction, around)
-            elif opcode in ("custom-call", "custom-call-start"):
-                yield from self._custom_call(name, instruction)
+            with errors_at(instruction):
+                found = self._of_instruction(computation, instruction, around, targets)
+            if found is not None:
+                yield found
+
+    def _of_instruction(
+        self,
+        computation: Computation,
+        instruction: Instruction,
+        around: tuple[CallSite, ...],
+        targets: set[str],
+    ) -> Found | None:
+        """The transfer that one instruction starts, None for all others."""
+        opcode = instruction.opcode
+        if opcode.removesuffix("-start") in KINDS:
+            if _is_clone(instruction, targets):
+                return None
+            return self._collective(computation, instruction, around, "AsyncCollectiveStart" in targets)
+        if opcode == "send":
+            return self._send(computation, instruction, around)
+        if opcode in ("custom-call", "custom-call-start"):
+            return self._custom_call(computation.name, instruction)
+        return None
 
     def _collective(
         self,
@@ -137,15 +151,14 @@ class _Finder:
             )
         )
 
-    def _custom_call(self, computation: str, call: Instruction) -> Iterator[Found]:
+    def _custom_call(self, computation: str, call: Instruction) -> Uncounted | None:
+        """What is known of a custom call's own traffic, None when it stays on its device."""
         if is_host_callback(call):
-            yield Uncounted(
-                "host-transfer", call.name, f"to the host ({target_of(call)}): not network traffic"
-            )
-            return
+            why = f"to the host ({target_of(call)}): not network traffic"
+            return Uncounted("host-transfer", call.name, why)
         walked = any(site.instruction.name == call.name for site in self.sites.by_caller[computation])
-        if why := opaque_reason(call, walked):
-            yield Uncounted("custom-call", call.name, why)
+        why = opaque_reason(call, walked)
+        return Uncounted("custom-call", call.name, why) if why else None
 
     def _send(
         self, computation: Computation, instruction: Instruction, around: tuple[CallSite, ...]

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardlab.errors import ParseError, Problem, UserError
-from shardlab.hlo.attributes import channel_id
+from shardlab.hlo.attributes import channel_id, errors_at
 from shardlab.hlo.groups import (
+    MAX_IDS,
     flattened_groups,
     flattened_pairs,
     parse_replica_groups,
@@ -29,6 +30,7 @@ IdPairs = tuple[tuple[int, int], ...]
 MEGASCALE_STRIDE = 100_000
 
 _CROSS = re.compile(r"\s*\{([^{}]*)\}\s*x\s*\{([^{}]*)\}\s*")
+_ID = re.compile(r"[0-9]{1,12}")
 _BRACED = re.compile(r"\{([^{}]*)\}")
 
 
@@ -56,7 +58,7 @@ class Placement:
     replicas: int
     partitions: int
     slices: int
-    positions: tuple[tuple[int, ...], ...]
+    positions: tuple[Sequence[int], ...]
     device_position: Mapping[int, int] | None
 
     @property
@@ -78,6 +80,9 @@ def place(
     replicas, partitions = _counts(module, mesh, used)
     devices = replicas * partitions
     total = math.prod(mesh.values()) if mesh else max(devices, len(device_ids or ()))
+    if max(devices, total) > MAX_IDS:
+        what = f"it is compiled for {devices} devices, and the mesh has {total}"
+        raise UserError(Problem(f"module {module.name}", what, f"shardlab reads at most {MAX_IDS} devices"))
     slices, rest = divmod(total, devices)
     leading = device_ids is not None or _leading_axes_split(mesh, slices)
     copies_fit = slices == 1 or (replicas == 1 and leading)
@@ -105,14 +110,10 @@ def _leading_axes_split(mesh: Mapping[str, int] | None, slices: int) -> bool:
 
 def members(instruction: Instruction, placement: Placement) -> Members:
     """Devices that a collective other than a send joins. Raises ParseError for ids that do not exist."""
-    try:
-        if "source_target_pairs" in instruction.attributes:
-            pairs = flattened_pairs(instruction, placement.replicas, placement.partitions)
-            return Members(pairs=_pairs_in_slices(pairs, placement))
-        groups = flattened_groups(instruction, placement.replicas, placement.partitions)
-    except ParseError as error:
-        message = f"{instruction.name}: {error.message}"
-        raise ParseError(message, source=error.source, line=instruction.line, column=1) from None
+    if "source_target_pairs" in instruction.attributes:
+        pairs = flattened_pairs(instruction, placement.replicas, placement.partitions)
+        return Members(pairs=_pairs_in_slices(pairs, placement))
+    groups = flattened_groups(instruction, placement.replicas, placement.partitions)
     if placement.slices == 1:
         return Members(groups=groups)
     return Members(
@@ -122,7 +123,11 @@ def members(instruction: Instruction, placement: Placement) -> Members:
 
 def send_members(pairs_text: str, placement: Placement) -> Members:
     """Devices of a GPU send: `_xla_send_recv_source_target_pairs`. Raises ParseError for unreadable pairs."""
-    return Members(pairs=_pairs_in_slices(parse_source_target_pairs(pairs_text), placement))
+    pairs = parse_source_target_pairs(pairs_text)
+    highest, limit = max(map(max, pairs), default=-1), placement.replicas * placement.partitions
+    if highest >= limit:
+        raise ParseError(f"id {highest} in a send's pairs, but only {limit} devices exist")
+    return Members(pairs=_pairs_in_slices(pairs, placement))
 
 
 def megascale_members(target: str, placement: Placement) -> Members:
@@ -134,10 +139,12 @@ def megascale_members(target: str, placement: Placement) -> Members:
     cross = _CROSS.fullmatch(target)
     if cross:
         slices, ids = (_ranges(part) for part in cross.groups())
+        if len(slices) * len(ids) > MAX_IDS:
+            raise ParseError(f"more than {MAX_IDS} devices in the megascale target {target[:80]!r}")
         named = tuple(tuple((s - 1, i) for s in slices) for i in ids)
     else:
         named = tuple(tuple(map(_slice_and_id, _numbers(group))) for group in _BRACED.findall(target))
-    if not named or not all(named):
+    if not named or not all(named) or any(s < 0 for group in named for s, _ in group):
         raise ParseError(f"cannot read the megascale target {target[:80]!r}")
     found, assumed = _located(named, placement, "->" in target)
     if "->" in target:
@@ -188,7 +195,8 @@ def _counts(module: Module, mesh: Mapping[str, int] | None, used: Iterable[Instr
         return module.replica_count or 1, module.num_partitions or 1
     listed, replicated = 1, True
     for instruction in used:
-        highest = _highest_id(instruction)
+        with errors_at(instruction):
+            highest = _highest_id(instruction)
         listed = max(listed, highest + 1)
         replicated = replicated and (channel_id(instruction) is None or highest < 0)
     total = math.prod(mesh.values()) if mesh else listed
@@ -232,10 +240,10 @@ def _plain(device: int, per_slice: int) -> int:
     return (device // MEGASCALE_STRIDE - 1) * per_slice + device % MEGASCALE_STRIDE
 
 
-def _positions(slices: int, devices: int, where: Mapping[int, int] | None) -> tuple[tuple[int, ...], ...]:
+def _positions(slices: int, devices: int, where: Mapping[int, int] | None) -> tuple[Sequence[int], ...]:
     """Position of each id of each slice: ids of a slice follow the flat order of the mesh."""
     if slices == 1 or where is None:
-        return tuple(tuple(range(s * devices, (s + 1) * devices)) for s in range(slices))
+        return tuple(range(s * devices, (s + 1) * devices) for s in range(slices))
     found: list[list[int]] = [[] for _ in range(slices)]
     for device, position in where.items():  # in order of position
         if device // devices < slices:
@@ -253,7 +261,7 @@ def _slice_and_id(device: int) -> tuple[int, int]:
 
 def _numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.replace("->", ",").split(",")]
-    return [int(part) for part in parts] if all(part.isdigit() for part in parts) else []
+    return [int(part) for part in parts] if all(map(_ID.fullmatch, parts)) else []
 
 
 def _ranges(text: str) -> list[int]:
@@ -262,7 +270,10 @@ def _ranges(text: str) -> list[int]:
     for part in text.split(","):
         first, _, last = (bound.strip() for bound in part.partition(":"))
         last = last or first
-        if not (first.isdigit() and last.isdigit() and int(last) - int(first) < MEGASCALE_STRIDE):
+        if (
+            not (_ID.fullmatch(first) and _ID.fullmatch(last))
+            or int(last) - int(first) + len(found) > MAX_IDS
+        ):
             return []
         found.extend(range(int(first), int(last) + 1))
     return found

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from shardlab.attribute.edges import CallSites
-from shardlab.hlo.attributes import metadata
+from shardlab.hlo.attributes import metadata, tuple_index
 from shardlab.hlo.module import Computation, Instruction
 
 MAX_VISITED = 64
@@ -77,8 +77,8 @@ def _sources(computation: Computation, instruction: Instruction) -> list[Instruc
         and found[0].opcode == "parameter"
         and found[0].shape == root.shape
     ):
-        carried = root.operands[int(instruction.attributes.get("index", "0"))]
-        return [instructions[carried.name]]
+        carried = root.operands[tuple_index(instruction) :][:1]
+        return [instructions[operand.name] for operand in carried if operand.name in instructions]
     return found
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shardlab.errors import ParseError
-from shardlab.hlo.attributes import computation_names, is_true
+from shardlab.hlo.attributes import computation_names, is_true, tuple_index
 from shardlab.hlo.instructions import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
 from shardlab.hlo.shape import array_leaves, is_bounded, try_shape_bytes
@@ -33,7 +33,7 @@ _FORWARDING = frozenset(
     {"bitcast", "copy", "reshape", "transpose", "get-tuple-element", "copy-done", "copy-start"}
 )
 _MAX_STEPS = 32
-_SLICE = re.compile(r"\{([0-9,\s]+)\}")
+_SLICE = re.compile(r"\{(\s*[0-9]{1,18}\s*(?:,\s*[0-9]{1,18}\s*)*)\}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,19 +162,22 @@ def _narrow_source(module: Module, computation: Computation, operand: Operand) -
     for _ in range(_MAX_STEPS):
         if instruction is None or not (instruction.operands or instruction.opcode == "fusion"):
             return None
-        if instruction.opcode == "convert":
+        if instruction.opcode == "convert" and instruction.operands:
             source = _shape_of(computation, instruction, instruction.operands[0])
             return source if source.dtype in _WIDENED_TO.get(instruction.shape.dtype, ()) else None
         if instruction.opcode == "fusion":
-            computation = module.computations[computation_names(instruction, "calls")[0]]
+            called = computation_names(instruction, "calls")
+            if not called:
+                return None
+            computation = module.computations[called[0]]
             instruction = computation.instructions.get(computation.root)
             continue
         if instruction.opcode == "tuple" and index and index[0] < len(instruction.operands):
             following, index = instruction.operands[index[0]], index[1:]
-        elif instruction.opcode in _FORWARDING:
+        elif instruction.opcode in _FORWARDING and instruction.operands:
             following = instruction.operands[0]
             if instruction.opcode == "get-tuple-element":
-                index = (int(instruction.attributes.get("index", "0")), *index)
+                index = (tuple_index(instruction), *index)
         else:
             return None
         index = (*following.index, *index)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 
 from shardlab.attribute.edges import CallSite, CallSites
-from shardlab.errors import ParseError
+from shardlab.hlo.attributes import first_operand, instruction_error, parameter_number, tuple_index
 from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
 
 MAX_NODES = 50_000
@@ -118,9 +118,8 @@ class Slice:
             answer = self._known.get(wanted_key)
             if answer is None:
                 if wanted_key in open_:
-                    raise ParseError(
-                        f"{wanted.name}: instructions use each other in a circle", source=self.module.name
-                    )
+                    circle = wanted.frame.computation.instructions[wanted.name]
+                    raise instruction_error(circle, "instructions use each other in a circle")
                 open_.add(wanted_key)
                 stack.append((wanted_key, self._steps(wanted)))
         assert answer is not None
@@ -157,7 +156,7 @@ class Slice:
         frame = ref.frame
         if frame.loop is not None:
             return self._state(frame.loop, ref.path, instruction.shape)
-        number = int(instruction.literal or 0)
+        number = parameter_number(instruction)
         if frame.caller is not None:
             if number >= len(frame.operands):
                 return self._unknown(f"parameter {number} of {frame.computation.name} is bound later")
@@ -197,24 +196,24 @@ class Slice:
         after = self.nodes[(yield Ref(frame, frame.computation.root, ref.path))]
         if after.op != "state" or (after.loop, after.path) != (key, ref.path):
             return self._unknown(f"a value that loop %{loop.name} changes")
-        return (yield _operand(ref.frame, loop.operands[0], ref.path))
+        return (yield _operand(ref.frame, first_operand(loop), ref.path))
 
     def _element(self, ref: Ref, instruction: Instruction) -> Steps:
         """Through tuples: towards the one element that is wanted."""
         if instruction.opcode == "get-tuple-element":
-            index = int(instruction.attributes.get("index", "0"))
-            return (yield _operand(ref.frame, instruction.operands[0], (index, *ref.path)))
+            index = tuple_index(instruction)
+            return (yield _operand(ref.frame, first_operand(instruction), (index, *ref.path)))
         if instruction.opcode == "tuple":
             if not ref.path or ref.path[0] >= len(instruction.operands):
                 return self._unknown(f"%{ref.name} is a tuple")
             return (yield _operand(ref.frame, instruction.operands[ref.path[0]], ref.path[1:]))
-        return (yield _operand(ref.frame, instruction.operands[0], ref.path))
+        return (yield _operand(ref.frame, first_operand(instruction), ref.path))
 
     def _through(self, ref: Ref, instruction: Instruction) -> Steps:
         """Into a fusion, a call, or an async pair of one; across an on-chip copy."""
         start = _start_of(ref.frame.computation, instruction)
         if start.opcode == "copy-start" and instruction.opcode == "copy-done":
-            return (yield _operand(ref.frame, start.operands[0], ref.path))
+            return (yield _operand(ref.frame, first_operand(start), ref.path))
         callees = [
             site.callee
             for site in self.sites.by_caller.get(ref.frame.computation.name, ())
@@ -245,7 +244,7 @@ class Slice:
         if opcode == "constant":
             return self._constant(instruction)
         if opcode in _SAME_VALUE and dtype == self._operand_dtype(ref.frame, instruction):
-            return (yield _operand(ref.frame, instruction.operands[0]))
+            return (yield _operand(ref.frame, first_operand(instruction)))
         known = opcode in OPERATIONS or opcode in ("convert", "compare")
         if not known or dtype not in _BITS:
             return self._unknown(f"{opcode} %{ref.name} ({dtype})")
@@ -255,11 +254,11 @@ class Slice:
         return self._apply(opcode, dtype, tuple(args), instruction.attributes.get("direction", ""))
 
     def _operand_dtype(self, frame: Frame, instruction: Instruction) -> str:
-        operand = instruction.operands[0]
+        operand = first_operand(instruction)
         source = frame.computation.instructions.get(operand.name)
         shape = source.shape if source else instruction.shape
         for index in operand.index:
-            shape = shape.leaves[index]
+            shape = shape.leaves[index] if index < len(shape.leaves) else Shape("")
         return shape.dtype
 
     def _constant(self, instruction: Instruction) -> int:
@@ -271,6 +270,8 @@ class Slice:
 
     def _apply(self, opcode: str, dtype: str, args: tuple[int, ...], direction: str) -> int:
         nodes = [self.nodes[arg] for arg in args]
+        if len(args) != _OPERANDS.get(opcode, 2):
+            return self._unknown(f"{opcode} of {len(args)} operands")
         odd = next((n.note for n in nodes if n.op == "unknown" or (n.op == "state" and n.note)), None)
         if odd is not None and opcode != "and":
             return self._unknown(odd)
@@ -367,6 +368,7 @@ def _quotient(a: int, b: int) -> int:
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
+_OPERANDS = {"convert": 1, "not": 1, "negate": 1, "abs": 1, "sign": 1, "select": 3, "clamp": 3}  # others: 2
 COMPARISONS: Mapping[str, Callable[[int, int], bool]] = {
     "LT": operator.lt,
     "LE": operator.le,

@@ -33,7 +33,7 @@ class Trips:
 def trip_count(module: Module, sites: CallSites, caller: str, loop: Instruction) -> Trips:
     """Trips of the while instruction `loop` of computation `caller`."""
     known = known_trip_count(loop)
-    if known is not None:
+    if known is not None and known >= 0:
         return Trips(known, known)
     condition = computation_names(loop, "condition")
     body = computation_names(loop, "body")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
 from shardlab.errors import ParseError
 from shardlab.hlo.lexer import STRING, Text, without_comments
-from shardlab.hlo.module import Instruction
+from shardlab.hlo.module import Instruction, Operand
 from shardlab.hlo.strings import unescape
 
 CALLING_ATTRIBUTES = (
@@ -31,6 +32,7 @@ CALLING_ATTRIBUTES = (
 _FIELD = re.compile(r'([a-z_]+)=(?:"((?:[^"\\]++|\\.)*+)"|([^\s"{}]++)|(\{))', re.DOTALL)
 _FRONTEND_KEY = re.compile(r"\s*+,?\s*+([^\s=,{}\"]++)\s*+=\s*+")
 _INT = re.compile(r"-?[0-9]{1,18}")
+_POSITION = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,40 @@ def instruction_error(instruction: Instruction, message: str) -> ParseError:
     return ParseError(f"{instruction.name}: {message}", line=instruction.line, column=column)
 
 
+@contextmanager
+def errors_at(instruction: Instruction) -> Iterator[None]:
+    """A ParseError that is raised inside, and does not know where, points to `instruction`."""
+    try:
+        yield
+    except ParseError as error:
+        if error.line:
+            raise
+        raise instruction_error(instruction, error.message) from None
+
+
+def first_operand(instruction: Instruction) -> Operand:
+    """The first operand. Raises ParseError when there is none."""
+    if not instruction.operands:
+        raise instruction_error(instruction, f"{instruction.opcode} without an operand")
+    return instruction.operands[0]
+
+
+def tuple_index(instruction: Instruction) -> int:
+    """The element that a get-tuple-element takes. Raises ParseError when the index is not a number."""
+    return _position(instruction, instruction.attributes.get("index", "0"))
+
+
+def parameter_number(instruction: Instruction) -> int:
+    """Which parameter this is. Raises ParseError when that is not a number."""
+    return _position(instruction, (instruction.literal or "0").strip())
+
+
+def _position(instruction: Instruction, text: str) -> int:
+    if not _POSITION.fullmatch(text):
+        raise instruction_error(instruction, f"{text[:40]!r} is not a position")
+    return int(text)
+
+
 def computation_names(instruction: Instruction, attribute: str) -> tuple[str, ...]:
     """Names in `to_apply=%add`, `calls=%a, %b` or `branch_computations={%a, %b}`, without `%`, in order."""
     raw = instruction.attributes.get(attribute)
@@ -75,6 +111,14 @@ def metadata(instruction: Instruction) -> Metadata:
     raw = instruction.attributes.get("metadata")
     if not raw:
         return Metadata()
+    try:
+        return _read_metadata(raw)
+    except ParseError as error:  # its position is one within the metadata
+        raise instruction_error(instruction, f"metadata: {error.message}") from None
+
+
+@lru_cache(maxsize=1 << 12)
+def _read_metadata(raw: str) -> Metadata:
     fields = dict(_metadata_fields(raw))
     return Metadata(
         op_name=unescape(fields.get("op_name", "")),

@@ -12,11 +12,12 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
+from sys import intern
 
 from shardlab.errors import ParseError
 from shardlab.hlo.lexer import NAME, WORD, Text, split_top_level
 from shardlab.hlo.module import Instruction, Operand, Shape
-from shardlab.hlo.printed import NAMES, PARTS
+from shardlab.hlo.printed import ATTRIBUTE, NAMES, PARTS
 from shardlab.hlo.shape import parse_shape
 
 _LITERAL_OPCODES = ("constant", "parameter")
@@ -64,7 +65,9 @@ class Attributes(Mapping[str, str]):
 
     def _values(self) -> dict[str, str]:
         if self._found is None:
-            self._found, end = self._text.attributes(self._offset)
+            self._found, end = _printed_attributes(self._text.text, self._offset)
+            if self._text.at(end) not in ("\n", ""):
+                self._found, end = self._text.attributes(self._offset)
             if self._text.at(end) not in ("\n", ""):
                 raise self._text.error(end, f"expected ', name=value', found {self._text.found(end)}")
         return self._found
@@ -78,8 +81,20 @@ class Attributes(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self._values())
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._values()
+
     def __repr__(self) -> str:
         return repr(self._values())
+
+
+def _printed_attributes(text: str, offset: int) -> tuple[dict[str, str], int]:
+    """Raw values by name as far as they are printed in the usual way, and the offset after the last one."""
+    found: dict[str, str] = {}
+    while match := ATTRIBUTE.match(text, offset):
+        found[intern(match.group(1))] = match.group(2)
+        offset = match.end()
+    return found, offset
 
 
 class Instructions(Mapping[str, Instruction]):
@@ -177,7 +192,7 @@ def _printed_instruction(text: Text, lines: Lines, line: int) -> Instruction:
     is_literal = opcode in _LITERAL_OPCODES
     return Instruction(
         name=name,
-        opcode=opcode,
+        opcode=intern(opcode),
         shape=shape_at(text, *match.span(3)),
         operands=() if is_literal else read_operands(text, match.start(5), inner),
         attributes=Attributes(text, match.end()),

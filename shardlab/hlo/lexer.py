@@ -19,6 +19,10 @@ ATTRIBUTE_NAME = re.compile(rf"({NAME})=")
 
 _CLOSER = {"(": ")", "[": "]", "{": "}"}
 _PLAIN = re.compile(r"[^\"'(){}\[\]/]++|/(?![/*])")
+# A bracket that nests once at most, without strings or comments: lists of thousands of groups.
+_SHALLOW = re.compile(
+    r"\{(?:[^\"'(){}\[\]/]++|\{[^\"'(){}\[\]/]*+\})*+\}|\([^\"'(){}\[\]/]*+\)|\[[^\"'(){}\[\]/]*+\]"
+)
 _DICT_PLAIN = re.compile(r"[^\"{}]++")
 _BARE = re.compile(r"[^\"'(){}\[\]/\s,]++|/(?![/*])")
 
@@ -79,6 +83,9 @@ class Text:
 
     def bracket_end(self, offset: int) -> int:
         """The offset after the bracket that closes the one at `offset`, past strings and comments."""
+        shallow = _SHALLOW.match(self.text, offset)
+        if shallow:
+            return shallow.end()
         stack = [(_CLOSER[self.text[offset]], offset)]
         offset += 1
         while stack:

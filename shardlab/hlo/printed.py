@@ -52,3 +52,6 @@ HEAD = re.compile(rf"(?:ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\ {_SHAPE}
 
 NAMES = re.compile(rf"{_OPERAND}(?:,\ (?:{_INDEX_COMMENT})?+{_OPERAND})*+")
 """Operands that are names only."""
+
+ATTRIBUTE = re.compile(rf",\ ({NAME})=({_MESH}|{_VALUE})")
+"""One attribute of the tail of an instruction that `ROW` has matched: its name and its raw value."""

@@ -1,0 +1,31 @@
+"""The benchmark is a program: a small run measures everything it says it does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MEASURED = (
+    "XLA hlo_module_from_text",
+    "shardlab.analyze ",
+    "peak memory beyond the text",
+    "shardlab.analyze, 2 times",
+    "shardlab.analyze, 4 times",
+    "16 devices in listed groups",
+    "shardlab analyze, whole process",
+)
+
+
+def test_a_small_run_measures_everything() -> None:
+    script = str(ROOT / "experiments" / "bench_parse.py")
+    small = ["--megabytes=0.3", "--layers=1", "--repeats=1", "--devices=16"]
+    done = subprocess.run(
+        [sys.executable, script, *small], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(MEASURED), done.stdout
+    for line, start in zip(lines, MEASURED, strict=True):
+        assert line.startswith(start)
