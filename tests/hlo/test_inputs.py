@@ -29,12 +29,12 @@ def zstd(data: bytes) -> bytes:
 FORMS = {
     "text": (TEXT, "jit_c01"),
     "text with a byte-order mark": (b"\xef\xbb\xbf" + TEXT, "jit_c01"),
-    "gzip": (gzip.compress(TEXT), "jit_c01"),
-    "two gzip members": (gzip.compress(TEXT[:99]) + gzip.compress(TEXT[99:]), "jit_c01"),
+    "gzip": (gzip.compress(TEXT, mtime=0), "jit_c01"),
+    "two gzip members": (gzip.compress(TEXT[:99], mtime=0) + gzip.compress(TEXT[99:], mtime=0), "jit_c01"),
     "zstd": (zstd(TEXT), "jit_c01"),
-    "gzip in zstd": (zstd(gzip.compress(TEXT)), "jit_c01"),
+    "gzip in zstd": (zstd(gzip.compress(TEXT, mtime=0)), "jit_c01"),
     "module proto": (PROTO, "jit__lambda"),
-    "HloProto in gzip": (gzip.compress(DUMP_PROTO), "jit__lambda"),
+    "HloProto in gzip": (gzip.compress(DUMP_PROTO, mtime=0), "jit__lambda"),
 }
 
 
@@ -65,7 +65,7 @@ def test_refused_program_has_no_modules(tmp_path: Path) -> None:
 
 
 def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(TEXT))))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(TEXT, mtime=0))))
     (source,) = read_sources("-")
     assert (source.name, source.modules[0].name) == ("<stdin>", "jit_c01")
 
@@ -83,7 +83,7 @@ def test_folder_gives_the_last_final_module_of_each_name(tmp_path: Path) -> None
         "module_0003.jit_a.cpu_after_optimizations-buffer-assignment.txt": b"broken",
         "module_0002.jit_b.sm_9.0a_gpu_after_optimizations.txt": named("b"),
         "module_0004.jit_c.d.cl_736.after_optimizations.txt": named("c"),
-        "module_0010.jit_e.gpu_after_optimizations.hlo.pb.gz": gzip.compress(PROTO),
+        "module_0010.jit_e.gpu_after_optimizations.hlo.pb.gz": gzip.compress(PROTO, mtime=0),
         "module_0011.after_optimizations.txt": named("long_1"),
         "module_0012.after_optimizations.txt": named("long_2"),
         "module_0003.jit_a.after_spmd_partitioner.txt": b"broken",
@@ -100,11 +100,14 @@ def test_folder_gives_the_last_final_module_of_each_name(tmp_path: Path) -> None
     [
         (b"", "it is empty"),
         (b" \n", "it is empty"),
-        (gzip.compress(b""), "it is empty"),
+        (gzip.compress(b"", mtime=0), "it is empty"),
         (bytes(range(256)) * 4, "binary, but no HLO proto"),
         (DUMP_PROTO[:500], "binary, but no HLO proto"),
-        (gzip.compress(TEXT)[:-20], "gzip data is cut off"),
-        (gzip.compress(TEXT)[:20] + b"xxxx" + gzip.compress(TEXT)[24:], "gzip data is damaged"),
+        (gzip.compress(TEXT, mtime=0)[:-20], "gzip data is cut off"),
+        (
+            gzip.compress(TEXT, mtime=0)[:20] + b"xxxx" + gzip.compress(TEXT, mtime=0)[24:],
+            "gzip data is damaged",
+        ),
         (zstd(TEXT)[:20] + b"xxxx" + zstd(TEXT)[24:], "zstd data is damaged"),
         (b'{"schema": "shardlab.report/1"}', "not a saved program"),
         (b"{" * 100_000, "not a saved program"),
