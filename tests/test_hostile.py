@@ -137,3 +137,14 @@ def test_arithmetic_with_too_few_operands_is_no_count() -> None:
 def test_an_absurd_number_of_devices_is_refused(header: str) -> None:
     with pytest.raises(UserError, match="at most 131072 devices"):
         shardlab.analyze(program(header=header))
+
+
+@pytest.mark.parametrize("blank", ["\x1e", "\x1c", "\x85", "\xa0"], ids=ascii)
+def test_what_only_python_calls_a_blank_is_none_in_hlo(blank: str) -> None:
+    """HLO's blanks are ASCII; int() refuses some of those that str.strip() takes off."""
+    with pytest.raises(ParseError) as caught:
+        shardlab.analyze(program(f"%ar = f32[{blank}8]{{0}} all-reduce(%p), channel_id=1, to_apply=%add"))
+    assert caught.value.line == FIRST_LINE
+    with pytest.raises(ParseError) as caught:
+        shardlab.analyze(program(reduce(groups=f"[1,{blank}8]<=[8]")))
+    assert caught.value.line == FIRST_LINE

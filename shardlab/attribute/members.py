@@ -29,7 +29,7 @@ IdPairs = tuple[tuple[int, int], ...]
 
 MEGASCALE_STRIDE = 100_000
 
-_CROSS = re.compile(r"\s*\{([^{}]*)\}\s*x\s*\{([^{}]*)\}\s*")
+_CROSS = re.compile(r"\s*\{([^{}]*)\}\s*x\s*\{([^{}]*)\}\s*", re.ASCII)
 _ID = re.compile(r"[0-9]{1,12}")
 _BRACED = re.compile(r"\{([^{}]*)\}")
 

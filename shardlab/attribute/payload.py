@@ -33,7 +33,7 @@ _FORWARDING = frozenset(
     {"bitcast", "copy", "reshape", "transpose", "get-tuple-element", "copy-done", "copy-start"}
 )
 _MAX_STEPS = 32
-_SLICE = re.compile(r"\{(\s*[0-9]{1,18}\s*(?:,\s*[0-9]{1,18}\s*)*)\}")
+_SLICE = re.compile(r"\{(\s*[0-9]{1,18}\s*(?:,\s*[0-9]{1,18}\s*)*)\}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

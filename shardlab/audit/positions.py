@@ -19,7 +19,7 @@ MAX_NODES = 500
 MAX_OPERATIONS = 2_000_000
 
 _Number = int | tuple[int, ...]
-_TABLE = re.compile(r"\{\s*(-?\d+(?:\s*,\s*-?\d+)*)\s*\}")
+_TABLE = re.compile(r"\{\s*(-?\d+(?:\s*,\s*-?\d+)*)\s*\}", re.ASCII)
 _SAME = frozenset({"convert", "broadcast"})
 _INTEGERS = frozenset({"pred", "s32", "u32", "s64", "u64"})
 

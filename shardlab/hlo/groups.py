@@ -25,14 +25,14 @@ MAX_IDS = 1 << 17
 
 _INT = r"[0-9]{1,18}"
 _INTS = rf"\s*+{_INT}(?:\s*+,\s*+{_INT})*+\s*+"
-_LIST = re.compile(rf"\{{\s*+(?:\{{(?:{_INTS}|\s*+)\}}\s*+(?:,\s*+(?=\{{)|(?=\}})))*+\}}")
+_LIST = re.compile(rf"\{{\s*+(?:\{{(?:{_INTS}|\s*+)\}}\s*+(?:,\s*+(?=\{{)|(?=\}})))*+\}}", re.ASCII)
 _GROUP = re.compile(r"\{([^{}]*)\}")
-_IOTA = re.compile(rf"\[({_INTS})\]\s*<=\s*\[({_INTS})\]\s*(?:T\(({_INTS})\))?")
-_MAXIMAL = re.compile(rf"maximal_mesh\[device_id=({_INT})\]\s*\{{[^{{}}]*\}}", re.DOTALL)
+_IOTA = re.compile(rf"\[({_INTS})\]\s*<=\s*\[({_INTS})\]\s*(?:T\(({_INTS})\))?", re.ASCII)
+_MAXIMAL = re.compile(rf"maximal_mesh\[device_id=({_INT})\]\s*\{{[^{{}}]*\}}", re.DOTALL | re.ASCII)
 _AXIS_NAME = r"'[^']*+'|\"[^\"]*+\"|[^\s'\"=,:\[\]{}()]++"
-_MESH_AXIS = re.compile(rf"\s*+({_AXIS_NAME})\s*+=\s*+({_INT})\s*+")
-_AXIS_REF = re.compile(rf"\s*+({_AXIS_NAME})\s*+(?::\(({_INT})\)({_INT}))?+\s*+")
-_IOTA_IDS = re.compile(rf"\s*\[({_INTS})\]\s*(?:T\(({_INTS})\))?\s*")
+_MESH_AXIS = re.compile(rf"\s*+({_AXIS_NAME})\s*+=\s*+({_INT})\s*+", re.ASCII)
+_AXIS_REF = re.compile(rf"\s*+({_AXIS_NAME})\s*+(?::\(({_INT})\)({_INT}))?+\s*+", re.ASCII)
+_IOTA_IDS = re.compile(rf"\s*\[({_INTS})\]\s*(?:T\(({_INTS})\))?\s*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,12 +22,12 @@ DTYPE_BITS = {
 """Bits of one element by type name; pred is stored as one byte."""
 
 _UNSIZED = ("token", "opaque")
-_BLANK = re.compile(r"(?:\s++|/\*(?:[^*]++|\*(?!/))*+\*/)*+")
+_BLANK = re.compile(r"(?:\s++|/\*(?:[^*]++|\*(?!/))*+\*/)*+", re.ASCII)
 _DIM = r"\s*+(?:(?:<=)?+[0-9]{1,20}|\?)\s*+"
-_ARRAY = re.compile(rf"([a-z][a-z0-9]*+)\[((?:{_DIM}(?:,{_DIM})*+|\s*+))\]\s*+")
+_ARRAY = re.compile(rf"([a-z][a-z0-9]*+)\[((?:{_DIM}(?:,{_DIM})*+|\s*+))\]\s*+", re.ASCII)
 _LAYOUT = re.compile(r"\{(?:[^{}]++|\{[^{}]*+\})*+\}")
-_PACKED = re.compile(r"(?<![A-Za-z])E\((\d{1,3})\)")
-_SPACE = re.compile(r"(?<![A-Za-z])S\((\d{1,9})\)")
+_PACKED = re.compile(r"(?<![A-Za-z])E\((\d{1,3})\)", re.ASCII)
+_SPACE = re.compile(r"(?<![A-Za-z])S\((\d{1,9})\)", re.ASCII)
 
 
 @lru_cache(maxsize=1 << 13)
