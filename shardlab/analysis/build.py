@@ -13,7 +13,6 @@ from shardlab.analysis.totals import sum_totals, totals_of
 from shardlab.attribute.backend import backend_of
 from shardlab.attribute.calls import CallGraph, call_graph
 from shardlab.attribute.collectives import Collective, Uncounted, find_collectives
-from shardlab.attribute.edges import active_instructions
 from shardlab.attribute.members import Members, Placement, place
 from shardlab.attribute.origin import is_training
 from shardlab.errors import Problem, UserError
@@ -138,9 +137,8 @@ def _attribute_module(
     mesh = axes if axes is not None else program.mesh if program else None
     if device_ids is None and program is not None:
         device_ids = program.device_ids  # other axes over the same devices leave them where they are
-    graph = call_graph(module)
-    active = [i for name in graph.sites.order for i in active_instructions(module.computations[name])]
-    backend = program.backend if program else backend_of(active)
+    graph = call_graph(module, plain=False)
+    backend = program.backend if program else backend_of(module, graph.sites.order)
     found = find_collectives(module, graph.sites, backend)
     collectives = [item for item in found if isinstance(item, Collective)]
     if device_ids is None and program is None and mesh is not None:
@@ -148,7 +146,7 @@ def _attribute_module(
         recorded = module.device_assignment or ()
         device_ids = recorded if len(recorded) == math.prod(mesh.values()) else None
     placement = place(module, mesh, device_ids, [c.instruction for c in collectives if c.target is None])
-    rows = Rows(module, graph, mesh, device_ids, machine, placement, is_training(active))
+    rows = Rows(module, graph, mesh, device_ids, machine, placement, is_training(module, graph.sites.order))
     realized = rows.realized(collectives)
     built = [rows.row(one, realized.get((one.computation, one.instruction.name))) for one in collectives]
     ledger = [LedgerEntry(what=u.what, name=u.name, why=u.why) for u in found if isinstance(u, Uncounted)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from shardlab.hlo.module import Instruction
+from shardlab.hlo.instructions import active, may_mention
+from shardlab.hlo.module import Module
 
 # Quoted or not: a proto holds the configuration as a string.
 _MARKS = {
@@ -15,12 +16,16 @@ _MARKS = {
 UNKNOWN = "unknown"
 
 
-def backend_of(instructions: Iterable[Instruction]) -> str:
-    """`tpu`, `gpu`, `cpu`, or `unknown` when no instruction carries a mark of its backend."""
-    for instruction in instructions:
-        attributes = instruction.attributes
-        text = attributes.get("backend_config", "") + attributes.get("metadata", "")
-        for backend, marks in _MARKS.items():
-            if any(mark in text for mark in marks):
-                return backend
+def backend_of(module: Module, computations: Iterable[str]) -> str:
+    """`tpu`, `gpu`, `cpu`, or `unknown` when nothing in `computations` carries a mark of its backend."""
+    for name in computations:
+        instructions = module.computations[name].instructions
+        if not any(may_mention(instructions, mark) for marks in _MARKS.values() for mark in marks):
+            continue
+        for instruction in active(instructions):
+            attributes = instruction.attributes
+            text = attributes.get("backend_config", "") + attributes.get("metadata", "")
+            for backend, marks in _MARKS.items():
+                if any(mark in text for mark in marks):
+                    return backend
     return UNKNOWN

@@ -60,9 +60,12 @@ def computation_executions(module: Module) -> dict[str, Range]:
     return {name: times.get(name, (0, 0)) for name in module.computations}
 
 
-def call_graph(module: Module) -> CallGraph:
-    """Call sites, trip counts and runs per step. Raises ParseError as `computation_executions` does."""
-    sites = call_sites(module)
+def call_graph(module: Module, *, plain: bool = True) -> CallGraph:
+    """Call sites, trip counts and runs per step. Raises ParseError as `computation_executions` does.
+
+    plain: with the fusions in which nothing is called or moved between devices, as `call_sites` has it.
+    """
+    sites = call_sites(module, plain=plain)
     loops: dict[tuple[str, str], Trips] = {}
     for name in sites.order:
         for site in sites.by_caller[name]:

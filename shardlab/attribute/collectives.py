@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from shardlab.attribute.edges import CallSite, CallSites, active_instructions
+from shardlab.attribute.edges import CallSite, CallSites, sites_of
 from shardlab.attribute.opaque import is_host_callback, opaque_reason, target_of
 from shardlab.attribute.payload import Payload, element_at, logical_payload, payload_of, sliced_from
 from shardlab.hlo.attributes import config_value, errors_at, frontend_attributes, is_true
@@ -28,6 +28,8 @@ KINDS = frozenset(
         "collective-broadcast",
     }
 )
+_COLLECTIVE = KINDS | {f"{kind}-start" for kind in KINDS}
+_MOVING = _COLLECTIVE | {"send", "custom-call", "custom-call-start"}
 MEGASCALE = "xla_megascale_runtime"
 _MEGASCALE_KINDS = {
     "ALL_REDUCE": "all-reduce",
@@ -96,9 +98,12 @@ class _Finder:
     def of_computation(self, name: str) -> Iterator[Found]:
         """Transfers of one computation."""
         computation = self.module.computations[name]
+        moving = of_opcodes(computation.instructions, _MOVING)
+        if not moving:
+            return
         around = _around(self.sites, name)
         targets = _custom_call_targets(computation)
-        for instruction in active_instructions(computation):
+        for instruction in moving:
             with errors_at(instruction):
                 found = self._of_instruction(computation, instruction, around, targets)
             if found is not None:
@@ -156,8 +161,7 @@ class _Finder:
         if is_host_callback(call):
             why = f"to the host ({target_of(call)}): not network traffic"
             return Uncounted("host-transfer", call.name, why)
-        walked = any(site.instruction.name == call.name for site in self.sites.by_caller[computation])
-        why = opaque_reason(call, walked)
+        why = opaque_reason(call, any(sites_of(computation, call)))
         return Uncounted("custom-call", call.name, why) if why else None
 
     def _send(
@@ -303,5 +307,5 @@ def _name(computation: Computation, instruction: Instruction, around: tuple[Call
     start = next((site.instruction for site in around if site.role == "async"), None)
     if start is None:
         return instruction.name
-    together = sum(one.opcode.removesuffix("-start") in KINDS for one in active_instructions(computation))
-    return start.name if together == 1 else instruction.name
+    together = of_opcodes(computation.instructions, _COLLECTIVE)
+    return start.name if len(together) == 1 else instruction.name

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shardlab.errors import ParseError
-from shardlab.hlo.attributes import computation_names
-from shardlab.hlo.instructions import Instructions
-from shardlab.hlo.module import Computation, Instruction, Module
+from shardlab.hlo.attributes import computation_names, instruction_error
+from shardlab.hlo.instructions import Instructions, active, is_plain
+from shardlab.hlo.module import Instruction, Module
+from shardlab.hlo.opcodes import PLAIN
 
 Role = Literal["call", "async", "body", "condition", "branch"]
 
@@ -29,16 +30,6 @@ _ROLES: Mapping[str, Role] = {
 }
 # `to_apply` of these runs the computation; of anything else it names a reducer.
 _APPLYING = frozenset({"call", "call-start", "scan", "scan-start"})
-# What most instructions are. They run no computation and move nothing between devices: not worth reading.
-_PLAIN_WORDS = """
-    abs add and bitcast bitcast-convert broadcast clamp compare concatenate constant convert convolution
-    copy copy-done copy-start cosine divide dot dynamic-slice dynamic-update-slice exponential
-    exponential-minus-one floor gather get-tuple-element iota log log-plus-one logistic maximum minimum
-    multiply negate not or pad parameter partition-id power reduce reduce-precision reduce-window
-    remainder reshape reverse rsqrt scatter select shift-left shift-right-logical sign sine slice sort
-    sqrt subtract tanh transpose tuple xor
-"""
-_PLAIN = frozenset(_PLAIN_WORDS.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +58,32 @@ class CallSites:
     by_callee: Mapping[str, tuple[CallSite, ...]]
 
 
-def call_sites(module: Module) -> CallSites:
-    """Walk from ENTRY. Raises ParseError when a called computation is missing or calls form a cycle."""
+def call_sites(module: Module, *, plain: bool = True) -> CallSites:
+    """Walk from ENTRY. Raises ParseError when a called computation is missing or calls form a cycle.
+
+    plain: also enter fusions in which nothing is called or moved between devices. They are most of a program,
+    and only who asks what they compute needs them.
+    """
     by_caller: dict[str, tuple[CallSite, ...]] = {}
     finished: list[str] = []
     open_: dict[str, Iterator[CallSite]] = {}
-    _enter(module, module.entry, by_caller, open_)
-    while open_:
+    if module.entry not in module.computations:
+        raise ParseError(f"the entry computation {module.entry!r} is not defined", source=module.name)
+    todo = module.entry
+    while todo or open_:
+        if todo:
+            by_caller[todo] = _calls_of(module, todo, plain)
+            open_[todo] = iter(by_caller[todo][::-1])  # so that the reversed order is the printed one
+            todo = ""
         name, sites = next(reversed(open_.items()))
         site = next(sites, None)
         if site is None:
             finished.append(name)
             del open_[name]
         elif site.callee in open_:
-            raise _error(site, f"computation {site.callee} calls itself")
+            raise instruction_error(site.instruction, f"computation {site.callee} calls itself")
         elif site.callee not in by_caller:
-            if site.callee not in module.computations:
-                raise _error(site, f"computation {site.callee} is not defined")
-            _enter(module, site.callee, by_caller, open_)
+            todo = site.callee
     by_callee: dict[str, list[CallSite]] = {}
     for name in by_caller:
         for site in by_caller[name]:
@@ -92,30 +91,35 @@ def call_sites(module: Module) -> CallSites:
     return CallSites(tuple(reversed(finished)), by_caller, {k: tuple(v) for k, v in by_callee.items()})
 
 
-def active_instructions(computation: Computation) -> list[Instruction]:
-    """In printed order, the instructions that may run a computation or talk to another device."""
-    instructions = computation.instructions
-    if not isinstance(instructions, Instructions):
-        return [instruction for instruction in instructions.values() if instruction.opcode not in _PLAIN]
-    names = [name for opcode, names in instructions.opcodes.items() if opcode not in _PLAIN for name in names]
-    return sorted((instructions[name] for name in names), key=lambda instruction: instruction.line)
+def _calls_of(module: Module, name: str, plain: bool) -> tuple[CallSite, ...]:
+    """The call sites of one computation in printed order. Raises ParseError when a callee is missing."""
+    instructions = module.computations[name].instructions
+    found: list[CallSite] = []
+    for instruction in sorted(_calling(module, instructions, plain), key=lambda one: one.line):
+        for site in sites_of(name, instruction):
+            if site.callee not in module.computations:
+                raise instruction_error(instruction, f"computation {site.callee} is not defined")
+            found.append(site)
+    return tuple(found)
 
 
-def _enter(
-    module: Module,
-    name: str,
-    by_caller: dict[str, tuple[CallSite, ...]],
-    open_: dict[str, Iterator[CallSite]],
-) -> None:
-    if name not in module.computations:
-        raise ParseError(f"the entry computation {name!r} is not defined", source=module.name)
-    instructions = active_instructions(module.computations[name])
-    sites = tuple(site for instruction in instructions for site in _sites_of(name, instruction))
-    by_caller[name] = sites
-    open_[name] = iter(sites[::-1])  # so that the reversed order is the printed one
+def _calling(module: Module, instructions: Mapping[str, Instruction], plain: bool) -> Iterator[Instruction]:
+    """What may run a computation; unless `plain`, without reading fusions of plain computations."""
+    if plain or not isinstance(instructions, Instructions):
+        yield from active(instructions)
+        return
+    skipped = set[str]()
+    for name, callee in instructions.callees.items():
+        called = module.computations.get(callee)
+        if called is not None and is_plain(called.instructions):
+            skipped.add(name)
+    for opcode, names in instructions.opcodes.items():
+        if opcode not in PLAIN:
+            yield from (instructions[name] for name in names if name not in skipped)
 
 
-def _sites_of(caller: str, instruction: Instruction) -> Iterator[CallSite]:
+def sites_of(caller: str, instruction: Instruction) -> Iterator[CallSite]:
+    """The computations that `instruction` of computation `caller` runs."""
     opcode, attributes = instruction.opcode, instruction.attributes
     # Older text repeats `calls=` on -update and -done; the computation runs once, at the start.
     if not attributes or opcode.endswith(("-update", "-done")):
@@ -131,7 +135,3 @@ def _sites_of(caller: str, instruction: Instruction) -> Iterator[CallSite]:
     if opcode in _APPLYING and "to_apply" in attributes:
         for callee in computation_names(instruction, "to_apply"):
             yield CallSite(caller, instruction, callee, "async" if opcode.endswith("-start") else "call")
-
-
-def _error(site: CallSite, message: str) -> ParseError:
-    return ParseError(f"{site.instruction.name}: {message}", line=site.instruction.line, column=1)

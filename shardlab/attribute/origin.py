@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from shardlab.hlo.attributes import Metadata, metadata
+from shardlab.hlo.instructions import active, may_mention
 from shardlab.hlo.module import Instruction, Module
 
 OPTIMIZER_SCOPE = "optimizer"
@@ -50,9 +51,15 @@ class Origin:
     source: str
 
 
-def is_training(instructions: Iterable[Instruction]) -> bool:
-    """Whether some instruction was differentiated: then what was not is neither forward nor backward."""
-    return any("jvp(" in instruction.attributes.get("metadata", "") for instruction in instructions)
+def is_training(module: Module, computations: Iterable[str]) -> bool:
+    """Whether something in `computations` was differentiated: then what was not is neither forward nor
+    backward."""
+    return any(
+        "jvp(" in instruction.attributes.get("metadata", "")
+        for name in computations
+        if may_mention(module.computations[name].instructions, "jvp(")
+        for instruction in active(module.computations[name].instructions)
+    )
 
 
 def origin_of(

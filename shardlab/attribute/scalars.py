@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 
-from shardlab.attribute.edges import CallSite, CallSites
+from shardlab.attribute.edges import CallSite, CallSites, sites_of
 from shardlab.hlo.attributes import first_operand, instruction_error, parameter_number, tuple_index
 from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
 
@@ -216,8 +216,8 @@ class Slice:
             return (yield _operand(ref.frame, first_operand(start), ref.path))
         callees = [
             site.callee
-            for site in self.sites.by_caller.get(ref.frame.computation.name, ())
-            if site.instruction is start and site.role in ("call", "async")
+            for site in sites_of(ref.frame.computation.name, start)
+            if site.role in ("call", "async")
         ]
         if len(callees) != 1 or instruction.opcode.endswith("-start"):
             return self._unknown(f"{instruction.opcode} %{ref.name}")

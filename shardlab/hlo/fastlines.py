@@ -9,12 +9,31 @@ from __future__ import annotations
 
 import re
 
-from shardlab.hlo.instructions import Instructions, Lines
+from shardlab.hlo.instructions import Instructions, Lines, Row
 from shardlab.hlo.lexer import STRING, Text
+from shardlab.hlo.module import Computation
 from shardlab.hlo.printed import HEAD, ROW
 
 _FIRST_BLOCK, _LARGEST_BLOCK = 1 << 12, 1 << 18
 _STARTS = re.compile(r"[A-Za-z0-9_%}]")
+
+
+def printed_computation(text: Text, lines: Lines, offset: int) -> tuple[Computation, bool, int] | None:
+    """The computation at `offset`, whether it is marked ENTRY, and the offset after it.
+
+    None unless it is printed as XLA prints it, and short enough to be looked at as a whole.
+    """
+    head = HEAD.match(text.text, offset)
+    brace = text.text.find("\n}", head.end(), head.end() + _LARGEST_BLOCK) if head else -1
+    if not head or brace < 0 or text.text[brace + 2 : brace + 3] not in ("\n", ""):
+        return None
+    if not _is_balanced(text.text, offset, brace + 2):
+        return None
+    instructions = Instructions(text, lines)
+    root = instructions.fill(head.end() + 1, brace + 1)
+    if not root:
+        return None
+    return Computation(head.group(2), instructions, root), bool(head.group(1)), brace + 2
 
 
 def printed_head(text: Text, offset: int) -> tuple[str, int] | None:
@@ -22,7 +41,7 @@ def printed_head(text: Text, offset: int) -> tuple[str, int] | None:
     match = HEAD.match(text.text, offset)
     if not match or not _is_balanced(text.text, offset, match.end() - 1):
         return None
-    return match.group(1), match.end()
+    return match.group(2), match.end()
 
 
 def add_printed_lines(
@@ -40,11 +59,11 @@ def add_printed_lines(
     root, opcode, block = "", "", _FIRST_BLOCK
     while True:
         end, is_last = _block_end(text.text, offset, block)
-        rows: list[tuple[str, str, str, str]] = ROW.findall(text.text, offset, end)
+        rows: list[Row] = ROW.findall(text.text, offset, end)
         line = lines.line_of(offset)
         whole = _whole_rows(text.text, lines, rows, line, end)
-        for is_root, name, op, _ in rows[:whole]:
-            if not instructions.add(name, op, line):
+        for is_root, name, op, callee, _ in rows[:whole]:
+            if not instructions.add(name, op, line, callee):
                 raise text.error(
                     lines.start_of(line), f"a second instruction is named {name} in one computation"
                 )
@@ -72,7 +91,7 @@ def _block_end(text: str, offset: int, block: int) -> tuple[int, bool]:
     return (newline + 1, False) if newline >= 0 else (offset, True)
 
 
-def _whole_rows(text: str, lines: Lines, rows: list[tuple[str, str, str, str]], line: int, end: int) -> int:
+def _whole_rows(text: str, lines: Lines, rows: list[Row], line: int, end: int) -> int:
     """How many of the first rows are instructions with balanced brackets."""
     count = next((index for index, row in enumerate(rows) if not row[1]), len(rows))
     start = lines.start_of(line)

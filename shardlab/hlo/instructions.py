@@ -10,14 +10,16 @@ from __future__ import annotations
 import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from sys import intern
+from typing import TypeVar, overload
 
 from shardlab.errors import ParseError
 from shardlab.hlo.lexer import NAME, WORD, Text, split_top_level
 from shardlab.hlo.module import Instruction, Operand, Shape
-from shardlab.hlo.printed import ATTRIBUTE, NAMES, PARTS
+from shardlab.hlo.opcodes import PLAIN
+from shardlab.hlo.printed import ATTRIBUTE, NAMES, PARTS, ROW
 from shardlab.hlo.shape import parse_shape
 
 _LITERAL_OPCODES = ("constant", "parameter")
@@ -27,6 +29,10 @@ _INDEX = re.compile(r"/\*index=[0-9]++\*/")
 _OPCODE = re.compile(r"([a-z][a-z0-9\-]*+)\(")
 _SHAPE_HEAD = re.compile(r"b?\(|[a-z][a-z0-9]*+\[")
 _SPLIT_LINES = 1 << 20
+
+T = TypeVar("T")
+Row = tuple[str, str, str, str, str]
+"""Groups of `ROW`: `ROOT `, name, opcode, callee of a fusion; or else the line."""
 
 
 class Lines:
@@ -75,6 +81,15 @@ class Attributes(Mapping[str, str]):
     def __getitem__(self, name: str) -> str:
         return self._values()[name]
 
+    @overload
+    def get(self, name: str, default: None = None, /) -> str | None: ...
+    @overload
+    def get(self, name: str, default: str | T, /) -> str | T: ...
+    def get(self, name: str, default: object = None, /) -> object:
+        """The raw value of attribute `name`; asked so often that Mapping's own is too slow."""
+        found = self._found
+        return (self._values() if found is None else found).get(name, default)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._values())
 
@@ -98,54 +113,152 @@ def _printed_attributes(text: str, offset: int) -> tuple[dict[str, str], int]:
 
 
 class Instructions(Mapping[str, Instruction]):
-    """Instructions by name in printed order, read on first use. `opcodes`: names by opcode, in order."""
+    """Instructions by name in printed order, read on first use.
 
-    __slots__ = ("_found", "_lines", "_text", "opcodes")
+    is_plain: nothing in it runs a computation or moves data between devices; most computations of a program
+    are so, and are not even listed before they are asked for.
+    """
+
+    __slots__ = ("_callees", "_found", "_lines", "_opcodes", "_span", "_text", "is_plain")
 
     def __init__(self, text: Text, lines: Lines) -> None:
         self._text = text
         self._lines = lines
-        self._found: dict[str, int | Instruction] = {}
-        self.opcodes: dict[str, list[str]] = {}
+        self._span: tuple[int, int] | None = None
+        self._found: dict[str, int | Instruction] | None = None
+        self._opcodes: dict[str, list[str]] = {}
+        self._callees: dict[str, str] = {}
+        self.is_plain = True
 
-    def add(self, name: str, opcode: str, found: int | Instruction) -> bool:
-        """Append an instruction, or the line that it fills; False when the name is taken."""
-        if name in self._found:
+    def fill(self, start: int, end: int) -> str:
+        """Take the lines between two offsets if each is one instruction: the name of the root, else ''.
+
+        Only for a computation that has no instruction yet. Whether brackets balance is not seen here.
+        """
+        rows: list[Row] = ROW.findall(self._text.text, start, end)
+        kinds = {row[2] for row in rows}
+        if not rows or "" in kinds or len({row[1] for row in rows}) != len(rows):
+            return ""
+        self._span = start, end
+        self.is_plain = kinds <= PLAIN
+        if not self.is_plain:
+            self._list(rows)
+        return next((row[1] for row in reversed(rows) if row[0]), rows[-1][1])
+
+    def _list(self, rows: Sequence[Row]) -> None:
+        assert self._span is not None
+        first = self._lines.line_of(self._span[0])
+        self._found = dict(zip([row[1] for row in rows], range(first, first + len(rows)), strict=True))
+        for _, name, opcode, callee, _ in rows:
+            self._opcodes.setdefault(opcode, []).append(name)
+            if callee:
+                self._callees[name] = callee
+
+    def _listed(self) -> dict[str, int | Instruction]:
+        if self._found is None:
+            self._found = {}
+            if self._span is not None:
+                self._list(ROW.findall(self._text.text, *self._span))
+        return self._found
+
+    def add(self, name: str, opcode: str, found: int | Instruction, callee: str = "") -> bool:
+        """Append an instruction, or the line that it fills; False when the name is taken.
+
+        callee: what a fusion calls, where that is known without reading it.
+        """
+        listed = self._listed()
+        if name in listed:
             return False
-        self._found[name] = found
-        self.opcodes.setdefault(opcode, []).append(name)
+        listed[name] = found
+        self._opcodes.setdefault(opcode, []).append(name)
+        if callee:
+            self._callees[name] = callee
+        self.is_plain = self.is_plain and opcode in PLAIN
         return True
 
     def remove_last(self, opcode: str) -> None:
         """Take back what `add` appended last; `opcode` is its opcode."""
-        self._found.popitem()
-        self.opcodes[opcode].pop()
+        name, _ = self._listed().popitem()
+        self._opcodes[opcode].pop()
+        self._callees.pop(name, None)
+
+    @property
+    def opcodes(self) -> Mapping[str, Sequence[str]]:
+        """Names by opcode, in printed order."""
+        self._listed()
+        return self._opcodes
+
+    @property
+    def callees(self) -> Mapping[str, str]:
+        """The computations that fusions call, by name of the fusion, as far as they are known unread."""
+        self._listed()
+        return self._callees
+
+    def mentions(self, text: str) -> bool:
+        """Whether the printed lines may hold `text`."""
+        return self._span is None or self._text.text.find(text, *self._span) >= 0
 
     def __getitem__(self, name: str) -> Instruction:
-        found = self._found[name]
-        if isinstance(found, int):
-            found = self._found[name] = _printed_instruction(self._text, self._lines, found)
+        found = self.get(name)
+        if found is None:
+            raise KeyError(name)
         return found
 
+    @overload
+    def get(self, name: str, default: None = None, /) -> Instruction | None: ...
+    @overload
+    def get(self, name: str, default: Instruction | T, /) -> Instruction | T: ...
+    def get(self, name: str, default: object = None, /) -> object:
+        """The instruction `name`, read now if it was not; asked so often that Mapping's own is too slow."""
+        listed = self._found if self._found is not None else self._listed()
+        found = listed.get(name)
+        if type(found) is int:
+            found = listed[name] = _printed_instruction(self._text, self._lines, found)
+        return default if found is None else found
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
+        return iter(self._listed())
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._listed())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._found
+        return name in self._listed()
 
 
 def of_opcodes(instructions: Mapping[str, Instruction], opcodes: Iterable[str]) -> list[Instruction]:
-    """The instructions with one of these opcodes, in printed order within each opcode.
+    """The instructions with one of these opcodes, in printed order.
 
     Reads nothing else when `instructions` is an `Instructions`, which keeps an index.
     """
     if isinstance(instructions, Instructions):
-        return [instructions[name] for opcode in opcodes for name in instructions.opcodes.get(opcode, ())]
+        lists = [instructions.opcodes[opcode] for opcode in opcodes if opcode in instructions.opcodes]
+        found = [instructions[name] for names in lists for name in names]
+        return found if len(lists) < 2 else sorted(found, key=lambda instruction: instruction.line)
     wanted = set(opcodes)
     return [instruction for instruction in instructions.values() if instruction.opcode in wanted]
+
+
+def is_plain(instructions: Mapping[str, Instruction]) -> bool:
+    """Whether none of them runs a computation or moves data between devices."""
+    if isinstance(instructions, Instructions):
+        return instructions.is_plain
+    return all(instruction.opcode in PLAIN for instruction in instructions.values())
+
+
+def active(instructions: Mapping[str, Instruction]) -> Iterator[Instruction]:
+    """Those that may run a computation or move data between devices, by opcode."""
+    if not isinstance(instructions, Instructions):
+        yield from (instruction for instruction in instructions.values() if instruction.opcode not in PLAIN)
+    elif not instructions.is_plain:
+        for opcode, names in instructions.opcodes.items():
+            if opcode not in PLAIN:
+                yield from map(instructions.__getitem__, names)
+
+
+def may_mention(instructions: Mapping[str, Instruction], text: str) -> bool:
+    """False only if no instruction holds `text` as it is printed."""
+    return not isinstance(instructions, Instructions) or instructions.mentions(text)
 
 
 def read_instruction(text: Text, lines: Lines, offset: int) -> tuple[Instruction, int]:

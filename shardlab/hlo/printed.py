@@ -41,14 +41,17 @@ _TAIL = rf"(?:,\ {NAME}=(?:{_MESH}|{_VALUE}))*+"
 _OPERAND = rf"%?+{NAME}"
 _BEFORE = rf"\ *+(ROOT\ )?+%?+({NAME})\ =\ "
 
-ROW = re.compile(rf"{_BEFORE}{_SHAPE}\ ([a-z][a-z0-9\-]*+)\({_IN_PARENS}\){_TAIL}\n|([^\n]*+)\n")
-"""One line: ROOT or not, name and opcode of the instruction that fills it, or else the line itself."""
+_CALLS = rf"(?:,\ kind=k[A-Za-z]++,\ calls=%?+({NAME})(?=[,\n]))?+"
+
+ROW = re.compile(rf"{_BEFORE}{_SHAPE}\ ([a-z][a-z0-9\-]*+)\({_IN_PARENS}\){_CALLS}{_TAIL}\n|([^\n]*+)\n")
+"""One line: ROOT or not, name and opcode of the instruction that fills it, and the computation that it calls
+if it is a fusion; or else the line itself."""
 
 PARTS = re.compile(rf"{_BEFORE}({_SHAPE})\ ([a-z][a-z0-9\-]*+)\(({_IN_PARENS})\)")
 """Root, name, shape, opcode and operands of an instruction that `ROW` has matched; its tail follows."""
 
-HEAD = re.compile(rf"(?:ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\ {_SHAPE}\ )?+\{{(?=\n)")
-"""The first line of a computation, up to its brace: the name."""
+HEAD = re.compile(rf"\n*+(ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\ {_SHAPE}\ )?+\{{(?=\n)")
+"""The first line of a computation, up to its brace: ENTRY or not, the name."""
 
 NAMES = re.compile(rf"{_OPERAND}(?:,\ (?:{_INDEX_COMMENT})?+{_OPERAND})*+")
 """Operands that are names only."""

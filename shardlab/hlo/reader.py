@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 
 from shardlab.errors import ParseError
-from shardlab.hlo.fastlines import add_printed_lines, printed_head
+from shardlab.hlo.fastlines import add_printed_lines, printed_computation, printed_head
 from shardlab.hlo.instructions import Instructions, Lines, read_instruction
 from shardlab.hlo.lexer import WORD, Text
 from shardlab.hlo.module import Computation, Module
@@ -78,8 +78,7 @@ class _Reader:
             if table:
                 tables[table.group(1)], offset = read_table(text, table.end())
                 continue
-            is_entry = bool(_ENTRY.match(text.text, offset))
-            computation, after = self._computation(offset, has_header=has_header)
+            computation, is_entry, after = self._computation(offset, has_header=has_header)
             if computation.name in computations:
                 raise text.error(offset, f"a second computation is named {computation.name}")
             computations[computation.name] = computation
@@ -135,11 +134,15 @@ class _Reader:
             raise self.text.error(end, "the text ends before the ENTRY computation: cut off")
         return next(reversed(list(computations)))
 
-    def _computation(self, offset: int, *, has_header: bool) -> tuple[Computation, int]:
+    def _computation(self, offset: int, *, has_header: bool) -> tuple[Computation, bool, int]:
+        """The computation at `offset`, whether it is marked ENTRY, and the offset after it."""
         text, start = self.text, offset
+        whole = printed_computation(text, self.lines, offset) if self.printed_lines else None
+        if whole:
+            return whole
+        entry = _ENTRY.match(text.text, offset)
         head = printed_head(text, offset) if self.printed_lines else None
         if not head:
-            entry = _ENTRY.match(text.text, offset)
             offset = text.skip(entry.end()) if entry else offset
             match = WORD.match(text.text, offset)
             if not match:
@@ -147,14 +150,16 @@ class _Reader:
             after = text.skip(match.end())
             is_instruction = text.at(after) == "=" or match.group() == "ROOT"
             if is_instruction and not entry and not has_header:
-                return self._bare_instructions(start)
+                computation, end = self._bare_instructions(start)
+                return computation, False, end
             after = self._signature_end(after) if text.at(after) == "(" else after
             head = match.group(1), text.expect(after, "{", f"to open computation {match.group(1)}")
         name, body = head
         instructions, root, end = self._body(name, body, start)
         trailer, end = text.attributes(end)
         thread = trailer.get("execution_thread", "").strip('"')
-        return Computation(name=name, instructions=instructions, root=root, execution_thread=thread), end
+        computation = Computation(name=name, instructions=instructions, root=root, execution_thread=thread)
+        return computation, bool(entry), end
 
     def _signature_end(self, offset: int) -> int:
         """The offset after `(p: f32[8]) -> f32[8]{0}`. A layout's `{` is followed by a digit, ':' or '}'."""
