@@ -13,6 +13,7 @@ from shardlab.attribute.collectives import Collective
 from shardlab.attribute.members import Members, Placement, megascale_members, members, send_members
 from shardlab.attribute.neighbours import Neighbours, enclosing_op_name
 from shardlab.attribute.origin import Origin, origin_of
+from shardlab.attribute.payload import Payload
 from shardlab.attribute.rings import Realized, realized_by_permutes
 from shardlab.cost.traffic import Traffic, traffic_of
 from shardlab.cost.wire import Wire, wire_of
@@ -33,6 +34,7 @@ class Rows:
     placement: Placement
     training: bool
     _known: dict[tuple[object, ...], tuple[Members, Axes]] = field(default_factory=dict)
+    _wires: dict[tuple[str, int, int, int], Wire] = field(default_factory=dict)
     _inexact: dict[str, str] = field(default_factory=dict)
     _neighbours: Neighbours = field(default_factory=Neighbours)
     _chains: Chains = field(init=False)
@@ -59,8 +61,8 @@ class Rows:
 
     def _row(self, collective: Collective, realizes: Realized | None) -> CollectiveRow:
         joined, axes = self._joined(collective)
-        wire = _wire(collective, joined)
-        logical = _wire(collective, joined, logical=True) if collective.logical else None
+        wire = self._wire(collective.kind, collective.payload, joined)
+        logical = self._wire(collective.kind, collective.logical, joined) if collective.logical else None
         origin = self._origin(collective)
         traffic = self._traffic(collective, wire, joined)
         pairs = [pair for pair in joined.pairs if pair[0] != pair[1]]
@@ -141,6 +143,20 @@ class Rows:
             return send_members(collective.pairs_text, self.placement)
         return members(collective.instruction, self.placement)
 
+    def _wire(self, kind: str, payload: Payload, joined: Members) -> Wire:
+        """Bytes of one execution. `joined` is one object for all collectives that are written alike."""
+        sizes = payload.operand_bytes or 0, payload.gathered_bytes or 0
+        key = (kind, *sizes, id(joined))
+        if key not in self._wires:
+            self._wires[key] = wire_of(
+                kind=kind,
+                operand_bytes=sizes[0],
+                result_bytes=sizes[1],
+                groups=joined.groups,
+                pairs=joined.pairs,
+            )
+        return self._wires[key]
+
     def _axes_of(self, joined: Members) -> Axes:
         if not any(len(group) > 1 for group in joined.groups) and all(a == b for a, b in joined.pairs):
             return Axes(())
@@ -179,17 +195,6 @@ class Rows:
                 yield LedgerEntry(what="while", name=name, why=f"trip count unknown: {trips.reason}")
         for line, text in self.module.unparsed:
             yield LedgerEntry(what="text", name=f"line {line}", why=f"could not be read: {text[:80]}")
-
-
-def _wire(collective: Collective, joined: Members, *, logical: bool = False) -> Wire:
-    payload = collective.logical if logical and collective.logical else collective.payload
-    return wire_of(
-        kind=collective.kind,
-        operand_bytes=payload.operand_bytes or 0,
-        result_bytes=payload.gathered_bytes or 0,
-        groups=joined.groups,
-        pairs=joined.pairs,
-    )
 
 
 def _reaching(graph: CallGraph, wanted: set[str]) -> set[str]:

@@ -15,11 +15,12 @@ _Key = tuple[str, str, str]  # table, key, measure
 
 def totals_of(graph: CallGraph, rows: Iterable[tuple[str, CollectiveRow]]) -> Totals:
     """Totals of (computation, row) pairs."""
-    amounts: dict[str, dict[_Key, Fraction]] = {}
+    sums: dict[str, dict[_Key, int | Fraction]] = {}
     for computation, row in rows:
-        here = amounts.setdefault(computation, {})
+        here = sums.setdefault(computation, {})
         for key, amount in _amounts(row):
-            here[key] = here.get(key, Fraction(0)) + amount
+            here[key] = here.get(key, 0) + amount
+    amounts = {name: {key: Fraction(amount) for key, amount in here.items()} for name, here in sums.items()}
     return _as_totals(step_totals(graph, amounts))
 
 
@@ -45,14 +46,19 @@ def _entries(totals: Totals) -> Iterator[tuple[_Key, ByteRange]]:
         yield ("traffic", tier, "bytes"), amount
 
 
-def _amounts(row: CollectiveRow) -> Iterator[tuple[_Key, Fraction]]:
-    """What one execution of a row adds to each total."""
+def _amounts(row: CollectiveRow) -> Iterator[tuple[_Key, int | Fraction]]:
+    """What one execution of a row adds to each total; whole numbers as integers, which add up faster."""
+    wire_bytes = _whole(row.wire_bytes)
     keys = (("", ""), ("by_kind", row.kind), ("by_axes", axes_key(row.axes)), ("by_phase", row.phase))
     for table, key in (*keys, ("by_layer", row.layer or "other")):
-        yield (table, key, "payload_bytes"), Fraction(row.payload_bytes)
-        yield (table, key, "wire_bytes"), row.wire_bytes
+        yield (table, key, "payload_bytes"), row.payload_bytes
+        yield (table, key, "wire_bytes"), wire_bytes
     for tier, amount in (row.traffic or {}).items():
-        yield ("traffic", tier, "bytes"), amount
+        yield ("traffic", tier, "bytes"), _whole(amount)
+
+
+def _whole(amount: Fraction) -> int | Fraction:
+    return amount.numerator if amount.denominator == 1 else amount
 
 
 def _as_totals(sums: Mapping[_Key, ByteRange]) -> Totals:

@@ -6,14 +6,22 @@ fusion, never a recv. Equal channel ids mean nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from shardlab.attribute.edges import CallSite, CallSites, sites_of
 from shardlab.attribute.opaque import is_host_callback, opaque_reason, target_of
-from shardlab.attribute.payload import Payload, element_at, logical_payload, payload_of, sliced_from
+from shardlab.attribute.payload import (
+    Payload,
+    element_at,
+    logical_payload,
+    may_be_widened,
+    payload_of,
+    sliced_from,
+)
 from shardlab.hlo.attributes import config_value, errors_at, frontend_attributes, is_true
-from shardlab.hlo.instructions import of_opcodes
+from shardlab.hlo.instructions import may_mention, of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module
 from shardlab.hlo.shape import try_shape_bytes
 
@@ -84,7 +92,12 @@ def find_collectives(module: Module, sites: CallSites, backend: str) -> tuple[Fo
     backend: where a convert before a gather means that XLA widened it (`cpu`), and where it does not (`tpu`,
     `gpu`). Raises ParseError when an operand is not defined.
     """
-    reader = _Finder(module, sites, backend, _received(module, sites))
+
+    @cache
+    def is_mentioned(dtype: str) -> bool:
+        return any(may_mention(one.instructions, f"{dtype}[") for one in module.computations.values())
+
+    reader = _Finder(module, sites, backend, _received(module, sites), is_mentioned)
     return tuple(found for name in sites.order for found in reader.of_computation(name))
 
 
@@ -94,6 +107,7 @@ class _Finder:
     sites: CallSites
     backend: str
     received: Mapping[str, Instruction]
+    is_mentioned: Callable[[str], bool]
 
     def of_computation(self, name: str) -> Iterator[Found]:
         """Transfers of one computation."""
@@ -138,7 +152,7 @@ class _Finder:
         kind = instruction.opcode.removesuffix("-start")
         payload = payload_of(computation, instruction, kind)
         logical = None
-        if self.backend not in ("tpu", "gpu"):
+        if self.backend not in ("tpu", "gpu") and may_be_widened(payload, self.is_mentioned):
             logical = logical_payload(self.module, computation, instruction, kind)
         if kind == "all-reduce" and _is_scatter_fusion(computation, instruction, around):
             kind = "reduce-scatter"

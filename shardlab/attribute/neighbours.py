@@ -8,11 +8,12 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardlab.attribute.edges import CallSites
 from shardlab.hlo.attributes import metadata, tuple_index
+from shardlab.hlo.instructions import may_name, names_of, operand_names
 from shardlab.hlo.module import Computation, Instruction
 
 MAX_VISITED = 64
@@ -20,11 +21,20 @@ MAX_VISITED = 64
 _TOWARDS_USERS = ("all-gather", "collective-permute")
 
 
+@dataclass(frozen=True, slots=True)
+class _Wires:
+    """Who uses what in one computation, by name; op_names: the telling ones, as far as they were read."""
+
+    operands: Mapping[str, Sequence[str]]
+    users: Mapping[str, Sequence[str]]
+    op_names: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class Neighbours:
     """Finds named neighbours; remembers who uses what, per computation."""
 
-    _users: dict[str, dict[str, list[Instruction]]] = field(default_factory=dict)
+    _wires: dict[str, _Wires] = field(default_factory=dict)
 
     def op_name(self, computation: Computation, instruction: Instruction, kind: str) -> str:
         """The op_name nearest to `instruction`: for gathers among its users first, else among its operands;
@@ -32,24 +42,15 @@ class Neighbours:
 
         Names without a `/` are those of inputs, and say nothing.
         """
-        ways: list[Callable[[Instruction], Iterable[Instruction]]] = [
-            lambda one: self._using(computation).get(one.name, ()),
-            lambda one: _sources(computation, one),
-        ]
+        wires = self._wires.get(computation.name)
+        if wires is None:
+            wires = self._wires[computation.name] = _wires_of(computation)
+        ways = (wires.users, wires.operands)
         for way in ways if kind in _TOWARDS_USERS else reversed(ways):
-            found = _nearest(instruction, way)
+            found = _nearest(computation, instruction.name, way, wires.op_names)
             if found:
                 return found
         return ""
-
-    def _using(self, computation: Computation) -> dict[str, list[Instruction]]:
-        if computation.name not in self._users:
-            users: dict[str, list[Instruction]] = {}
-            for instruction in computation.instructions.values():
-                for operand in instruction.operands:
-                    users.setdefault(operand.name, []).append(instruction)
-            self._users[computation.name] = users
-        return self._users[computation.name]
 
 
 def enclosing_op_name(sites: CallSites, computation: str) -> str:
@@ -65,33 +66,55 @@ def enclosing_op_name(sites: CallSites, computation: str) -> str:
     return ""
 
 
-def _sources(computation: Computation, instruction: Instruction) -> list[Instruction]:
-    """Where the operands come from; an element of a loop's state comes from the trip before."""
+def _wires_of(computation: Computation) -> _Wires:
+    """An element of a loop's state comes from the trip before; everything else from its operands."""
+    operands = operand_names(computation.instructions)
+    users: dict[str, list[str]] = {}
+    for name, sources in operands.items():
+        for source in sources:
+            users.setdefault(source, []).append(name)
+    return _Wires({**operands, **_carried(computation, operands)}, users)
+
+
+def _carried(computation: Computation, operands: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """What the trip before left for each get-tuple-element of a parameter, if this is the body of a loop."""
     instructions = computation.instructions
-    found = [instructions[operand.name] for operand in instruction.operands if operand.name in instructions]
     root = instructions[computation.root]
-    if (
-        instruction.opcode == "get-tuple-element"
-        and root.opcode == "tuple"
-        and found
-        and found[0].opcode == "parameter"
-        and found[0].shape == root.shape
-    ):
-        carried = root.operands[tuple_index(instruction) :][:1]
-        return [instructions[operand.name] for operand in carried if operand.name in instructions]
-    return found
+    parameters = names_of(instructions, "parameter")
+    if root.opcode != "tuple" or all(instructions[name].shape != root.shape for name in parameters):
+        return {}
+    taken = [name for name in names_of(instructions, "get-tuple-element") if operands[name]]
+    elements = [name for name in taken if operands[name][0] in parameters]
+    return {
+        name: [operand.name for operand in root.operands[tuple_index(instructions[name]) :][:1]]
+        for name in elements
+        if instructions[operands[name][0]].shape == root.shape
+    }
 
 
-def _nearest(start: Instruction, way: Callable[[Instruction], Iterable[Instruction]]) -> str:
+def _nearest(
+    computation: Computation, start: str, way: Mapping[str, Sequence[str]], op_names: dict[str, str]
+) -> str:
     """Breadth first, so the nearest; a bounded number of instructions."""
-    queue, seen = [start], {start.name}
+    queue, seen = [start], {start}
     for visited in queue:
-        for following in way(visited):
-            if following.name in seen or len(seen) >= MAX_VISITED:
+        for name in way.get(visited, ()):
+            if name in seen or len(seen) >= MAX_VISITED:
                 continue
-            name = metadata(following).op_name
-            if "/" in name:
-                return name
-            seen.add(following.name)
-            queue.append(following)
+            op_name = op_names.get(name)
+            if op_name is None:
+                op_name = op_names[name] = _telling(computation, name)
+            if op_name:
+                return op_name
+            seen.add(name)
+            queue.append(name)
     return ""
+
+
+def _telling(computation: Computation, name: str) -> str:
+    """The op_name of an instruction if it says where in the program it belongs, else ``."""
+    instructions = computation.instructions
+    if name not in instructions or not may_name(instructions, name):
+        return ""
+    op_name = metadata(instructions[name]).op_name
+    return op_name if "/" in op_name else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from shardlab.errors import ParseError
@@ -56,6 +56,11 @@ def payload_of(computation: Computation, instruction: Instruction, kind: str) ->
     """
     shapes = _operand_shapes(computation, instruction, kind)
     return _payload(shapes, _gathered(instruction) if kind == "all-gather" else [], instruction, kind)
+
+
+def may_be_widened(payload: Payload, is_mentioned: Callable[[str], bool]) -> bool:
+    """Whether XLA:CPU may have widened it; is_mentioned: whether the module mentions a type at all."""
+    return any(is_mentioned(narrow) for dtype in payload.dtypes for narrow in _WIDENED_TO.get(dtype, ()))
 
 
 def logical_payload(

@@ -204,6 +204,23 @@ class Instructions(Mapping[str, Instruction]):
             raise KeyError(name)
         return found
 
+    def line_mentions(self, name: str, text: str) -> bool:
+        """Whether instruction `name` may hold `text`; only one that is not read yet is judged by its line."""
+        found = self._listed()[name]
+        if type(found) is not int:
+            return True
+        start = self._lines.start_of(found)
+        return self._text.text.find(text, start, self._text.text.find("\n", start)) >= 0
+
+    def printed_operands(self) -> dict[str, list[str]]:
+        """Names of operands by instruction; instructions of which lines do not tell it are missing."""
+        rows = PARTS.findall(self._text.text, *self._span) if self._span is not None else []
+        return {
+            name: _NAME.findall(_INDEX.sub("", inner) if "/" in inner else inner)
+            for _, name, _, opcode, inner in rows
+            if opcode not in _LITERAL_OPCODES and NAMES.fullmatch(inner)
+        }
+
     @overload
     def get(self, name: str, default: None = None, /) -> Instruction | None: ...
     @overload
@@ -237,6 +254,27 @@ def of_opcodes(instructions: Mapping[str, Instruction], opcodes: Iterable[str]) 
         return found if len(lists) < 2 else sorted(found, key=lambda instruction: instruction.line)
     wanted = set(opcodes)
     return [instruction for instruction in instructions.values() if instruction.opcode in wanted]
+
+
+def names_of(instructions: Mapping[str, Instruction], opcode: str) -> set[str]:
+    """The names of the instructions with an opcode."""
+    if isinstance(instructions, Instructions):
+        return set(instructions.opcodes.get(opcode, ()))
+    return {instruction.name for instruction in instructions.values() if instruction.opcode == opcode}
+
+
+def operand_names(instructions: Mapping[str, Instruction]) -> dict[str, list[str]]:
+    """Of each instruction the names of its operands, without reading whole instructions where lines tell."""
+    found = instructions.printed_operands() if isinstance(instructions, Instructions) else {}
+    for name in instructions:
+        if name not in found:
+            found[name] = [operand.name for operand in instructions[name].operands]
+    return found
+
+
+def may_name(instructions: Mapping[str, Instruction], name: str) -> bool:
+    """False only if instruction `name` has no op_name."""
+    return not isinstance(instructions, Instructions) or instructions.line_mentions(name, "op_name=")
 
 
 def is_plain(instructions: Mapping[str, Instruction]) -> bool:
@@ -342,7 +380,7 @@ def shape_at(text: Text, offset: int, end: int) -> Shape:
 def read_operands(text: Text, offset: int, inner: str) -> tuple[Operand, ...]:
     """Operands from the text between the parentheses: `%x`, `x`, `f32[8]{0} %x`, `%x#1#0`, `null`."""
     if NAMES.fullmatch(inner):
-        return tuple([Operand(name) for name in _NAME.findall(_INDEX.sub("", inner))])
+        return tuple(map(Operand, _NAME.findall(_INDEX.sub("", inner) if "/" in inner else inner)))
     operands = []
     for piece in split_top_level(inner):
         match = _OPERAND.fullmatch(piece)

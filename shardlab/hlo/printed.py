@@ -47,7 +47,7 @@ ROW = re.compile(rf"{_BEFORE}{_SHAPE}\ ([a-z][a-z0-9\-]*+)\({_IN_PARENS}\){_CALL
 """One line: ROOT or not, name and opcode of the instruction that fills it, and the computation that it calls
 if it is a fusion; or else the line itself."""
 
-PARTS = re.compile(rf"{_BEFORE}({_SHAPE})\ ([a-z][a-z0-9\-]*+)\(({_IN_PARENS})\)")
+PARTS = re.compile(rf"^{_BEFORE}({_SHAPE})\ ([a-z][a-z0-9\-]*+)\(({_IN_PARENS})\)", re.MULTILINE)
 """Root, name, shape, opcode and operands of an instruction that `ROW` has matched; its tail follows."""
 
 HEAD = re.compile(rf"\n*+(ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\ {_SHAPE}\ )?+\{{(?=\n)")
