@@ -17,6 +17,7 @@ from shardlab.attribute.members import Members, Placement, place
 from shardlab.attribute.origin import is_training
 from shardlab.errors import Problem, UserError
 from shardlab.hardware.machine import Machine
+from shardlab.hlo.collector import paused_collector
 from shardlab.hlo.inputs import Source as HloSource
 from shardlab.hlo.inputs import read_bytes, read_sources
 from shardlab.hlo.module import Module
@@ -70,7 +71,9 @@ def attribute(
 ) -> Iterator[Attributed]:
     """Module by module, the analysis and what it was made from; arguments and errors as for `analyze`."""
     for module, made in _modules_of(source):
-        yield _attribute_module(module, made, axes, device_ids, machine)
+        with paused_collector():
+            attributed = _attribute_module(module, made, axes, device_ids, machine)
+        yield attributed
 
 
 def merge(analyses: Sequence[Analysis]) -> Analysis:

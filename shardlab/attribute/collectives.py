@@ -309,16 +309,19 @@ def _is_scatter_fusion(
 
 def _is_asynchronous(instruction: Instruction, around: tuple[CallSite, ...], started: bool) -> bool:
     """started: whether the computation begins a TPU chain of fusions that carry the transfer."""
-    printed = (instruction, *(site.instruction for site in around))
-    if any(config_value(one, "collective_backend_config", "is_sync") is True for one in printed):
+    if config_value(instruction, "collective_backend_config", "is_sync") is True:
         return False
-    starts = instruction.opcode.endswith("-start") or any(site.role == "async" for site in around)
-    return started or starts
+    starts = started or instruction.opcode.endswith("-start")
+    for site in around:
+        if config_value(site.instruction, "collective_backend_config", "is_sync") is True:
+            return False
+        starts = starts or site.role == "async"
+    return starts
 
 
 def _name(computation: Computation, instruction: Instruction, around: tuple[CallSite, ...]) -> str:
     """The async start's name when it starts this collective alone, so that text and dump say the same."""
-    start = next((site.instruction for site in around if site.role == "async"), None)
+    start = next((site.instruction for site in around if site.role == "async"), None) if around else None
     if start is None:
         return instruction.name
     together = of_opcodes(computation.instructions, _COLLECTIVE)

@@ -23,11 +23,16 @@ _TOWARDS_USERS = ("all-gather", "collective-permute")
 
 @dataclass(frozen=True, slots=True)
 class _Wires:
-    """Who uses what in one computation, by name; op_names: the telling ones, as far as they were read."""
+    """Who uses what in one computation, by name.
+
+    op_names: the telling ones, as far as they were read. barren: where all ways towards operands, or towards
+    users, are known to lead to none.
+    """
 
     operands: Mapping[str, Sequence[str]]
     users: Mapping[str, Sequence[str]]
     op_names: dict[str, str] = field(default_factory=dict)
+    barren: tuple[set[str], set[str]] = field(default_factory=lambda: (set(), set()))
 
 
 @dataclass(slots=True)
@@ -45,9 +50,8 @@ class Neighbours:
         wires = self._wires.get(computation.name)
         if wires is None:
             wires = self._wires[computation.name] = _wires_of(computation)
-        ways = (wires.users, wires.operands)
-        for way in ways if kind in _TOWARDS_USERS else reversed(ways):
-            found = _nearest(computation, instruction.name, way, wires.op_names)
+        for towards_users in (True, False) if kind in _TOWARDS_USERS else (False, True):
+            found = _nearest(computation, instruction.name, wires, towards_users=towards_users)
             if found:
                 return found
         return ""
@@ -92,22 +96,23 @@ def _carried(computation: Computation, operands: Mapping[str, Sequence[str]]) ->
     }
 
 
-def _nearest(
-    computation: Computation, start: str, way: Mapping[str, Sequence[str]], op_names: dict[str, str]
-) -> str:
+def _nearest(computation: Computation, start: str, wires: _Wires, *, towards_users: bool) -> str:
     """Breadth first, so the nearest; a bounded number of instructions."""
+    way, barren = wires.users if towards_users else wires.operands, wires.barren[towards_users]
     queue, seen = [start], {start}
     for visited in queue:
         for name in way.get(visited, ()):
-            if name in seen or len(seen) >= MAX_VISITED:
+            if name in seen or name in barren or len(seen) >= MAX_VISITED:
                 continue
-            op_name = op_names.get(name)
+            op_name = wires.op_names.get(name)
             if op_name is None:
-                op_name = op_names[name] = _telling(computation, name)
+                op_name = wires.op_names[name] = _telling(computation, name)
             if op_name:
                 return op_name
             seen.add(name)
             queue.append(name)
+    if len(seen) < MAX_VISITED:
+        barren |= seen
     return ""
 
 

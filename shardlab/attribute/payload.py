@@ -16,7 +16,7 @@ from shardlab.errors import ParseError
 from shardlab.hlo.attributes import computation_names, is_true, tuple_index
 from shardlab.hlo.instructions import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
-from shardlab.hlo.shape import array_leaves, is_bounded, try_shape_bytes
+from shardlab.hlo.shape import array_leaves, try_shape_bytes
 
 # What XLA:CPU computes collectives of a narrow type in (XLA: cpu_float_support, all_reduce_promotion).
 _WIDENED_TO = {
@@ -60,7 +60,11 @@ def payload_of(computation: Computation, instruction: Instruction, kind: str) ->
 
 def may_be_widened(payload: Payload, is_mentioned: Callable[[str], bool]) -> bool:
     """Whether XLA:CPU may have widened it; is_mentioned: whether the module mentions a type at all."""
-    return any(is_mentioned(narrow) for dtype in payload.dtypes for narrow in _WIDENED_TO.get(dtype, ()))
+    for dtype in payload.dtypes:
+        for narrow in _WIDENED_TO.get(dtype, ()):
+            if is_mentioned(narrow):
+                return True
+    return False
 
 
 def logical_payload(
@@ -99,19 +103,26 @@ def element_at(shape: Shape, index: Sequence[int]) -> Shape:
 def _payload(
     shapes: Sequence[Shape], results: Sequence[Shape], instruction: Instruction, kind: str
 ) -> Payload:
-    leaves = [leaf for shape in shapes for leaf in array_leaves(shape) if leaf.dtype != "token"]
+    leaves = shapes
+    if len(shapes) != 1 or shapes[0].dtype in ("tuple", "token"):
+        leaves = [leaf for shape in shapes for leaf in array_leaves(shape) if leaf.dtype != "token"]
     slices = instruction.attributes.get("slice_sizes")
     return Payload(
-        dtypes=tuple(dict.fromkeys(leaf.dtype for leaf in leaves)),
+        dtypes=tuple(dict.fromkeys([leaf.dtype for leaf in leaves])),
         operand_bytes=_slice_bytes(slices, leaves[0]) if slices and leaves else _total(leaves),
         gathered_bytes=_total(results),
-        upper_bound=kind == "ragged-all-to-all" or any(map(is_bounded, leaves)),
+        upper_bound=kind == "ragged-all-to-all" or True in [leaf.bounded for leaf in leaves],
     )
 
 
 def _total(shapes: Sequence[Shape]) -> int | None:
-    sizes = [try_shape_bytes(shape) for shape in shapes]
-    return None if None in sizes else sum(size for size in sizes if size is not None)
+    total = 0
+    for shape in shapes:
+        size = try_shape_bytes(shape)
+        if size is None:
+            return None
+        total += size
+    return total
 
 
 def _slice_bytes(slices: str, shape: Shape) -> int | None:

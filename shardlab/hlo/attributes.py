@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -56,15 +55,19 @@ def instruction_error(instruction: Instruction, message: str) -> ParseError:
     return ParseError(f"{instruction.name}: {message}", line=instruction.line, column=column)
 
 
-@contextmanager
-def errors_at(instruction: Instruction) -> Iterator[None]:
+class errors_at:  # noqa: N801  (used as a function)
     """A ParseError that is raised inside, and does not know where, points to `instruction`."""
-    try:
-        yield
-    except ParseError as error:
-        if error.line:
-            raise
-        raise instruction_error(instruction, error.message) from None
+
+    __slots__ = ("_instruction",)
+
+    def __init__(self, instruction: Instruction) -> None:
+        self._instruction = instruction
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, ParseError) and not error.line:
+            raise instruction_error(self._instruction, error.message) from None
 
 
 def first_operand(instruction: Instruction) -> Operand:
@@ -170,7 +173,7 @@ def config_value(instruction: Instruction, *path: str) -> object | None:
     Raises ParseError when the config names the key but is not JSON.
     """
     text = backend_config_text(instruction)
-    if f'"{path[0]}"' not in text:
+    if not text or f'"{path[0]}"' not in text:
         return None
     value: object = backend_config(instruction)
     if not value:

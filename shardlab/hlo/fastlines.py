@@ -21,10 +21,10 @@ _STARTS = re.compile(r"[A-Za-z0-9_%}]")
 def printed_computation(text: Text, lines: Lines, offset: int) -> tuple[Computation, bool, int] | None:
     """The computation at `offset`, whether it is marked ENTRY, and the offset after it.
 
-    None unless it is printed as XLA prints it, and short enough to be looked at as a whole.
+    None unless all of it is printed as XLA prints it.
     """
     head = HEAD.match(text.text, offset)
-    brace = text.text.find("\n}", head.end(), head.end() + _LARGEST_BLOCK) if head else -1
+    brace = text.text.find("\n}", head.end()) if head else -1
     if not head or brace < 0 or text.text[brace + 2 : brace + 3] not in ("\n", ""):
         return None
     if not _is_balanced(text.text, offset, brace + 2):

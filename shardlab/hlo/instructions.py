@@ -29,6 +29,7 @@ _INDEX = re.compile(r"/\*index=[0-9]++\*/")
 _OPCODE = re.compile(r"([a-z][a-z0-9\-]*+)\(")
 _SHAPE_HEAD = re.compile(r"b?\(|[a-z][a-z0-9]*+\[")
 _SPLIT_LINES = 1 << 20
+_BLOCK = 1 << 20
 
 T = TypeVar("T")
 Row = tuple[str, str, str, str, str]
@@ -71,9 +72,9 @@ class Attributes(Mapping[str, str]):
 
     def _values(self) -> dict[str, str]:
         if self._found is None:
-            self._found, end = _printed_attributes(self._text.text, self._offset)
-            if self._text.at(end) not in ("\n", ""):
-                self._found, end = self._text.attributes(self._offset)
+            self._found = _printed_attributes(self._text.text, self._offset)
+        if self._found is None:
+            self._found, end = self._text.attributes(self._offset)
             if self._text.at(end) not in ("\n", ""):
                 raise self._text.error(end, f"expected ', name=value', found {self._text.found(end)}")
         return self._found
@@ -103,13 +104,12 @@ class Attributes(Mapping[str, str]):
         return repr(self._values())
 
 
-def _printed_attributes(text: str, offset: int) -> tuple[dict[str, str], int]:
-    """Raw values by name as far as they are printed in the usual way, and the offset after the last one."""
-    found: dict[str, str] = {}
-    while match := ATTRIBUTE.match(text, offset):
-        found[intern(match.group(1))] = match.group(2)
-        offset = match.end()
-    return found, offset
+def _printed_attributes(text: str, offset: int) -> dict[str, str] | None:
+    """Raw values by name, None unless all attributes up to the end of the line are printed as usual."""
+    end = text.find("\n", offset)
+    pairs: list[tuple[str, str]] = ATTRIBUTE.findall(text, offset, end)
+    written = sum([len(name) + len(value) for name, value in pairs]) + len(", =") * len(pairs)
+    return {intern(name): value for name, value in pairs} if written == end - offset else None
 
 
 class Instructions(Mapping[str, Instruction]):
@@ -135,30 +135,48 @@ class Instructions(Mapping[str, Instruction]):
 
         Only for a computation that has no instruction yet. Whether brackets balance is not seen here.
         """
-        rows: list[Row] = ROW.findall(self._text.text, start, end)
-        kinds = {row[2] for row in rows}
-        if not rows or "" in kinds or len({row[1] for row in rows}) != len(rows):
-            return ""
         self._span = start, end
-        self.is_plain = kinds <= PLAIN
-        if not self.is_plain:
-            self._list(rows)
-        return next((row[1] for row in reversed(rows) if row[0]), rows[-1][1])
+        root = last = ""
+        for rows in self._rows():
+            kinds = {row[2] for row in rows}
+            if not rows or "" in kinds:
+                return ""
+            last = rows[-1][1]
+            root = next((row[1] for row in reversed(rows) if row[0]), root)
+            if self._found is None and kinds <= PLAIN and end - start <= _BLOCK:
+                return root or last if len({row[1] for row in rows}) == len(rows) else ""
+            self.is_plain = self.is_plain and kinds <= PLAIN
+            if not self._list(rows):
+                return ""
+        return root or last
 
-    def _list(self, rows: Sequence[Row]) -> None:
+    def _rows(self) -> Iterator[list[Row]]:
+        """The rows of the span, a block of whole lines at a time."""
+        text = self._text.text
+        start, end = self._span or (0, 0)
+        while start < end:
+            stop = end if end - start <= _BLOCK else text.find("\n", start + _BLOCK, end) + 1 or end
+            yield ROW.findall(text, start, stop)
+            start = stop
+
+    def _list(self, rows: Sequence[Row]) -> bool:
+        """Append rows; False when two have the same name."""
         assert self._span is not None
-        first = self._lines.line_of(self._span[0])
-        self._found = dict(zip([row[1] for row in rows], range(first, first + len(rows)), strict=True))
+        found = self._found = {} if self._found is None else self._found
+        first = self._lines.line_of(self._span[0]) + len(found)
+        together = len(found) + len(rows)
+        found.update(zip([row[1] for row in rows], range(first, first + len(rows)), strict=True))
         for _, name, opcode, callee, _ in rows:
             self._opcodes.setdefault(opcode, []).append(name)
             if callee:
                 self._callees[name] = callee
+        return len(found) == together
 
     def _listed(self) -> dict[str, int | Instruction]:
         if self._found is None:
             self._found = {}
-            if self._span is not None:
-                self._list(ROW.findall(self._text.text, *self._span))
+            for rows in self._rows():
+                self._list(rows)
         return self._found
 
     def add(self, name: str, opcode: str, found: int | Instruction, callee: str = "") -> bool:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 
 from shardlab.errors import ParseError
+from shardlab.hlo.collector import paused_collector
 from shardlab.hlo.fastlines import add_printed_lines, printed_computation, printed_head
 from shardlab.hlo.instructions import Instructions, Lines, read_instruction
 from shardlab.hlo.lexer import WORD, Text
@@ -33,7 +34,8 @@ def parse(text: str, source: str = "<hlo>") -> tuple[Module, ...]:
     Instructions are read when they are asked for, but every bracket and string has been seen closed.
     Raises ParseError with line and column when the text is cut off, unbalanced or holds no instruction.
     """
-    return _parse(text, source, printed_lines=True)
+    with paused_collector():
+        return _parse(text, source, printed_lines=True)
 
 
 def parse_with_care(text: str, source: str = "<hlo>") -> tuple[Module, ...]:

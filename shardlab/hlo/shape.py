@@ -119,6 +119,7 @@ def array_leaves(shape: Shape) -> list[Shape]:
     return leaves
 
 
+@lru_cache(maxsize=1 << 12)
 def array_bytes(shape: Shape) -> int | None:
     """Bytes of one array: ceil(elements * E / 8) where the layout packs, else elements * ceil(bits / 8).
 
@@ -136,6 +137,8 @@ def array_bytes(shape: Shape) -> int | None:
 
 def try_shape_bytes(shape: Shape) -> int | None:
     """Bytes of a shape, leaves summed, or None when a size is unknown (`?` extent, unknown type)."""
+    if shape.dtype != "tuple":
+        return array_bytes(shape)
     sizes = [array_bytes(leaf) for leaf in array_leaves(shape)]
     return None if None in sizes else sum(size for size in sizes if size is not None)
 
