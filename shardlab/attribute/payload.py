@@ -28,6 +28,9 @@ _WIDENED_TO = {
     "s8": frozenset({"s4"}),
     "u8": frozenset({"u4"}),
 }
+# XLA:CPU promotes reductions of bf16 only, and often computes their operand in f32 with no convert to see
+# (XLA: cpu_compiler, all_reduce_promotion; excess precision is allowed).
+_PROMOTED_FROM = {"f32": Shape("bf16")}
 # Instructions that hand the first operand's elements on, in another order or form.
 _FORWARDING = frozenset(
     {"bitcast", "copy", "reshape", "transpose", "get-tuple-element", "copy-done", "copy-start"}
@@ -70,13 +73,18 @@ def may_be_widened(payload: Payload, is_mentioned: Callable[[str], bool]) -> boo
 def logical_payload(
     module: Module, computation: Computation, instruction: Instruction, kind: str
 ) -> Payload | None:
-    """What the source asked for, when operands were widened by a convert just before; None when they were
-    not.
+    """What the source asked for, when XLA:CPU widened the operands: their reducer says so, or a convert just
+    before; None when it did not.
     """
-    if kind in ("all-reduce", "reduce-scatter") and not _is_promoted(instruction):
+    promoted = _is_promoted(instruction)
+    if kind in ("all-reduce", "reduce-scatter") and not promoted:
         return None
     operands = _data_operands(instruction, kind)
-    narrow = [_narrow_source(module, computation, operand) for operand in operands]
+    narrow = [
+        _narrow_source(module, computation, operand)
+        or (_PROMOTED_FROM.get(_shape_of(computation, instruction, operand).dtype) if promoted else None)
+        for operand in operands
+    ]
     if not any(narrow) or "slice_sizes" in instruction.attributes:
         return None
     shapes = [
