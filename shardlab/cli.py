@@ -21,7 +21,10 @@ from typing import TYPE_CHECKING, NoReturn
 from shardlab.errors import Problem, ShardlabError, UserError
 
 if TYPE_CHECKING:
+    from shardlab.analysis import Analysis
+    from shardlab.audit import Finding
     from shardlab.lab.cases import Question
+    from shardlab.order import Orders
     from shardlab.program import Program
     from shardlab.report.page import Page
 
@@ -191,28 +194,58 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _print_analysis(
+    args: argparse.Namespace,
+    analysis: Analysis,
+    findings: Sequence[Finding] | None,
+    orders: Orders | None,
+) -> None:
+    """What was asked for beside the analysis goes with it; what was not is not even imported."""
+    if args.json:
+        document = analysis.to_json()
+        if findings is not None:
+            from shardlab.audit import finding_json
+
+            document |= {"audit": [finding_json(one) for one in findings]}
+        if orders is not None:
+            from shardlab.order import orders_member
+
+            document |= orders_member(orders)
+        _print_json(document)
+        return
+    from shardlab.report.explain import analysis_page
+
+    page = analysis_page(analysis, findings=findings)
+    if orders is not None:
+        from shardlab.report.order import with_orders
+
+        page = with_orders(page, orders)
+    _print_page(page, args.markdown)
+
+
 def run_analyze(args: argparse.Namespace) -> int:
     """`shardlab analyze`: exit 1 only with --strict and a ledger that is not empty."""
     from shardlab.analysis import attribute, merge
-    from shardlab.audit import audit_parts, finding_json
-    from shardlab.hardware.catalog import load_machine
-    from shardlab.order import best_orders, orders_member
 
-    machine = load_machine(args.on) if args.on else None
+    machine = None
+    if args.on:
+        from shardlab.hardware.catalog import load_machine
+
+        machine = load_machine(args.on)
     axes = _axes_of_mesh(args.mesh) if args.mesh else parse_axes(args.axes)
     parts = attribute(args.paths, axes, parse_device_ids(args.device_ids), machine)
     kept = tuple(parts) if args.order or args.audit else ()
-    orders = best_orders(kept, machine) if args.order else None
-    findings = audit_parts(kept) if args.audit else None
-    analysis = merge([part.analysis for part in kept or parts])
-    if args.json:
-        audited = {} if findings is None else {"audit": [finding_json(one) for one in findings]}
-        _print_json(analysis.to_json() | audited | orders_member(orders))
-    else:
-        from shardlab.report.explain import analysis_page
-        from shardlab.report.order import with_orders
+    orders = findings = None
+    if args.order:
+        from shardlab.order import best_orders
 
-        _print_page(with_orders(analysis_page(analysis, findings=findings), orders), args.markdown)
+        orders = best_orders(kept, machine)
+    if args.audit:
+        from shardlab.audit import audit_parts
+
+        findings = audit_parts(kept)
+    analysis = merge([part.analysis for part in kept or parts])
+    _print_analysis(args, analysis, findings, orders)
     return 1 if args.strict and analysis.ledger else 0
 
 

@@ -106,8 +106,13 @@ class Rows:
         outermost = self.module.computations[collective.outermost]
 
         def nearby() -> str:
-            last = self._chains.end(outermost, collective.instruction) or inside_out[-1]
-            found = self._neighbours.op_name(outermost, last, collective.kind)
+            found = ""
+            if collective.around and collective.around[0].opcode == "call":  # else it stands there by itself
+                inner = self.module.computations[collective.computation]
+                found = self._neighbours.op_name(inner, collective.instruction, collective.kind)
+            if not found:
+                last = self._chains.end(outermost, collective.instruction) or inside_out[-1]
+                found = self._neighbours.op_name(outermost, last, collective.kind)
             return found or enclosing_op_name(self.graph.sites, collective.outermost)
 
         return origin_of(self.module, inside_out, self.training, nearby)

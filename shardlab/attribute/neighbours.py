@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardlab.attribute.edges import CallSites
-from shardlab.hlo.attributes import metadata, tuple_index
-from shardlab.hlo.instructions import may_name, names_of, operand_names
+from shardlab.errors import ParseError
+from shardlab.hlo.attributes import metadata, read_metadata, tuple_index
+from shardlab.hlo.instructions import names_of, operand_names, raw_metadata
 from shardlab.hlo.module import Computation, Instruction
 
 MAX_VISITED = 64
@@ -102,7 +103,7 @@ def _nearest(computation: Computation, start: str, wires: _Wires, *, towards_use
     queue, seen = [start], {start}
     for visited in queue:
         for name in way.get(visited, ()):
-            if name in seen or name in barren or len(seen) >= MAX_VISITED:
+            if name in seen or name in barren:
                 continue
             op_name = wires.op_names.get(name)
             if op_name is None:
@@ -111,15 +112,20 @@ def _nearest(computation: Computation, start: str, wires: _Wires, *, towards_use
                 return op_name
             seen.add(name)
             queue.append(name)
-    if len(seen) < MAX_VISITED:
-        barren |= seen
+            if len(seen) == MAX_VISITED:
+                return ""
+    barren |= seen
     return ""
 
 
 def _telling(computation: Computation, name: str) -> str:
     """The op_name of an instruction if it says where in the program it belongs, else ``."""
     instructions = computation.instructions
-    if name not in instructions or not may_name(instructions, name):
+    raw = raw_metadata(instructions, name) if name in instructions else ""
+    if "/" not in raw:
         return ""
-    op_name = metadata(instructions[name]).op_name
+    try:
+        op_name = read_metadata(raw).op_name
+    except ParseError:
+        op_name = metadata(instructions[name]).op_name  # fails as well, and says where
     return op_name if "/" in op_name else ""

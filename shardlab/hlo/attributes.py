@@ -115,13 +115,14 @@ def metadata(instruction: Instruction) -> Metadata:
     if not raw:
         return Metadata()
     try:
-        return _read_metadata(raw)
+        return read_metadata(raw)
     except ParseError as error:  # its position is one within the metadata
         raise instruction_error(instruction, f"metadata: {error.message}") from None
 
 
 @lru_cache(maxsize=1 << 12)
-def _read_metadata(raw: str) -> Metadata:
+def read_metadata(raw: str) -> Metadata:
+    """`metadata` from its text. Raises ParseError, with a position within that text."""
     fields = dict(_metadata_fields(raw))
     return Metadata(
         op_name=unescape(fields.get("op_name", "")),

@@ -25,6 +25,7 @@ from shardlab.hlo.shape import parse_shape
 _LITERAL_OPCODES = ("constant", "parameter")
 _OPERAND = re.compile(rf"(?:.*\s)?%?({NAME}|[0-9][A-Za-z0-9_.\-]*+)((?:#[0-9]{{1,18}})*+)", re.DOTALL)
 _NAME = re.compile(NAME)
+_NOT_NAMES = re.compile(r"[^A-Za-z0-9_.\-%, ]|[^,] |,(?! )")
 _INDEX = re.compile(r"/\*index=[0-9]++\*/")
 _OPCODE = re.compile(r"([a-z][a-z0-9\-]*+)\(")
 _SHAPE_HEAD = re.compile(r"b?\(|[a-z][a-z0-9]*+\[")
@@ -222,22 +223,26 @@ class Instructions(Mapping[str, Instruction]):
             raise KeyError(name)
         return found
 
-    def line_mentions(self, name: str, text: str) -> bool:
-        """Whether instruction `name` may hold `text`; only one that is not read yet is judged by its line."""
-        found = self._listed()[name]
-        if type(found) is not int:
-            return True
-        start = self._lines.start_of(found)
-        return self._text.text.find(text, start, self._text.text.find("\n", start)) >= 0
-
     def printed_operands(self) -> dict[str, list[str]]:
         """Names of operands by instruction; instructions of which lines do not tell it are missing."""
         rows = PARTS.findall(self._text.text, *self._span) if self._span is not None else []
         return {
-            name: _NAME.findall(_INDEX.sub("", inner) if "/" in inner else inner)
+            name: [] if opcode in _LITERAL_OPCODES or not inner else inner.replace("%", "").split(", ")
             for _, name, _, opcode, inner in rows
-            if opcode not in _LITERAL_OPCODES and NAMES.fullmatch(inner)
+            if opcode in _LITERAL_OPCODES or not _NOT_NAMES.search(inner)
         }
+
+    def printed_metadata(self, name: str) -> str | None:
+        """The raw metadata of an instruction, `` if it has none; None when its line does not tell."""
+        found = self._listed()[name]
+        if type(found) is not int:
+            return None
+        text, start = self._text.text, self._lines.start_of(found)
+        if text.find("metadata=", start, text.find("\n", start)) < 0:
+            return ""
+        match = PARTS.match(text, start)
+        attributes = _printed_attributes(text, match.end()) if match else None
+        return None if attributes is None else attributes.get("metadata", "")
 
     @overload
     def get(self, name: str, default: None = None, /) -> Instruction | None: ...
@@ -290,9 +295,10 @@ def operand_names(instructions: Mapping[str, Instruction]) -> dict[str, list[str
     return found
 
 
-def may_name(instructions: Mapping[str, Instruction], name: str) -> bool:
-    """False only if instruction `name` has no op_name."""
-    return not isinstance(instructions, Instructions) or instructions.line_mentions(name, "op_name=")
+def raw_metadata(instructions: Mapping[str, Instruction], name: str) -> str:
+    """The text of an instruction's metadata, without reading all of it where its line tells."""
+    raw = instructions.printed_metadata(name) if isinstance(instructions, Instructions) else None
+    return instructions[name].attributes.get("metadata", "") if raw is None else raw
 
 
 def is_plain(instructions: Mapping[str, Instruction]) -> bool:

@@ -28,7 +28,7 @@ _IN_PARENS = _nested(rf"[^(){{}}\"'\n/]++|{_INDEX_COMMENT}|\{{{_IN_BRACES}\}}", 
 _IN_DICT = _nested(rf"[^\"'{{}}\n/]++|{_STRING}", r"\{", r"\}", 12)
 _IN_AXES = _nested(rf"[^\"'{{}}\n/]++|{_QUOTED}", r"\{", r"\}", 3)
 _SHAPE = rf"(?:[a-z][a-z0-9]*+\[[0-9,<=?]*+\](?:\{{{_IN_BRACES}\}})?+|\({_IN_PARENS}\))"
-_WORDS = rf"(?:[^\s\"'{{}}()\[\]/,]++|\({_IN_PARENS}\)|\[[^\s\"'{{}}()\[\]/]*+\])"
+_WORDS = rf"(?:[^\s\"'{{}}()\[\]/,]++|{_TILES}|\[[^\s\"'{{}}()\[\]/]*+\])"
 _IDS = r",\ device_ids=\([0-9,\[\]T()]*+\)"
 _MESH = (
     rf"(?<=replica_groups=)(?:maximal_)?+mesh\[(?:[^'\[\]\n]++|{_QUOTED})*+\](?:{_IDS})?+\ \{{{_IN_AXES}\}}"
@@ -50,7 +50,9 @@ if it is a fusion; or else the line itself."""
 PARTS = re.compile(rf"^{_BEFORE}({_SHAPE})\ ([a-z][a-z0-9\-]*+)\(({_IN_PARENS})\)", re.MULTILINE)
 """Root, name, shape, opcode and operands of an instruction that `ROW` has matched; its tail follows."""
 
-HEAD = re.compile(rf"\n*+(ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\ {_SHAPE}\ )?+\{{(?=\n)")
+HEAD = re.compile(
+    rf"\n*+(?!HloModule\s)(ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\ {_SHAPE}\ )?+\{{(?=\n)"
+)
 """The first line of a computation, up to its brace: ENTRY or not, the name."""
 
 NAMES = re.compile(rf"{_OPERAND}(?:,\ (?:{_INDEX_COMMENT})?+{_OPERAND})*+")

@@ -75,14 +75,20 @@ class _Reader:
         computations: dict[str, Computation] = {}
         entries: list[str] = []
         tables: Tables = {}
-        while (offset := text.skip(offset)) < len(text.text) and not _HEADER.match(text.text, offset):
-            table = _TABLE.match(text.text, offset)
-            if table:
-                tables[table.group(1)], offset = read_table(text, table.end())
-                continue
-            computation, is_entry, after = self._computation(offset, has_header=has_header)
+        while True:
+            found = printed_computation(text, self.lines, offset) if self.printed_lines else None
+            if found is None:
+                offset = text.skip(offset)
+                if offset == len(text.text) or _HEADER.match(text.text, offset):
+                    break
+                table = _TABLE.match(text.text, offset)
+                if table:
+                    tables[table.group(1)], offset = read_table(text, table.end())
+                    continue
+                found = self._computation(offset, has_header=has_header)
+            computation, is_entry, after = found
             if computation.name in computations:
-                raise text.error(offset, f"a second computation is named {computation.name}")
+                raise text.error(text.skip(offset), f"a second computation is named {computation.name}")
             computations[computation.name] = computation
             entries += [computation.name] if is_entry else []
             offset = after
@@ -139,9 +145,6 @@ class _Reader:
     def _computation(self, offset: int, *, has_header: bool) -> tuple[Computation, bool, int]:
         """The computation at `offset`, whether it is marked ENTRY, and the offset after it."""
         text, start = self.text, offset
-        whole = printed_computation(text, self.lines, offset) if self.printed_lines else None
-        if whole:
-            return whole
         entry = _ENTRY.match(text.text, offset)
         head = printed_head(text, offset) if self.printed_lines else None
         if not head:
