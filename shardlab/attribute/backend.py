@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from shardlab.hlo.instructions import active, may_mention
+from shardlab.hlo.lookup import active, may_mention
 from shardlab.hlo.module import Module
 
 # Quoted or not: a proto holds the configuration as a string.

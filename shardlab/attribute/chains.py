@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shardlab.hlo.attributes import computation_names, frontend_attributes
-from shardlab.hlo.instructions import of_opcodes
+from shardlab.hlo.lookup import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module
 
 _DONE = "AsyncCollectiveDone"

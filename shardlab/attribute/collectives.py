@@ -21,7 +21,7 @@ from shardlab.attribute.payload import (
     sliced_from,
 )
 from shardlab.hlo.attributes import config_value, errors_at, frontend_attributes, is_true
-from shardlab.hlo.instructions import may_mention, of_opcodes
+from shardlab.hlo.lookup import may_mention, of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module
 from shardlab.hlo.shape import try_shape_bytes
 

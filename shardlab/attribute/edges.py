@@ -12,7 +12,8 @@ from typing import Literal
 
 from shardlab.errors import ParseError
 from shardlab.hlo.attributes import computation_names, instruction_error
-from shardlab.hlo.instructions import Instructions, active, is_plain
+from shardlab.hlo.instructions import Instructions
+from shardlab.hlo.lookup import active, is_plain
 from shardlab.hlo.module import Instruction, Module
 from shardlab.hlo.opcodes import PLAIN
 

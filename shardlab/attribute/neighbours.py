@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from shardlab.attribute.edges import CallSites
 from shardlab.errors import ParseError
 from shardlab.hlo.attributes import metadata, read_metadata, tuple_index
-from shardlab.hlo.instructions import names_of, operand_names, raw_metadata
+from shardlab.hlo.lookup import names_of, operand_names, raw_metadata
 from shardlab.hlo.module import Computation, Instruction
 
 MAX_VISITED = 64

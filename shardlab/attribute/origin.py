@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from shardlab.hlo.attributes import Metadata, metadata
-from shardlab.hlo.instructions import active, may_mention
+from shardlab.hlo.lookup import active, may_mention
 from shardlab.hlo.module import Instruction, Module
 
 OPTIMIZER_SCOPE = "optimizer"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from shardlab.errors import ParseError
 from shardlab.hlo.attributes import computation_names, is_true, tuple_index
-from shardlab.hlo.instructions import of_opcodes
+from shardlab.hlo.lookup import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
 from shardlab.hlo.shape import array_leaves, try_shape_bytes
 

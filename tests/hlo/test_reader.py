@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shardlab.errors import ParseError
 from shardlab.hlo.attributes import called_computations, metadata
 from shardlab.hlo.groups import parse_replica_groups
-from shardlab.hlo.instructions import of_opcodes
+from shardlab.hlo.lookup import of_opcodes
 from shardlab.hlo.module import Module
 from shardlab.hlo.reader import parse, parse_with_care
 from shardlab.hlo.shape import shape_bytes

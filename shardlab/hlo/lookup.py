@@ -1,0 +1,69 @@
+"""Questions to the instructions of a computation that are answered without reading all of them.
+
+Text keeps an index (`Instructions`); the records of a proto are looked through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from shardlab.hlo.instructions import Instructions
+from shardlab.hlo.module import Instruction
+from shardlab.hlo.opcodes import PLAIN
+
+
+def of_opcodes(instructions: Mapping[str, Instruction], opcodes: Iterable[str]) -> list[Instruction]:
+    """The instructions with one of these opcodes, in printed order.
+
+    Reads nothing else when `instructions` is an `Instructions`, which keeps an index.
+    """
+    if isinstance(instructions, Instructions):
+        lists = [instructions.opcodes[opcode] for opcode in opcodes if opcode in instructions.opcodes]
+        found = [instructions[name] for names in lists for name in names]
+        return found if len(lists) < 2 else sorted(found, key=lambda instruction: instruction.line)
+    wanted = set(opcodes)
+    return [instruction for instruction in instructions.values() if instruction.opcode in wanted]
+
+
+def names_of(instructions: Mapping[str, Instruction], opcode: str) -> set[str]:
+    """The names of the instructions with an opcode."""
+    if isinstance(instructions, Instructions):
+        return set(instructions.opcodes.get(opcode, ()))
+    return {instruction.name for instruction in instructions.values() if instruction.opcode == opcode}
+
+
+def operand_names(instructions: Mapping[str, Instruction]) -> dict[str, list[str]]:
+    """Of each instruction the names of its operands, without reading whole instructions where lines tell."""
+    found = instructions.printed_operands() if isinstance(instructions, Instructions) else {}
+    for name in instructions:
+        if name not in found:
+            found[name] = [operand.name for operand in instructions[name].operands]
+    return found
+
+
+def raw_metadata(instructions: Mapping[str, Instruction], name: str) -> str:
+    """The text of an instruction's metadata, without reading all of it where its line tells."""
+    raw = instructions.printed_metadata(name) if isinstance(instructions, Instructions) else None
+    return instructions[name].attributes.get("metadata", "") if raw is None else raw
+
+
+def is_plain(instructions: Mapping[str, Instruction]) -> bool:
+    """Whether none of them runs a computation or moves data between devices."""
+    if isinstance(instructions, Instructions):
+        return instructions.is_plain
+    return all(instruction.opcode in PLAIN for instruction in instructions.values())
+
+
+def active(instructions: Mapping[str, Instruction]) -> Iterator[Instruction]:
+    """Those that may run a computation or move data between devices, by opcode."""
+    if not isinstance(instructions, Instructions):
+        yield from (instruction for instruction in instructions.values() if instruction.opcode not in PLAIN)
+    elif not instructions.is_plain:
+        for opcode, names in instructions.opcodes.items():
+            if opcode not in PLAIN:
+                yield from map(instructions.__getitem__, names)
+
+
+def may_mention(instructions: Mapping[str, Instruction], text: str) -> bool:
+    """False only if no instruction holds `text` as it is printed."""
+    return not isinstance(instructions, Instructions) or instructions.mentions(text)
