@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shardlab.hlo.attributes import computation_names, frontend_attributes
-from shardlab.hlo.lookup import of_opcodes
+from shardlab.hlo.attributes import frontend_attributes
+from shardlab.hlo.lookup import fusions, of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module
 
 _DONE = "AsyncCollectiveDone"
@@ -31,12 +31,12 @@ class Chains:
 
     def _ends_of(self, outermost: Computation) -> dict[_Key, Instruction]:
         ends: dict[_Key, Instruction] = {}
-        for fusion in of_opcodes(outermost.instructions, ("fusion",)):
-            for name in computation_names(fusion, "calls"):
-                body = self.module.computations[name].instructions
-                calls = of_opcodes(body, ("custom-call",))
-                if any(call.attributes.get("custom_call_target", "").strip('"') == _DONE for call in calls):
-                    ends |= {_key(one): fusion for one in body.values() if "channel_id" in one.attributes}
+        for name, callee in fusions(outermost.instructions):
+            body = self.module.computations[callee].instructions
+            calls = of_opcodes(body, ("custom-call",))
+            if any(call.attributes.get("custom_call_target", "").strip('"') == _DONE for call in calls):
+                fusion = outermost.instructions[name]
+                ends |= {_key(one): fusion for one in body.values() if "channel_id" in one.attributes}
         return ends
 
 

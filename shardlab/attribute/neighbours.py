@@ -85,7 +85,7 @@ def _carried(computation: Computation, operands: Mapping[str, Sequence[str]]) ->
     """What the trip before left for each get-tuple-element of a parameter, if this is the body of a loop."""
     instructions = computation.instructions
     root = instructions[computation.root]
-    parameters = names_of(instructions, "parameter")
+    parameters = set(names_of(instructions, "parameter"))
     if root.opcode != "tuple" or all(instructions[name].shape != root.shape for name in parameters):
         return {}
     taken = [name for name in names_of(instructions, "get-tuple-element") if operands[name]]

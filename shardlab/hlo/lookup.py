@@ -5,19 +5,22 @@ Text keeps an index (`Instructions`); the records of a proto are looked through.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from shardlab.hlo.attributes import computation_names
 from shardlab.hlo.instructions import Instructions
 from shardlab.hlo.module import Instruction
 from shardlab.hlo.opcodes import PLAIN
 
 
-def of_opcodes(instructions: Mapping[str, Instruction], opcodes: Iterable[str]) -> list[Instruction]:
+def of_opcodes(instructions: Mapping[str, Instruction], opcodes: Collection[str]) -> list[Instruction]:
     """The instructions with one of these opcodes, in printed order.
 
     Reads nothing else when `instructions` is an `Instructions`, which keeps an index.
     """
     if isinstance(instructions, Instructions):
+        if instructions.is_plain and PLAIN.isdisjoint(opcodes):
+            return []
         lists = [instructions.opcodes[opcode] for opcode in opcodes if opcode in instructions.opcodes]
         found = [instructions[name] for names in lists for name in names]
         return found if len(lists) < 2 else sorted(found, key=lambda instruction: instruction.line)
@@ -25,11 +28,21 @@ def of_opcodes(instructions: Mapping[str, Instruction], opcodes: Iterable[str]) 
     return [instruction for instruction in instructions.values() if instruction.opcode in wanted]
 
 
-def names_of(instructions: Mapping[str, Instruction], opcode: str) -> set[str]:
-    """The names of the instructions with an opcode."""
+def fusions(instructions: Mapping[str, Instruction]) -> Iterator[tuple[str, str]]:
+    """Each fusion's name and the computation that it calls, without reading it where its line tells."""
+    known = instructions.callees if isinstance(instructions, Instructions) else {}
+    for name in names_of(instructions, "fusion"):
+        if name in known:
+            yield name, known[name]
+        else:
+            yield from ((name, callee) for callee in computation_names(instructions[name], "calls"))
+
+
+def names_of(instructions: Mapping[str, Instruction], opcode: str) -> Sequence[str]:
+    """The names of the instructions with an opcode, in printed order."""
     if isinstance(instructions, Instructions):
-        return set(instructions.opcodes.get(opcode, ()))
-    return {instruction.name for instruction in instructions.values() if instruction.opcode == opcode}
+        return instructions.opcodes.get(opcode, ())
+    return [instruction.name for instruction in instructions.values() if instruction.opcode == opcode]
 
 
 def operand_names(instructions: Mapping[str, Instruction]) -> dict[str, list[str]]:
