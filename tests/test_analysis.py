@@ -19,7 +19,7 @@ from shardlab.hardware.catalog import load_machine
 from shardlab.hlo.reader import parse
 from shardlab.program import Flags, Program, save
 
-GOLDEN = Path(__file__).parent / "golden" / "attribute"
+GOLDEN = Path(__file__).parent / "golden" / "hlo"
 AXES = {"data": 2, "model": 4}
 UNEVEN = (GOLDEN / "c20_uneven_groups.hlo").read_text()
 CONDITIONAL = (GOLDEN / "d17_conditional.hlo").read_text()
@@ -46,11 +46,11 @@ PROGRAM = Program(
 def test_the_document_is_the_contract() -> None:
     assert analyze(NAMED, axes=AXES).to_json() == {
         "schema": "shardlab.analysis/1",
-        "module": {"name": "jit_f", "backend": "unknown", "num_devices": 8, "scheduled": True},
+        "module": {"name": "jit_c07", "backend": "unknown", "num_devices": 8, "scheduled": True},
         "mesh": {"data": 2, "model": 4},
         "collectives": [
             {
-                "name": "r",
+                "name": "c",
                 "kind": "all-reduce",
                 "axes": ["model"],
                 "tier": None,
@@ -165,12 +165,12 @@ def test_device_ids_change_tiers_and_never_axes() -> None:
 
 
 def test_several_modules_make_one_document() -> None:
-    second = UNEVEN.replace("HloModule jit_f", "HloModule jit_g")
+    second = UNEVEN.replace("HloModule jit_c20", "HloModule jit_g")
     found = analyze(f"{PLAIN}\n{second}", axes=AXES)
     document = found.to_json()
-    assert [module["name"] for module in document["modules"]] == ["jit_f", "jit_g"]
+    assert [module["name"] for module in document["modules"]] == ["jit_c07", "jit_g"]
     assert "module" not in document
-    assert [row["module"] for row in document["collectives"]] == ["jit_f", "jit_g"]
+    assert [row["module"] for row in document["collectives"]] == ["jit_c07", "jit_g"]
     assert found.totals.wire_bytes[0] == 6_144 + Fraction(32_768, 5)
     assert found.totals.by_axes["unknown"]["payload_bytes"] == (4_096, 4_096)
     assert analysis_from_json(document) == found
@@ -237,7 +237,7 @@ def test_a_cut_text_is_an_error_with_a_place_never_a_number(cut: int) -> None:
 
 def test_an_undefined_operand_is_an_error_with_its_line() -> None:
     with pytest.raises(ParseError, match="%y is not defined") as raised:
-        analyze(PLAIN.replace("all-reduce(%x)", "all-reduce(%y)"), axes=AXES)
+        analyze(PLAIN.replace("all-reduce(%p)", "all-reduce(%y)"), axes=AXES)
     assert raised.value.line == 11
 
 

@@ -91,7 +91,7 @@ def test_a_python_callback_is_a_host_transfer_as_it_is_on_tpu(prefix: str, devic
     assert "not network traffic" in entry.why
 
 
-SAMPLES = sorted((GOLDEN / "attribute" / "samples").glob("*.hlo.gz"))
+SAMPLES = sorted((GOLDEN / "samples").glob("*.hlo.gz"))
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: path.name)
@@ -104,9 +104,7 @@ def test_the_tpu_samples_hold_custom_calls_that_the_ledger_passes_over() -> None
     held = {
         call.attributes["custom_call_target"].strip('"')
         for name in ("tpu7x_4x4x4.scan4", "v5e_4x4.scan8")
-        for module in parse(
-            gzip.decompress((GOLDEN / f"attribute/samples/{name}.hlo.gz").read_bytes()).decode()
-        )
+        for module in parse(gzip.decompress((GOLDEN / f"samples/{name}.hlo.gz").read_bytes()).decode())
         for computation in module.computations.values()
         for call in computation.instructions.values()
         if call.opcode in ("custom-call", "custom-call-start")

@@ -1,4 +1,4 @@
-"""What loops of permutes realise, on compiled loops (golden/attribute/rings) and on TPU's and GPU's own."""
+"""What loops of permutes realise, on compiled loops (golden/rings) and on TPU's and GPU's own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from shardlab.analysis import analyze
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "attribute"
+GOLDEN = Path(__file__).parents[1] / "golden"
 RINGS = GOLDEN / "rings"
 # Loops of XLA's windowed einsum under another name: only their structure is left to tell what they do.
 WINDOWED, PLAIN = "windowed_dot_general_body", "region"
@@ -73,9 +73,9 @@ def test_only_closed_cycles_of_one_size_are_rings(pairs: str, expected: str | No
 
 
 def test_a_buffer_that_nobody_uses_on_its_way_is_not_gathered() -> None:
-    text = (GOLDEN / "b29_windowed_einsum_gpu.hlo").read_text()
+    text = (GOLDEN / "hlo" / "b29_windowed_einsum_gpu.hlo").read_text()
     assert realized(text.replace(WINDOWED, PLAIN)) == [None, None]
-    assert realized(text) == ["all-gather", "all-gather"]  # by the loop's name
+    assert realized(text) == ["reduce-scatter", "reduce-scatter"]  # by the loop's name
 
 
 @pytest.mark.parametrize("name", ["v4_4x4x4.scan4", "tpu7x_4x4x4.scan4", "h100_1x2x8.scan6.windowed_einsum"])

@@ -16,7 +16,7 @@ from shardlab.analysis import Analysis, CollectiveRow, analyze
 from shardlab.attribute.calls import call_graph
 from shardlab.hlo.reader import parse
 
-SAMPLES = Path(__file__).parents[1] / "golden" / "attribute" / "samples"
+SAMPLES = Path(__file__).parents[1] / "golden" / "samples"
 MIB = 1 << 20
 GPU = [
     "hlo",

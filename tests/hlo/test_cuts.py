@@ -14,7 +14,7 @@ from shardlab.errors import ParseError
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXTS = sorted(
     path
-    for folder in ("hlo", "attribute")
+    for folder in ("hlo", "samples", "rings")
     for path in (GOLDEN / folder).rglob("*")
     if {".hlo", ".txt"} & set(path.suffixes) and ".pb" not in path.suffixes
 )
