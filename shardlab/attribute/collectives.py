@@ -48,6 +48,7 @@ _MEGASCALE_KINDS = {
 }
 _HANDLER, _RENDEZVOUS = "_xla_host_transfer_handler_name", "_xla_host_transfer_rendezvous"
 _PAIRS = "_xla_send_recv_source_target_pairs"
+_JOINING = frozenset({"replica_groups", "source_target_pairs", "channel_id"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,7 @@ class _Finder:
             return self._send(computation, instruction, around)
         if opcode in ("custom-call", "custom-call-start"):
             return self._custom_call(computation.name, instruction)
-        return None
+        return _unknown(instruction)
 
     def _collective(
         self,
@@ -252,6 +253,14 @@ def _sized(collective: Collective) -> Found:
         why = "the size of what it carries is unknown (an unbounded extent or an unknown type)"
         return Uncounted(collective.kind, collective.name, why)
     return collective
+
+
+def _unknown(instruction: Instruction) -> Uncounted | None:
+    """An operation that nobody has heard of, but that names groups, pairs or a channel: a new collective."""
+    opcode, attributes = instruction.opcode, instruction.attributes
+    if opcode.endswith(("-done", "-update")) or opcode == "recv" or not _JOINING & attributes.keys():
+        return None
+    return Uncounted(opcode, instruction.name, "an operation between devices that shardlab does not know")
 
 
 def _received(module: Module, sites: CallSites) -> dict[str, Instruction]:
