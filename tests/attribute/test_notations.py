@@ -1,4 +1,4 @@
-"""Axes of collectives in a text against brute force: random meshes, parts of axes, notations, member orders."""
+"""Axes of collectives in a text, by brute force: random meshes, parts of axes, notations, member orders."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ devices.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from samples import sample, sample_path
@@ -181,3 +182,30 @@ def test_derived_trip_counts_agree_with_printed_ones(form: str) -> None:
     counts = [[*call_graph(*parse(version)).loops.values()] for version in (text, struck)]
     assert counts[0] == counts[1]
     assert len(counts[0]) >= 2
+
+
+def test_every_print_of_one_program_gives_equal_tables() -> None:
+    """Names and sources too; ShortParsable prints no metadata, so that only these are missing."""
+    mesh = {"data": 2, "model": 4}
+    tables = {form: analysis(form, **mesh) for form in CPU_FORMS}
+    short = tables.pop("print_short_parsable.hlo")
+    first = tables[CPU_FORMS[0]]
+    assert sorted(row.source for row in first.collectives) == [f"train.py:{line}" for line in range(14, 21)]
+    for found in tables.values():
+        assert (found.collectives, found.totals, found.ledger) == (first.collectives, first.totals, ())
+    silent = [replace(row, phase="other", op_name="", source="") for row in first.collectives]
+    assert list(short.collectives) == silent
+
+
+PERMUTED = (3, 1, 2, 0, 7, 5, 6, 4)
+
+
+def test_a_permuted_mesh_is_in_the_proto_and_moves_no_axis() -> None:
+    """The text of the identity order is the same; only the proto knows which device stands where."""
+    mesh = {"data": 2, "model": 4}
+    text = analyze(sample("permuted_mesh.hlo"), axes=mesh)
+    proto = analyze(sample("permuted_mesh.hlo_module.pb"), axes=mesh)
+    assert text.collectives == proto.collectives
+    assert "device_order" not in text.made_by
+    assert proto.made_by["device_order"] == list(PERMUTED)
+    assert analyze(sample("permuted_mesh.hlo"), axes=mesh, device_ids=PERMUTED).made_by == proto.made_by
