@@ -6,11 +6,14 @@ import gzip
 import io
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import zstandard
 from command_line import HLO, OPAQUE, PLAN, mistakes, run, written
+from samples import sample
 
 from shardlab import program as programs
 
@@ -176,3 +179,85 @@ def test_strict_is_exit_1_when_something_was_not_counted(
         0, 0, 0, 1,
     ]  # fmt: skip
     assert "nvshmem_put" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [("all-reduce(p)", "all-reduce(gone)", 11), ("{{0,1}}", "{{0,7}}", 11), ("ROOT c = f32[]", "ROOT", 6)],
+    ids=["operand", "group", "syntax"],
+)
+def test_an_error_names_the_file_and_the_line_whatever_stage_finds_it(
+    old: str, new: str, line: int, hlo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = written(tmp_path / "damaged.hlo", HLO.replace(old, new))
+    (said,) = mistakes(capsys, "analyze", hlo, damaged)
+    assert re.match(rf"{re.escape(damaged)}:{line}:[0-9]+: ", said)
+
+
+NOTHING = "HloModule quiet, num_partitions=8\n\nENTRY main {\n  ROOT p = f32[4]{0} parameter(0)\n}\n"
+
+
+@pytest.mark.parametrize("flags", [(), ("--markdown",)], ids=["terminal", "markdown"])
+def test_many_devices_and_nothing_between_them_is_said_out_loud(
+    flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet = written(tmp_path / "quiet.hlo", NOTHING)
+    assert run("analyze", quiet, *flags) == 0
+    assert "compiled for 8 devices, but no collective was found" in capsys.readouterr().out
+    assert run("analyze", quiet, "--strict", *flags) == 1
+    one = written(tmp_path / "one.hlo", NOTHING.replace("=8", "=1"))
+    assert run("analyze", one, "--strict", *flags) == 0
+
+
+FORBIDDEN = ("jax", "jaxlib", "flax", "optax", "numpy")
+STARTED = """
+import sys
+class Wall:
+    def find_spec(self, name, *rest):
+        assert name.split(".")[0] not in {forbidden!r}, name
+sys.meta_path.insert(0, Wall())
+from shardlab.cli import main
+code = main({argv!r})
+assert not set(sys.modules) & set({forbidden!r})
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("form", "flags"),
+    [
+        ("text", ("--json",)),
+        ("text", ("--axes", "data=2", "--on", "h100:1x2", "--audit", "--order")),
+        ("text", ("--markdown", "--strict")),
+        ("gz", ("--json",)),
+        ("zst", ("--json",)),
+        ("proto", ("--json", "--audit")),
+        ("folder", ("--json",)),
+        ("program", ("--json",)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_analyze_starts_without_jax(form: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    """In a process of its own, whose modules are looked at when it is done."""
+    path = tmp_path / "module_0001.m.cpu_after_optimizations.txt"
+    data = HLO.encode()
+    if form == "program":
+        made = programs.Program(name="m", backend="cpu", hlo_text=HLO, num_devices=2, mesh={"data": 2})
+        programs.save(made, path)
+    else:
+        path.write_bytes(
+            {"gz": gzip.compress(data, mtime=0), "zst": zstandard.ZstdCompressor().compress(data)}.get(
+                form, sample("permuted_mesh.hlo_module.pb") if form == "proto" else data
+            )
+        )
+    argv = ["analyze", str(path.parent if form == "folder" else path), *flags]
+    code = STARTED.format(forbidden=FORBIDDEN, argv=argv)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "all-reduce" in done.stdout
+
+
+def test_a_mesh_file_needs_no_jax_either(plan: str, hlo: str) -> None:
+    code = STARTED.format(forbidden=FORBIDDEN, argv=["analyze", hlo, "--mesh", plan, "--json"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from command_line import run
+from command_line import mistakes, run
 
 MARKUP = "[red]x[/red]|<script>alert(1)</script>&amp;*b*`c`"
 HOSTILE = (
@@ -83,3 +83,12 @@ def test_errors_show_names_as_they_are(damage: str, hostile: str, capsys: pytest
     assert out == ""
     assert len(err.splitlines()) == 1
     assert "\x1b" not in err
+
+
+def test_an_error_that_names_the_module_spells_out_its_control_characters(
+    hostile: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(hostile).write_text(TEXT.replace("HloModule [red]", "HloModule \x1b[31m\u202e"))
+    (line,) = mistakes(capsys, "analyze", hostile, "--axes", "x=3")
+    assert "module \\x1b[31m\\u202e|<b>m</b> is compiled for 2" in line
+    assert line.isprintable()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from samples import sample
 
 from shardlab.analysis import Analysis, analyze
+from shardlab.hlo.reader import parse
 
 ADD = "%add (a: f32[], b: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n  %b = f32[] parameter(1)\n"
 ADD += "  ROOT %s = f32[] add(%a, %b)\n}\n"
@@ -71,3 +75,20 @@ def test_known_operations_that_name_a_channel_are_no_strangers() -> None:
     )
     assert listed(found) == []
     assert [row.kind for row in found.collectives] == ["send"]
+
+
+def test_an_unknown_collective_of_a_proto_is_on_the_ledger() -> None:
+    """Three all-reduces of a compiled program, under an opcode of as many letters."""
+    proto = sample("module_0000.jit__lambda.cpu_after_optimizations.hlo.pb")
+    found = analyze(proto.replace(b"\x12\nall-reduce", b"\x12\nall-rubric"), axes={"data": 2, "model": 4})
+    assert [what for what, _ in listed(found)] == ["all-rubric"] * 3
+    assert "all-reduce" not in {row.kind for row in found.collectives}
+
+
+def test_lines_that_were_not_read_are_on_the_ledger() -> None:
+    """The reader of today refuses what it cannot read; a reader that skips lines says so."""
+    (module,) = parse("HloModule m\n\nENTRY %main {\n  ROOT %p = f32[8]{0} parameter(0)\n}\n")
+    found = analyze(replace(module, unparsed=((7, "%x = <garbage>"),)))
+    assert [(entry.what, entry.name, entry.why) for entry in found.ledger] == [
+        ("text", "line 7", "could not be read: %x = <garbage>")
+    ]
