@@ -209,6 +209,30 @@ def test_without_axes_groups_are_reported_and_the_reason_said() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("axes", "over"),
+    [
+        ({"a": 1, "data": 2, "b": 1, "model": 4, "c": 1}, ("model",)),
+        ({"all": 8}, ("all:(2)4",)),
+        ({"x": 2, "y": 2, "z": 2}, ("y", "z")),
+        ({"slices": 1, "all": 8, "tensor": 1}, ("all:(2)4",)),
+    ],
+    ids=["axes-of-one", "one-axis", "three-axes", "one-axis-of-more-than-one"],
+)
+def test_axes_are_those_of_the_mesh_that_is_given(axes: dict[str, int], over: tuple[str, ...]) -> None:
+    (row,) = analyze(PLAIN, axes=axes).collectives
+    assert (row.axes, row.group_size, row.wire_bytes) == (over, 4, 6_144)
+
+
+@pytest.mark.parametrize("axes", [{"only": 1}, {"a": 1, "b": 1}, None])
+def test_one_device_sends_nothing(axes: dict[str, int] | None) -> None:
+    text = PLAIN.replace(", num_partitions=8", "").replace("mesh['data'=2,'model'=4] {'model'}", "{{0}}")
+    found = analyze(text, axes=axes)
+    (row,) = found.collectives
+    assert (row.axes, row.wire_bytes, found.modules[0].num_devices) == ((), 0, 1)
+    assert found.ledger == ()
+
+
 def test_many_devices_and_no_collective_is_said() -> None:
     text = "HloModule m, num_partitions=8\n\nENTRY %main {\n  ROOT %x = f32[] parameter(0)\n}\n"
     (entry,) = analyze(text).ledger

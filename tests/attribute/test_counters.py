@@ -80,7 +80,7 @@ def run(dtype: str, init: int, step: int, direction: str, limit: int) -> int | N
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_counters_that_may_wrap_around(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     init, limit = data.draw(near(dtype)), data.draw(near(dtype))

@@ -119,7 +119,7 @@ NOTATIONS = (listed, iota, mesh_axes, mesh_of_other_ids)
 
 
 @given(programs(), st.randoms(use_true_random=False))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_axes_in_every_notation(drawn: tuple[list[int], list[Factor]], chosen: random.Random) -> None:
     sizes, factors = drawn
     lines = [

@@ -121,6 +121,16 @@ def test_v5e_chains_scatter_fusions_and_halos() -> None:
     assert set(found.totals.by_phase) == {"forward", "backward"}
 
 
+def test_without_the_marks_of_a_chain_each_of_its_fusions_would_count() -> None:
+    """The marks are what makes 32 of 72: the list of the samples gives both figures."""
+    text = sample("v5e_4x4.scan8.hlo").decode()
+    for mark in ("async_collective_fusion_config", "AsyncCollectiveStart", "AsyncCollectiveDone"):
+        assert mark in text
+        text = text.replace(mark, "unmarked")
+    found = analyze(text, axes={"data": 4, "model": 4})
+    assert sum(row.executions[0] for row in found.collectives if row.kind == "all-gather") == 72
+
+
 def test_two_slices_of_v5e() -> None:
     found = analysis("v5e_4x4_x2slices.scan4.hlo", dcn=2, data=4, model=4)
     assert executed(found) == {
