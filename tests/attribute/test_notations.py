@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shardlab.analysis import analyze
@@ -118,7 +118,12 @@ def mesh_of_other_ids(sizes: Sequence[int], factors: Sequence[Factor], chosen: r
 NOTATIONS = (listed, iota, mesh_axes, mesh_of_other_ids)
 
 
+# two parts of one axis, which do not touch
+APART = ([2, 8], [Factor(0, 1, 2, False), *(Factor(1, pre, 2, pre != 2) for pre in (1, 2, 4))])
+
+
 @given(programs(), st.randoms(use_true_random=False))
+@example(APART, random.Random(0))
 @settings(max_examples=100, deadline=None)
 def test_axes_in_every_notation(drawn: tuple[list[int], list[Factor]], chosen: random.Random) -> None:
     sizes, factors = drawn
