@@ -406,7 +406,9 @@ def _columns() -> int:
 
 
 def _one_line_each(error: ShardlabError) -> str:
-    """One line per mistake: newlines inside a problem would look like more of them."""
-    if isinstance(error, UserError):
-        return "\n".join(" ".join(str(problem).split()) for problem in error.problems)
-    return str(error)
+    """One line per mistake: newlines inside a problem would look like more of them, and a terminal would obey
+    control characters of a name."""
+    from shardlab.report.page import visible
+
+    mistakes = error.problems if isinstance(error, UserError) else (error,)
+    return "\n".join(visible(" ".join(str(mistake).split())) for mistake in mistakes)

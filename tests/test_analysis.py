@@ -19,7 +19,7 @@ from shardlab.hardware.catalog import load_machine
 from shardlab.hlo.reader import parse
 from shardlab.program import Flags, Program, save
 
-GOLDEN = Path(__file__).parent / "golden" / "attribute"
+GOLDEN = Path(__file__).parent / "golden" / "hlo"
 AXES = {"data": 2, "model": 4}
 UNEVEN = (GOLDEN / "c20_uneven_groups.hlo").read_text()
 CONDITIONAL = (GOLDEN / "d17_conditional.hlo").read_text()
@@ -46,11 +46,11 @@ PROGRAM = Program(
 def test_the_document_is_the_contract() -> None:
     assert analyze(NAMED, axes=AXES).to_json() == {
         "schema": "shardlab.analysis/1",
-        "module": {"name": "jit_f", "backend": "unknown", "num_devices": 8, "scheduled": True},
+        "module": {"name": "jit_c07", "backend": "unknown", "num_devices": 8, "scheduled": True},
         "mesh": {"data": 2, "model": 4},
         "collectives": [
             {
-                "name": "r",
+                "name": "c",
                 "kind": "all-reduce",
                 "axes": ["model"],
                 "tier": None,
@@ -165,12 +165,12 @@ def test_device_ids_change_tiers_and_never_axes() -> None:
 
 
 def test_several_modules_make_one_document() -> None:
-    second = UNEVEN.replace("HloModule jit_f", "HloModule jit_g")
+    second = UNEVEN.replace("HloModule jit_c20", "HloModule jit_g")
     found = analyze(f"{PLAIN}\n{second}", axes=AXES)
     document = found.to_json()
-    assert [module["name"] for module in document["modules"]] == ["jit_f", "jit_g"]
+    assert [module["name"] for module in document["modules"]] == ["jit_c07", "jit_g"]
     assert "module" not in document
-    assert [row["module"] for row in document["collectives"]] == ["jit_f", "jit_g"]
+    assert [row["module"] for row in document["collectives"]] == ["jit_c07", "jit_g"]
     assert found.totals.wire_bytes[0] == 6_144 + Fraction(32_768, 5)
     assert found.totals.by_axes["unknown"]["payload_bytes"] == (4_096, 4_096)
     assert analysis_from_json(document) == found
@@ -209,6 +209,30 @@ def test_without_axes_groups_are_reported_and_the_reason_said() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("axes", "over"),
+    [
+        ({"a": 1, "data": 2, "b": 1, "model": 4, "c": 1}, ("model",)),
+        ({"all": 8}, ("all:(2)4",)),
+        ({"x": 2, "y": 2, "z": 2}, ("y", "z")),
+        ({"slices": 1, "all": 8, "tensor": 1}, ("all:(2)4",)),
+    ],
+    ids=["axes-of-one", "one-axis", "three-axes", "one-axis-of-more-than-one"],
+)
+def test_axes_are_those_of_the_mesh_that_is_given(axes: dict[str, int], over: tuple[str, ...]) -> None:
+    (row,) = analyze(PLAIN, axes=axes).collectives
+    assert (row.axes, row.group_size, row.wire_bytes) == (over, 4, 6_144)
+
+
+@pytest.mark.parametrize("axes", [{"only": 1}, {"a": 1, "b": 1}, None])
+def test_one_device_sends_nothing(axes: dict[str, int] | None) -> None:
+    text = PLAIN.replace(", num_partitions=8", "").replace("mesh['data'=2,'model'=4] {'model'}", "{{0}}")
+    found = analyze(text, axes=axes)
+    (row,) = found.collectives
+    assert (row.axes, row.wire_bytes, found.modules[0].num_devices) == ((), 0, 1)
+    assert found.ledger == ()
+
+
 def test_many_devices_and_no_collective_is_said() -> None:
     text = "HloModule m, num_partitions=8\n\nENTRY %main {\n  ROOT %x = f32[] parameter(0)\n}\n"
     (entry,) = analyze(text).ledger
@@ -237,7 +261,7 @@ def test_a_cut_text_is_an_error_with_a_place_never_a_number(cut: int) -> None:
 
 def test_an_undefined_operand_is_an_error_with_its_line() -> None:
     with pytest.raises(ParseError, match="%y is not defined") as raised:
-        analyze(PLAIN.replace("all-reduce(%x)", "all-reduce(%y)"), axes=AXES)
+        analyze(PLAIN.replace("all-reduce(%p)", "all-reduce(%y)"), axes=AXES)
     assert raised.value.line == 11
 
 

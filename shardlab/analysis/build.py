@@ -15,7 +15,7 @@ from shardlab.attribute.calls import CallGraph, call_graph
 from shardlab.attribute.collectives import Collective, Uncounted, find_collectives
 from shardlab.attribute.members import Members, Placement, place
 from shardlab.attribute.origin import is_training
-from shardlab.errors import Problem, UserError
+from shardlab.errors import ParseError, Problem, UserError
 from shardlab.hardware.machine import Machine
 from shardlab.hlo.collector import paused_collector
 from shardlab.hlo.inputs import Source as HloSource
@@ -70,9 +70,12 @@ def attribute(
     machine: Machine | None = None,
 ) -> Iterator[Attributed]:
     """Module by module, the analysis and what it was made from; arguments and errors as for `analyze`."""
-    for module, made in _modules_of(source):
-        with paused_collector():
-            attributed = _attribute_module(module, made, axes, device_ids, machine)
+    for name, module, made in _modules_of(source):
+        try:
+            with paused_collector():
+                attributed = _attribute_module(module, made, axes, device_ids, machine)
+        except ParseError as error:
+            raise ParseError(error.message, source=name, line=error.line, column=error.column) from None
         yield attributed
 
 
@@ -102,9 +105,10 @@ def merge(analyses: Sequence[Analysis]) -> Analysis:
     )
 
 
-def _modules_of(source: Source | Sequence[Source]) -> Iterator[tuple[Module, Program | None]]:
+def _modules_of(source: Source | Sequence[Source]) -> Iterator[tuple[str, Module, Program | None]]:
+    """Modules with the name of what they were read from, and the saved program if it was one."""
     if isinstance(source, Module):
-        yield source, None
+        yield source.name, source, None
     elif isinstance(source, Program):
         modules = parse(source.hlo_text, source.name) if source.hlo_text.strip() else ()
         yield from _of_file(HloSource(name=source.name, modules=modules, program=source))
@@ -122,12 +126,12 @@ def _modules_of(source: Source | Sequence[Source]) -> Iterator[tuple[Module, Pro
             yield from _modules_of(one)
 
 
-def _of_file(found: HloSource) -> Iterator[tuple[Module, Program | None]]:
+def _of_file(found: HloSource) -> Iterator[tuple[str, Module, Program | None]]:
     if not found.modules:
         what = "it holds no compiled program, since the compiler refused it"
         raise UserError(Problem(found.name, what, "analyse a plan that fits in memory"))
     for module in found.modules:
-        yield module, found.program
+        yield found.name, module, found.program
 
 
 def _attribute_module(

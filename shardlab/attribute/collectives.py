@@ -21,8 +21,10 @@ from shardlab.attribute.payload import (
     sliced_from,
 )
 from shardlab.hlo.attributes import config_value, errors_at, frontend_attributes, is_true
-from shardlab.hlo.lookup import may_mention, of_opcodes
+from shardlab.hlo.instructions import Instructions
+from shardlab.hlo.lookup import is_plain, may_mention, of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module
+from shardlab.hlo.opcodes import PLAIN
 from shardlab.hlo.shape import try_shape_bytes
 
 KINDS = frozenset(
@@ -38,6 +40,7 @@ KINDS = frozenset(
 )
 _COLLECTIVE = KINDS | {f"{kind}-start" for kind in KINDS}
 _MOVING = _COLLECTIVE | {"send", "custom-call", "custom-call-start"}
+_STILL = PLAIN | {"fusion", "call", "while", "conditional", "async-start", "recv"}
 MEGASCALE = "xla_megascale_runtime"
 _MEGASCALE_KINDS = {
     "ALL_REDUCE": "all-reduce",
@@ -48,6 +51,7 @@ _MEGASCALE_KINDS = {
 }
 _HANDLER, _RENDEZVOUS = "_xla_host_transfer_handler_name", "_xla_host_transfer_rendezvous"
 _PAIRS = "_xla_send_recv_source_target_pairs"
+_JOINING = frozenset({"replica_groups", "source_target_pairs", "channel_id"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +116,10 @@ class _Finder:
     def of_computation(self, name: str) -> Iterator[Found]:
         """Transfers of one computation."""
         computation = self.module.computations[name]
-        moving = of_opcodes(computation.instructions, _MOVING)
+        instructions = computation.instructions
+        if is_plain(instructions):
+            return
+        moving = of_opcodes(instructions, _MOVING | _strangers(instructions))
         if not moving:
             return
         around = _around(self.sites, name)
@@ -140,7 +147,7 @@ class _Finder:
             return self._send(computation, instruction, around)
         if opcode in ("custom-call", "custom-call-start"):
             return self._custom_call(computation.name, instruction)
-        return None
+        return _unknown(instruction)
 
     def _collective(
         self,
@@ -252,6 +259,25 @@ def _sized(collective: Collective) -> Found:
         why = "the size of what it carries is unknown (an unbounded extent or an unknown type)"
         return Uncounted(collective.kind, collective.name, why)
     return collective
+
+
+def _strangers(instructions: Mapping[str, Instruction]) -> set[str]:
+    """Opcodes of which it is not known that they move nothing, or how they are counted."""
+    printed = (
+        instructions.opcodes
+        if isinstance(instructions, Instructions)
+        else {one.opcode for one in instructions.values()}
+    )
+    return {name for name in printed if name not in _STILL and not name.endswith(("-done", "-update"))}
+
+
+def _unknown(stranger: Instruction) -> Uncounted | None:
+    """An operation that nobody has heard of, but that names groups, pairs or a channel: a new collective."""
+    if not _JOINING & stranger.attributes.keys():
+        return None
+    return Uncounted(
+        stranger.opcode, stranger.name, "an operation between devices that shardlab does not know"
+    )
 
 
 def _received(module: Module, sites: CallSites) -> dict[str, Instruction]:

@@ -6,8 +6,10 @@ import json
 import re
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from shardlab import program as programs
 from shardlab.errors import ParseError, Problem, UserError
@@ -21,6 +23,7 @@ MAX_INPUT_BYTES = 1 << 30
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _MAX_LAYERS = 3
+_STEP_BYTES = 1 << 10  # zstd expands it to 32 MiB at most
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _DUMP = re.compile(
     r"module_(?P<number>[0-9]+)\.(?:(?P<name>.+?)\.)??"
@@ -114,35 +117,47 @@ def _decompress(data: bytes, name: str) -> bytes:
 
 
 def _gunzip(data: bytes, name: str) -> bytes:
-    pieces: list[bytes] = []
-    size = 0
-    while data.startswith(_GZIP_MAGIC) and size <= MAX_INPUT_BYTES:
-        reader = zlib.decompressobj(wbits=31)
-        try:
-            piece = reader.decompress(data, MAX_INPUT_BYTES + 1 - size)
-        except zlib.error as error:
-            raise _problem(name, f"the gzip data is damaged ({error})", "copy the file again") from None
-        if not reader.eof and size + len(piece) <= MAX_INPUT_BYTES:
-            raise _problem(name, "the gzip data is cut off", "copy the file again")
-        pieces.append(piece)
-        size += len(piece)
-        data = reader.unused_data
-    return b"".join(pieces)
+    return _inflate(data, name, "gzip", lambda: zlib.decompressobj(wbits=31), zlib.error)
 
 
 def _unzstd(data: bytes, name: str) -> bytes:
     import zstandard
 
+    frames = zstandard.ZstdDecompressor(max_window_size=1 << 28)
+    return _inflate(data, name, "zstd", frames.decompressobj, zstandard.ZstdError)
+
+
+class _Stream(Protocol):
+    """What zlib and zstandard decompress one member, or frame, with."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def _inflate(
+    data: bytes, name: str, kind: str, start: Callable[[], _Stream], damage: type[Exception]
+) -> bytes:
+    """All members, each to its end: a cut one is refused.
+
+    Input goes in by small pieces, which cannot expand beyond measure; the rest is not copied per member.
+    """
     pieces: list[bytes] = []
-    size = 0
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 28)
-    with decompressor.stream_reader(data, read_across_frames=True) as reader:
-        try:
-            while size <= MAX_INPUT_BYTES and (piece := reader.read(1 << 22)):
-                pieces.append(piece)
-                size += len(piece)
-        except zstandard.ZstdError as error:
-            raise _problem(name, f"the zstd data is damaged ({error})", "copy the file again") from None
+    size = offset = 0
+    while offset < len(data) and size <= MAX_INPUT_BYTES:
+        stream = start()
+        while not stream.eof and size <= MAX_INPUT_BYTES:
+            piece = data[offset : offset + _STEP_BYTES]
+            if not piece:
+                raise _problem(name, f"the {kind} data is cut off", "copy the file again")
+            try:
+                pieces.append(stream.decompress(piece))
+            except damage as error:
+                raise _problem(name, f"the {kind} data is damaged ({error})", "copy the file again") from None
+            size += len(pieces[-1])
+            offset += len(piece) - len(stream.unused_data)
     return b"".join(pieces)
 
 

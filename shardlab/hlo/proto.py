@@ -53,7 +53,8 @@ def _module(message: Message) -> Module:
         if computation.name in computations:
             raise ParseError(f"two computations are named {computation.name}")
         computations[computation.name] = computation
-    entry = names.get(integer(message, 6)) or string(message, 2)
+    # The name first: an id of 0 is not written, so in a cut proto it could be any computation's.
+    entry = string(message, 2) or names.get(integer(message, 6), "")
     if entry not in computations:
         raise ParseError("the module has no entry computation")
     devices = submessage(message, 15)

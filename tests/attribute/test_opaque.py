@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-from pathlib import Path
-
 import pytest
+from samples import sample
 
 from shardlab.analysis import LedgerEntry, analyze
 from shardlab.hlo.reader import parse
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PALLAS = ', backend_config={"custom_call_config":{"body":"TUzvUgE="%s}}'
 
 
@@ -91,22 +88,11 @@ def test_a_python_callback_is_a_host_transfer_as_it_is_on_tpu(prefix: str, devic
     assert "not network traffic" in entry.why
 
 
-SAMPLES = sorted((GOLDEN / "attribute" / "samples").glob("*.hlo.gz"))
-
-
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: path.name)
-def test_plain_programs_of_cpu_gpu_and_tpu_have_an_empty_ledger(sample: Path) -> None:
-    """FSDP x TP models and shard_map collectives, with the custom calls that each compiler adds itself."""
-    assert analyze(sample).ledger == ()
-
-
 def test_the_tpu_samples_hold_custom_calls_that_the_ledger_passes_over() -> None:
     held = {
         call.attributes["custom_call_target"].strip('"')
         for name in ("tpu7x_4x4x4.scan4", "v5e_4x4.scan8")
-        for module in parse(
-            gzip.decompress((GOLDEN / f"attribute/samples/{name}.hlo.gz").read_bytes()).decode()
-        )
+        for module in parse(sample(f"{name}.hlo").decode())
         for computation in module.computations.values()
         for call in computation.instructions.values()
         if call.opcode in ("custom-call", "custom-call-start")

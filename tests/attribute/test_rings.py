@@ -1,15 +1,12 @@
-"""What loops of permutes realise, on compiled loops (golden/attribute/rings) and on TPU's and GPU's own."""
+"""What loops of permutes realise, on compiled loops (golden/rings) and on TPU's and GPU's own."""
 
 from __future__ import annotations
 
-import gzip
-from pathlib import Path
-
 import pytest
+from samples import GOLDEN, sample
 
 from shardlab.analysis import analyze
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "attribute"
 RINGS = GOLDEN / "rings"
 # Loops of XLA's windowed einsum under another name: only their structure is left to tell what they do.
 WINDOWED, PLAIN = "windowed_dot_general_body", "region"
@@ -19,10 +16,6 @@ def realized(text: str) -> list[str | None]:
     """Of each permute in turn."""
     rows = analyze(text, axes={"x": 4} if "num_partitions=4" in text else None).collectives
     return [row.realizes for row in rows if row.kind == "collective-permute"]
-
-
-def sample(name: str) -> str:
-    return gzip.decompress((GOLDEN / "samples" / f"{name}.hlo.gz").read_bytes()).decode()
 
 
 @pytest.mark.parametrize(
@@ -73,14 +66,14 @@ def test_only_closed_cycles_of_one_size_are_rings(pairs: str, expected: str | No
 
 
 def test_a_buffer_that_nobody_uses_on_its_way_is_not_gathered() -> None:
-    text = (GOLDEN / "b29_windowed_einsum_gpu.hlo").read_text()
+    text = (GOLDEN / "hlo" / "b29_windowed_einsum_gpu.hlo").read_text()
     assert realized(text.replace(WINDOWED, PLAIN)) == [None, None]
-    assert realized(text) == ["all-gather", "all-gather"]  # by the loop's name
+    assert realized(text) == ["reduce-scatter", "reduce-scatter"]  # by the loop's name
 
 
 @pytest.mark.parametrize("name", ["v4_4x4x4.scan4", "tpu7x_4x4x4.scan4", "h100_1x2x8.scan6.windowed_einsum"])
 def test_structure_and_name_say_the_same_of_windowed_einsum(name: str) -> None:
-    text = sample(name)
+    text = sample(f"{name}.hlo").decode()
     assert WINDOWED in text
     by_structure = realized(text.replace(WINDOWED, PLAIN))
     assert by_structure == realized(text)
@@ -89,4 +82,4 @@ def test_structure_and_name_say_the_same_of_windowed_einsum(name: str) -> None:
 
 def test_a_neighbours_rows_in_a_tpu_loop_are_not_a_ring() -> None:
     """v5e pads a scattered gradient and fetches the missing rows from its neighbour, once per layer."""
-    assert realized(sample("v5e_4x4.scan8")) == [None]
+    assert realized(sample("v5e_4x4.scan8.hlo").decode()) == [None]

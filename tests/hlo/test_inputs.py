@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import sys
+import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,7 @@ def zstd(data: bytes) -> bytes:
     return zstandard.ZstdCompressor().compress(data)
 
 
+PACKS = {"gzip": lambda data: gzip.compress(data, mtime=0), "zstd": zstd}
 FORMS = {
     "text": (TEXT, "jit_c01"),
     "text with a byte-order mark": (b"\xef\xbb\xbf" + TEXT, "jit_c01"),
@@ -129,10 +133,36 @@ def test_broken_text_points_into_the_file(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{tmp_path / 'cut.hlo'}:11:")
 
 
-def test_cut_zstd_is_refused() -> None:
-    """A frame cut short decompresses to a shorter text, which the reader then sees to be cut."""
-    with pytest.raises((UserError, ParseError)):
-        read_bytes(zstd(TEXT)[:-30])
+@pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS)
+def test_compressed_data_is_refused_wherever_it_is_cut(pack: Callable[[bytes], bytes]) -> None:
+    """Even where the text that was cut off is only the line end after the last brace."""
+    packed = pack(TEXT[:-9]) + pack(TEXT[-9:])
+    assert read_bytes(packed).modules
+    joint = len(pack(TEXT[:-9]))  # the first part alone is whole as compressed data, and its text is cut
+    for cut in range(4, len(packed)):
+        with pytest.raises(ParseError if cut == joint else UserError):
+            read_bytes(packed[:cut])
+
+
+@pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS)
+def test_many_small_members_take_time_in_proportion(pack: Callable[[bytes], bytes]) -> None:
+    """Eight times as many; copying the rest for each of them would take sixty-four times as long."""
+    empty, text = pack(b""), pack(TEXT)
+
+    def seconds(count: int) -> float:
+        data = empty * count + text
+        start = time.process_time()
+        assert read_bytes(data).modules
+        return time.process_time() - start
+
+    few = min(seconds(8_000) for _ in range(3))
+    assert min(seconds(64_000) for _ in range(3)) < 24 * few
+
+
+def test_frames_that_zstd_readers_skip_are_skipped() -> None:
+    skippable = b"\x50\x2a\x4d\x18\x05\x00\x00\x00hello"
+    data = zstd(TEXT[:99]) + skippable + zstd(TEXT[99:]) + skippable
+    assert read_bytes(data).modules == read_bytes(TEXT).modules
 
 
 def test_missing_file_and_empty_folder(tmp_path: Path) -> None:
@@ -142,11 +172,27 @@ def test_missing_file_and_empty_folder(tmp_path: Path) -> None:
         read_sources(tmp_path)
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstd], ids=["gzip", "zstd"])
-def test_bombs_are_refused(pack, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS)
+def test_bombs_are_refused(pack: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "MAX_INPUT_BYTES", 1 << 20)
     assert read_bytes(pack(TEXT)).modules
     with pytest.raises(UserError, match="holds more than"):
         read_bytes(pack(TEXT + b"\n" * (8 << 20)))
     with pytest.raises(UserError, match="holds more than"):
         read_bytes(TEXT + b"\n" * (2 << 20))
+
+
+@pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS)
+def test_a_bomb_of_bombs_takes_little_memory(
+    pack: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 MiB of line ends in two layers: what is refused is never held whole."""
+    monkeypatch.setattr(inputs, "MAX_INPUT_BYTES", 1 << 20)
+    bomb = pack(pack(b"\n" * (256 << 20)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="holds more than"):
+            read_bytes(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 80 << 20
+    finally:
+        tracemalloc.stop()

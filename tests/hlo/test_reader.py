@@ -131,7 +131,7 @@ def test_text_cut_anywhere_is_an_error_that_points(path) -> None:  # type: ignor
 
 
 @pytest.mark.parametrize("path", EVERY_TEXT)
-def test_a_bracket_too_few_is_an_error(path) -> None:  # type: ignore[no-untyped-def]
+def test_a_bracket_too_few_or_too_many_is_an_error(path) -> None:  # type: ignore[no-untyped-def]
     text = read(path)
     masked = STRINGS.sub(
         lambda match: "." * len(match.group()),
@@ -139,9 +139,15 @@ def test_a_bracket_too_few_is_an_error(path) -> None:  # type: ignore[no-untyped
     )
     kinds = "(){}" if path.name.startswith("a12") else "(){}[]"  # a12: a frontend value need not be JSON
     places = [at for at, char in enumerate(masked) if char in kinds]
-    for at in random.Random(path.name).sample(places, min(25, len(places))):
+    chosen = random.Random(path.name)
+    for at in chosen.sample(places, min(25, len(places))):
         with pytest.raises(ParseError):
             everything(text[:at] + text[at + 1 :])
+    # In a dict braces are all that must balance: it need not be JSON.
+    more = "{}" if "backend_config={" in text or "frontend_attributes={" in text else "(){}[]"
+    for at in chosen.sample(places, min(15, len(places))):
+        with pytest.raises(ParseError):
+            everything(text[:at] + chosen.choice(more) + text[at:])
 
 
 ERRORS = [

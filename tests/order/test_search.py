@@ -19,7 +19,7 @@ from shardlab.errors import UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.order import orders, orders_member
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "attribute"
+GOLDEN = Path(__file__).parents[1] / "golden" / "hlo"
 TWO_HOSTS = {"data": 2, "tensor": 4}
 # All-reduce of 4,096 B over tensor: 2 · 3/4 · 4096 = 6,144 B on the wire; of 64 B over data: 2 · 1/2 · 64.
 PROGRAM = program(TWO_HOSTS, (["tensor"], 4096), (["data"], 64))
