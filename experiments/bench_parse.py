@@ -2,15 +2,18 @@
 
 Times are processor seconds: other work on the machine does not count.
 
-python experiments/bench_parse.py --megabytes=10 --largest=200
+python experiments/bench_parse.py --megabytes=10 --largest=200 --dump=some_70b.hlo
 
-The text is real: a compiled gradient of an unrolled model on eight emulated CPU devices, whose computations
-are cloned, and all called, until it is as large as asked. XLA's parser runs in a child process: it may
-abort.
+Two texts, both compiled here for eight emulated CPU devices: a training step of Llama 3 8B with its layers
+unrolled, and the densest that we know, a toy of matrices so small that every 2 kB of text hold a collective,
+whose computations are cloned, and all called, until it is as large as asked. XLA's parser runs in a child
+process, since it may abort; it does not read GPU or TPU text of its own release, so that `--dump` compares
+MB/s with what XLA reaches on the CPU text.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from absl import app, flags
@@ -26,6 +30,8 @@ MEGABYTES = flags.DEFINE_float("megabytes", 10.0, "Size of the text that both pa
 LARGEST = flags.DEFINE_float("largest", 0.0, "Also read a text of this many MB (0: four times --megabytes).")
 LAYERS = flags.DEFINE_integer("layers", 12, "Layers of the model that is compiled.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Readings of each text; the fastest counts.", lower_bound=1)
+MODEL_LAYERS = flags.DEFINE_integer("model_layers", 32, "Layers of the compiled Llama.", lower_bound=1)
+DUMPS = flags.DEFINE_multi_string("dump", [], "HLO text of a GPU or TPU, to be read as well.")
 DEVICES = flags.DEFINE_integer("devices", 9000, "Devices of the module with listed groups.", lower_bound=2)
 
 _COMPILE = """
@@ -54,11 +60,11 @@ for _ in range(int(sys.argv[2])):
 print(best)
 """
 _MEMORY = """
-import sys, tracemalloc
+import json, sys, tracemalloc
 import shardlab
 text = open(sys.argv[1]).read()
 tracemalloc.start()
-shardlab.analyze(text, {"data": 2, "model": 4})
+shardlab.analyze(text, json.loads(sys.argv[2]))
 print(tracemalloc.get_traced_memory()[1])
 """
 _HEAD = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\) -> .* \{$", re.MULTILINE)
@@ -140,7 +146,7 @@ def _processor_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def analyze_seconds(text: str, mesh: Mapping[str, int], repeats: int) -> float:
+def analyze_seconds(text: str, mesh: Mapping[str, int] | None, repeats: int) -> float:
     """Seconds that `shardlab.analyze` takes for `text`. Raises RuntimeError when it finds no collective."""
     import shardlab
 
@@ -149,10 +155,35 @@ def analyze_seconds(text: str, mesh: Mapping[str, int], repeats: int) -> float:
     return best(lambda: shardlab.analyze(text, mesh), repeats)
 
 
+def llama_text(layers: int) -> tuple[str, dict[str, int]]:
+    """A compiled training step of Llama 3 8B with `layers` unrolled layers, and its mesh."""
+    from shardlab.compile.launch import compile_case
+    from shardlab.spec.case import make_case
+    from shardlab.spec.models import MODELS
+    from shardlab.spec.plan import load_plan
+
+    plan = load_plan(Path(__file__).parents[1] / "meshes" / "cpu8-data2-fsdp2-tensor2.toml")
+    model = replace(MODELS["llama3-8b"], layers=layers)
+    case = make_case(plan, model, "cpu:8", batch=8, seq=2048, scan_layers=False)
+    return compile_case(case).hlo_text, dict(plan.axes)
+
+
+def against_xla(what: str, path: Path, text: str, mesh: Mapping[str, int], repeats: int) -> float:
+    """Both parsers on one text; the memory that ours takes. Returns our seconds."""
+    path.write_text(text)
+    xla = float(child(_XLA, str(path), str(repeats)))
+    _report(f"{what}: XLA hlo_module_from_text", text, xla)
+    once = analyze_seconds(text, mesh, repeats)
+    _report(f"{what}: shardlab.analyze", text, once, f"{once / xla:.2f} of XLA's time")
+    memory = int(child(_MEMORY, str(path), json.dumps(mesh)))
+    print(f"{what + ': peak memory':<42} {memory / 1e6:8.1f} MB: {memory / len(text):.2f} of the text")
+    return once
+
+
 def _report(what: str, text: str, seconds: float, note: str = "") -> None:
     megabytes = len(text) / 1e6
     print(
-        f"{what:<34} {megabytes:8.1f} MB {seconds:8.3f} s {megabytes / seconds:8.1f} MB/s  {note}", flush=True
+        f"{what:<42} {megabytes:8.1f} MB {seconds:8.3f} s {megabytes / seconds:8.1f} MB/s  {note}", flush=True
     )
 
 
@@ -169,19 +200,21 @@ def bench(folder: Path) -> None:
     base = child(_COMPILE, str(LAYERS.value))
     size, repeats = MEGABYTES.value * 1e6, REPEATS.value
     path = folder / "model.hlo"
+    against_xla("unrolled Llama", path, *llama_text(MODEL_LAYERS.value), repeats)
     text = cloned(base, size)
-    path.write_text(text)
-    _report("XLA hlo_module_from_text", text, xla := float(child(_XLA, str(path), str(repeats))))
-    once = analyze_seconds(text, _MESH, repeats)
-    _report("shardlab.analyze", text, once, f"{once / xla:.2f} of XLA's time")
-    memory = int(child(_MEMORY, str(path)))
-    print(f"{'peak memory beyond the text':<34} {memory / 1e6:8.1f} MB: {memory / len(text):.2f} of the text")
+    once = against_xla("dense", path, text, _MESH, repeats)
+    for dump in DUMPS.value:
+        other = Path(dump).read_text(encoding="utf-8")
+        _report(Path(dump).name, other, analyze_seconds(other, None, repeats))
     for factor in sorted({2.0, 4.0, LARGEST.value / MEGABYTES.value} - {0.0}):
         larger = cloned(base, factor * size)
         seconds = analyze_seconds(larger, _MESH, 1 if factor > 4 else repeats)
         per_byte = seconds / len(larger) / (once / len(text))
         _report(
-            f"shardlab.analyze, {factor:g} times", larger, seconds, f"{per_byte:.2f} of the time per byte"
+            f"dense, {factor:g} times: shardlab.analyze",
+            larger,
+            seconds,
+            f"{per_byte:.2f} of the time per byte",
         )
     groups = listed_groups(DEVICES.value)
     _report(
