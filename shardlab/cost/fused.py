@@ -6,7 +6,8 @@ where it is updated. Demand is followed from the root to the parameters, in elem
 operand add up, at most to the whole: an upper bound where they overlap.
 
 XLA's own count (`HloCostAnalysis::FusionParameterReadBytes`) agrees, but takes a sliced operand as whole
-when anything stands between the parameter and the slice, and a gathered table as whole always.
+when anything stands between the parameter and the slice, a gathered or scattered table as whole always, and
+an operand that is broadcast twice as read twice.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ as far as they go and updates are written in place. Sizes are logical: no paddin
 device's main memory; on a CPU, RAM. What is in VMEM, in scalar memory (TPU) or on the host (memory space 5)
 is counted apart.
 
-Where this is XLA's `bytes accessed` (`HloCostAnalysis`) the two agree; it differs on purpose: a gather reads
-the rows that it takes, not the table; memory spaces are told apart; loops count every trip (`cost_analysis`
-once); copies between memory spaces are counted at their start. It is a lower bound where an algorithm
+For a CPU program without loops it is XLA's `bytes accessed` (`HloCostAnalysis`), with these differences: a
+gather reads the rows that it takes and a scatter those that it changes, not the table; loops count every
+trip; the pointers of a tuple are not counted. The TPU compiler's own figure adds the padding of tiles and
+what moves in VMEM; for GPU targets without a GPU there is none. It is a lower bound where an algorithm
 passes over its data more than once: sorts, collectives (each operand read and result written once), flash
 attention (which reads keys and values again for each block of queries). Caches are not modelled: two
 instructions that read one value read it twice.
