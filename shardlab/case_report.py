@@ -81,7 +81,7 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
         return known
     (part,) = attribute(program, machine=machine)
     analysis = part.analysis
-    cost = step_cost(part.module, program.backend, part.graph)
+    cost = step_cost(part.module, program.backend)
     time = communication(analysis, machine)
     return replace(
         known,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from shardlab.attribute.calls import CallGraph, Range, call_graph, step_totals
-from shardlab.attribute.edges import active_instructions
 from shardlab.attribute.neighbours import enclosing_op_name
 from shardlab.attribute.origin import Origin, is_training, origin_of
 from shardlab.cost.flops import Flops, NotCountedWork, Product, find_products, total_flops
@@ -85,13 +84,12 @@ class StepCost:
     not_counted: tuple[NotCountedWork, ...]
 
 
-def step_cost(module: Module, backend: str, graph: CallGraph | None = None) -> StepCost:
+def step_cost(module: Module, backend: str) -> StepCost:
     """What a module's step costs, per instruction and in total. backend: says what memory spaces mean.
 
-    graph: the module's call graph, if at hand. Raises ParseError as `call_graph` does, and for metadata that
-    cannot be read.
+    Raises ParseError as `call_graph` does, and for metadata that cannot be read.
     """
-    graph = graph or call_graph(module)
+    graph = call_graph(module)
     products = find_products(module, graph)
     rows = _Rows(module, graph, backend, products.by_computation)
     made = tuple(rows.all())
@@ -118,8 +116,7 @@ class _Rows:
         self.inside = fused_computations(graph.sites)
         self.fused = all_fused_traffic(module, graph, self.inside)
         self.products = _with_callees(graph, self.inside, products)
-        active = (i for name in graph.sites.order for i in active_instructions(module.computations[name]))
-        self.training = is_training(active)
+        self.training = is_training(module, graph.sites.order)
         self.users: dict[str, Mapping[str, Sequence[Instruction]]] = {}
         self.not_counted: list[NotCountedWork] = []
 
