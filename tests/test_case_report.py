@@ -137,6 +137,15 @@ def test_json_has_every_member_of_the_contract() -> None:
     assert json.loads(json.dumps(document)) == document
 
 
+@pytest.mark.parametrize(("backend", "elsewhere"), [("gpu", 0), ("tpu", 3 * 2_048)])
+def test_memory_spaces_are_those_of_the_backend(backend: str, elsewhere: int) -> None:
+    """Space 1 holds w, which each trip reads: VMEM of a TPU, a part of a GPU's HBM."""
+    text = HLO.replace("w = f32[16,32]{1,0}", "w = f32[16,32]{1,0:S(1)}")
+    made = report_case(case(), program(hlo_text=text, backend=backend), load_machine("h100:1x8"))
+    assert made.cost is not None
+    assert made.cost.other_bytes == elsewhere
+
+
 def test_json_lists_instructions_only_when_asked() -> None:
     made = report_case(case(), program(), load_machine("h100:1x8"))
     assert "instructions" not in to_json(made)

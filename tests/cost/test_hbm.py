@@ -233,6 +233,29 @@ def test_a_fusion_with_several_results_and_an_operand_updated_in_place() -> None
     assert row.traffic == Traffic(2 * B + 4, 2 * B)
 
 
+def test_two_updates_of_one_operand_are_both_in_place() -> None:
+    before = """twice {
+  p = f32[64,16]{1,0} parameter(0)
+  u = f32[2,16]{1,0} parameter(1)
+  v = f32[4,16]{1,0} parameter(2)
+  i = s32[] parameter(3)
+  first = f32[64,16]{1,0} dynamic-update-slice(p, u, i, i)
+  same = f32[64,16]{1,0} bitcast(first)
+  ROOT second = f32[64,16]{1,0} dynamic-update-slice(same, v, i, i)
+}
+
+"""
+    lines = (
+        X,
+        "u = f32[2,16]{1,0} parameter(1)",
+        "v = f32[4,16]{1,0} parameter(2)",
+        "i = s32[] parameter(3)",
+        "ROOT f = f32[64,16]{1,0} fusion(x, u, v, i), kind=kLoop, calls=twice",
+    )
+    (row,) = cost_of(entry(*lines, before=before)).instructions
+    assert row.traffic == Traffic(128 + 256 + 4, 128 + 256)
+
+
 def test_a_fusion_inside_a_fusion_hands_on_what_it_needs() -> None:
     nested = FUSED + (
         "outer {\n  p = f32[8,64,16]{2,1,0} parameter(0)\n  x = f32[64,16]{1,0} parameter(1)\n"
