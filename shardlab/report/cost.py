@@ -9,7 +9,7 @@ from fractions import Fraction
 from shardlab.analysis import ByteRange
 from shardlab.case_report import CaseReport
 from shardlab.cost.instructions import InstructionCost, StepCost
-from shardlab.report.figures import most, percent, scaled, times
+from shardlab.report.figures import NONE, most, percent, scaled, times
 from shardlab.report.page import Cell, Column, Line, Table, cell, code
 from shardlab.units import format_bytes, format_count
 
@@ -93,13 +93,15 @@ def _row(row: InstructionCost, total: ByteRange, amount: Amount, text: Format) -
     return (
         (Line(text(total), "strong"), Line(f"{times(row.executions)} {each}", "dim")),
         (Line(row.kind), *code(row.name)),
-        cell("unknown" if row.intensity is None else _intensity_text(row.intensity)),
+        cell(_intensity_text(row)),
         (Line(phase), *code(row.layer), *code(row.source)),
     )
 
 
-def _intensity_text(value: Fraction) -> str:
-    return format_count(value, "").rstrip()
+def _intensity_text(row: InstructionCost) -> str:
+    if row.intensity is None:
+        return "unknown" if row.traffic is None else NONE  # nothing in HBM: all operands are in VMEM
+    return format_count(row.intensity, "").rstrip()
 
 
 def _not_counted(cost: StepCost) -> Table:

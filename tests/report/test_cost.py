@@ -86,6 +86,12 @@ def test_the_heaviest_instructions_are_listed_with_their_intensity() -> None:
     assert "`c\\|1`" in to_markdown(page)
 
 
+def test_a_product_in_vmem_has_no_intensity() -> None:
+    row = replace(PRODUCT, traffic=Traffic(0, 0, 5))
+    page = explain_page(report(cost=replace(COST, instructions=(row,))))
+    assert [cells[2] for cells in texts(page, "Products")] == ["–"]
+
+
 def test_only_the_heaviest_are_shown_and_the_rest_is_summed() -> None:
     page = explain_page(report(cost=COST), top=1)
     (table,) = (one for one in page.tables if one.title == "Products")
