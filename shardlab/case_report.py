@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from shardlab.analysis import Analysis, analyze
+from shardlab.analysis import Analysis, attribute
 from shardlab.audit import Finding, audit, finding_json
-from shardlab.cost.flops import Flops, hardware_flops, model_flops
+from shardlab.cost.flops import Flops, model_flops
+from shardlab.cost.instructions import InstructionCost, StepCost, step_cost
 from shardlab.cost.memory import MemoryFit, memory_report
 from shardlab.cost.network import communication
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.machine import Machine
-from shardlab.hlo.reader import parse
 from shardlab.program import Program, Refusal
 from shardlab.spec.case import Case
 from shardlab.spec.names import strategy_names
@@ -37,7 +37,8 @@ class CaseReport:
     infeasible: the plan cannot be put on this model and machine. failure: it could not be compiled (with
     what to do).
     hardware_flops: per device per step, from the compiled program with trip counts; model_flops: 6·N·D plus
-    attention over all devices. communication_s: Σ executions · max over tiers of bytes / bandwidth (no
+    attention over all devices. cost: FLOPs and HBM traffic, per instruction.
+    communication_s: Σ executions · max over tiers of bytes / bandwidth (no
     latency, no overlap).
     tier_s: the same per tier. findings: of the audit. emulated rows are never ranked among real ones.
     """
@@ -48,6 +49,7 @@ class CaseReport:
     memory: MemoryFit | None = None
     hardware_flops: int | None = None
     model_flops: int | None = None
+    cost: StepCost | None = None
     communication_s: float | None = None
     tier_s: Mapping[str, float] | None = None
     findings: tuple[Finding, ...] = ()
@@ -77,18 +79,19 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
     )
     if program.refusal is not None:
         return known
-    analysis = analyze(program, machine=machine)
-    (module,) = parse(program.hlo_text, program.name)
-    work = hardware_flops(module)
+    (part,) = attribute(program, machine=machine)
+    analysis = part.analysis
+    cost = step_cost(part.module, program.backend)
     time = communication(analysis, machine)
     return replace(
         known,
         analysis=analysis,
-        hardware_flops=work.total,
+        hardware_flops=cost.flops.total,
+        cost=cost,
         communication_s=time.communication_s,
         tier_s=time.tier_s or None,
-        findings=audit(module, analysis, program),
-        notes=(*known.notes, *_flops_notes(work)),
+        findings=audit(part.module, analysis, program),
+        notes=(*known.notes, *_flops_notes(cost.flops)),
     )
 
 
@@ -114,8 +117,11 @@ def _flops_notes(work: Flops) -> tuple[str, ...]:
     return (*work.notes, *missing)
 
 
-def to_json(report: CaseReport) -> Json:
-    """The report as a document of schema `shardlab.report/1`: what is not known is absent, never zero."""
+def to_json(report: CaseReport, *, instructions: bool = False) -> Json:
+    """The report as a document of schema `shardlab.report/1`: what is not known is absent, never zero.
+
+    instructions: with FLOPs and HBM traffic of every instruction, and what of these was not counted.
+    """
     document: Json = {"schema": SCHEMA, "case": case_json(report), "notes": list(report.notes)}
     if report.infeasible is not None:
         document["infeasible"] = report.infeasible
@@ -124,15 +130,61 @@ def to_json(report: CaseReport) -> Json:
     if report.analysis is not None:
         document["analysis"] = report.analysis.to_json()
         document["audit"] = [finding_json(finding) for finding in report.findings]
-    members = {
+    members: Json = {
         "memory": _memory_json(report),
-        "compute": _known(flops=report.hardware_flops, model_flops=report.model_flops),
+        "compute": _compute_json(report),
         "prediction": _known(
             communication_s=report.communication_s,
             communication_by_tier_s=dict(report.tier_s) if report.tier_s else None,
         ),
     }
+    if instructions and report.cost is not None:
+        missing = (*report.cost.flops.unknown, *report.cost.not_counted)
+        members |= {
+            "instructions": [_instruction_json(row) for row in report.cost.instructions],
+            "not_counted": [asdict(one) for one in dict.fromkeys(missing)],
+        }
     return document | {key: value for key, value in members.items() if value}
+
+
+def _compute_json(report: CaseReport) -> Json:
+    """Per device and step, but for `model_flops`, which is of all devices."""
+    members = _known(flops=report.hardware_flops, model_flops=report.model_flops)
+    cost = report.cost
+    if cost is None:
+        return members
+    return members | _known(
+        matmul_flops=cost.flops.matmul,
+        attention_flops=cost.flops.attention,
+        recompute_flops=cost.recompute_flops,
+        hbm_read_bytes=cost.read_bytes,
+        hbm_written_bytes=cost.written_bytes,
+        other_memory_bytes=cost.other_bytes,
+    )
+
+
+def _instruction_json(row: InstructionCost) -> Json:
+    """FLOPs and bytes per execution; `flops_per_byte` is the arithmetic intensity."""
+    traffic = row.traffic
+    return {
+        "name": row.name,
+        "computation": row.computation,
+        "kind": row.kind,
+        "executions": list(row.executions),
+        "matmul_flops": row.matmul_flops,
+        "attention_flops": row.attention_flops,
+        "recompute": row.recompute,
+        **_known(
+            hbm_read_bytes=traffic.read_bytes if traffic else None,
+            hbm_written_bytes=traffic.written_bytes if traffic else None,
+            other_memory_bytes=traffic.other_bytes if traffic else None,
+            flops_per_byte=None if row.intensity is None else float(row.intensity),
+        ),
+        "phase": row.phase,
+        "layer": row.layer,
+        "op_name": row.op_name,
+        "source": row.source,
+    }
 
 
 def case_json(report: CaseReport) -> Json:

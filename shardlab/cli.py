@@ -262,7 +262,7 @@ def run_explain(args: argparse.Namespace) -> int:
     _write_program(report.program, args.hlo, args.save)
     orders = orders_of(report) if args.order else None
     if args.json:
-        _print_json(to_json(report) | orders_member(orders))
+        _print_json(to_json(report, instructions=True) | orders_member(orders))
     else:
         from shardlab.report.explain import explain_page
         from shardlab.report.order import with_orders

@@ -57,6 +57,11 @@ def test_a_report_joins_memory_flops_and_time() -> None:
     machine = load_machine("h100:1x8")
     made = report_case(case(), program(), machine)
     assert made.hardware_flops == 3 * 65_536
+    assert made.cost is not None
+    # A trip reads x (4,096 bytes) and w (2,048) and writes y (8,192); the gather reads 4,096, writes 32,768.
+    # The loop's own counter and test: 8 + 4 bytes in each of 3 trips, 8 + 1 in each of 4 tests.
+    assert made.cost.read_bytes == 3 * (4_096 + 2_048) + 4_096 + 3 * 8 + 4 * 8
+    assert made.cost.written_bytes == 3 * 8_192 + 32_768 + 3 * 4 + 4 * 1
     assert made.model_flops == model_flops(case().model, 8, 128, "train")
     assert made.memory is not None
     assert (made.memory.peak_bytes, made.memory.fits) == (30 * GB, "yes")
@@ -129,6 +134,36 @@ def test_json_has_every_member_of_the_contract() -> None:
     assert isinstance(described, dict)
     assert (described["plan"], described["model"], described["machine"]) == ("fsdp8", "tiny", "h100:1x8")
     assert (described["batch"], described["seq"], described["workload"]) == (8, 128, "train")
+    assert json.loads(json.dumps(document)) == document
+
+
+@pytest.mark.parametrize(("backend", "elsewhere"), [("gpu", 0), ("tpu", 3 * 2_048)])
+def test_memory_spaces_are_those_of_the_backend(backend: str, elsewhere: int) -> None:
+    """Space 1 holds w, which each trip reads: VMEM of a TPU, a part of a GPU's HBM."""
+    text = HLO.replace("w = f32[16,32]{1,0}", "w = f32[16,32]{1,0:S(1)}")
+    made = report_case(case(), program(hlo_text=text, backend=backend), load_machine("h100:1x8"))
+    assert made.cost is not None
+    assert made.cost.other_bytes == elsewhere
+
+
+def test_json_lists_instructions_only_when_asked() -> None:
+    made = report_case(case(), program(), load_machine("h100:1x8"))
+    assert "instructions" not in to_json(made)
+    document = to_json(made, instructions=True)
+    compute = document["compute"]
+    assert isinstance(compute, dict)
+    assert (compute["flops"], compute["matmul_flops"], compute["recompute_flops"]) == (
+        3 * 65_536,
+        3 * 65_536,
+        0,
+    )
+    rows = document["instructions"]
+    assert isinstance(rows, list)
+    (product,) = (row for row in rows if row["name"] == "y")
+    assert product["executions"] == [3, 3]
+    assert (product["matmul_flops"], product["attention_flops"]) == (65_536, 0)
+    assert (product["hbm_read_bytes"], product["hbm_written_bytes"]) == (6_144, 8_192)
+    assert product["flops_per_byte"] == pytest.approx(65_536 / 14_336)
     assert json.loads(json.dumps(document)) == document
 
 

@@ -1,7 +1,8 @@
 """Floating-point work of a step: what the compiled program does, and what the model needs.
 
 Hardware FLOPs count every matrix product, convolution and fused attention kernel of the compiled program as
-often as it runs, recomputation included. Elementwise work is left out, as in all such counts. Model FLOPs
+often as it runs, recomputation included; of a conditional the dearest branch, whether it is taken or masked
+out. Elementwise work is left out, as in all such counts. Model FLOPs
 are the formula that MFU is defined with. XLA's own `cost_analysis` counts a loop body once and fused
 kernels not at all.
 """
@@ -31,6 +32,22 @@ class NotCountedWork:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix product, convolution or attention kernel, and the work of one execution."""
+
+    instruction: Instruction
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """The products of a program by the computation that they stand in, and what could not be counted."""
+
+    by_computation: Mapping[str, tuple[Product, ...]]
+    unknown: tuple[NotCountedWork, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flops:
     """FLOPs per device per step; of a conditional the dearest branch. None: in a loop that cannot be bounded.
@@ -55,24 +72,35 @@ def hardware_flops(module: Module, graph: CallGraph | None = None) -> Flops:
     Raises ParseError as `call_graph` does.
     """
     graph = graph or call_graph(module)
-    amounts: dict[str, dict[str, Fraction]] = {}
+    return total_flops(graph, find_products(module, graph))
+
+
+def find_products(module: Module, graph: CallGraph) -> Products:
+    """Every product of the computations that run. Raises ParseError for metadata that cannot be read."""
+    found: dict[str, tuple[Product, ...]] = {}
     unknown: list[NotCountedWork] = []
-    notes: dict[str, None] = {}
     for name, times in graph.times.items():
-        if times[1] == 0:
-            continue
-        done: dict[str, Fraction] = {}
-        for work in _works(module.computations[name], unknown):
-            done[work.kind] = done.get(work.kind, Fraction(0)) + work.flops
-            if work.note:
-                notes[work.note] = None
-        if done:
-            amounts[name] = done
+        products = tuple(_products(module.computations[name], unknown)) if times[1] != 0 else ()
+        if products:
+            found[name] = products
+    return Products(found, tuple(unknown))
+
+
+def total_flops(graph: CallGraph, products: Products) -> Flops:
+    """The products summed over a step: as often as they run, of a conditional the dearest branch."""
+    amounts: dict[str, dict[str, Fraction]] = {}
+    notes: dict[str, None] = {}
+    for name, found in products.by_computation.items():
+        done = amounts.setdefault(name, {})
+        for product in found:
+            done[product.work.kind] = done.get(product.work.kind, Fraction(0)) + product.work.flops
+            if product.work.note:
+                notes[product.work.note] = None
     totals = step_totals(graph, amounts)
     return Flops(
         matmul=_upper(totals, "matmul"),
         attention=_upper(totals, "attention"),
-        unknown=tuple(unknown),
+        unknown=products.unknown,
         notes=tuple(notes),
     )
 
@@ -82,7 +110,7 @@ def _upper(totals: Mapping[str, tuple[Fraction, Fraction | None]], kind: str) ->
     return None if high is None else int(high)
 
 
-def _works(computation: Computation, unknown: list[NotCountedWork]) -> Iterator[Work]:
+def _products(computation: Computation, unknown: list[NotCountedWork]) -> Iterator[Product]:
     """The work of one run of a computation's own instructions; what cannot be counted is appended to
     `unknown`."""
     for instruction in computation.instructions.values():
@@ -93,7 +121,7 @@ def _works(computation: Computation, unknown: list[NotCountedWork]) -> Iterator[
             unknown.append(NotCountedWork(instruction.name, what, str(reason)))
             continue
         if work is not None:
-            yield work
+            yield Product(instruction, work)
 
 
 def _work(instruction: Instruction, computation: Computation) -> Work | None:

@@ -10,6 +10,7 @@ from shardlab.case_report import EMULATED_NOTE, CaseReport
 from shardlab.compare import refusal_reason
 from shardlab.cost.network import communication
 from shardlab.report.comparison import time_text
+from shardlab.report.cost import cost_facts, cost_tables
 from shardlab.report.figures import (
     axes_text,
     key_text,
@@ -38,6 +39,7 @@ def explain_page(report: CaseReport, top: int = TOP) -> Page:
     facts = (*_case_facts(report), *_figure_facts(report))
     tables = (
         *_tables(report.analysis, top, report.tier_s or {}),
+        *(cost_tables(report.cost, top) if report.cost is not None else ()),
         *_audit(report.findings),
         *_warning_tables(report),
     )
@@ -89,6 +91,7 @@ def _figure_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
         facts.append(("FLOPs", f"{format_count(report.hardware_flops)} per device and step, as compiled"))
     if report.model_flops is not None:
         facts.append(("model FLOPs", f"{format_count(report.model_flops)} per step, all devices"))
+    facts += cost_facts(report)
     if analysis is not None:
         facts.append(("sent", f"{format_bytes(analysis.totals.wire_bytes)} per device and step"))
     if report.communication_s is not None:
