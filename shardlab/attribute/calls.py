@@ -13,15 +13,15 @@ from fractions import Fraction
 from typing import TypeVar
 
 from shardlab.attribute.edges import CallSite, CallSites, call_sites
+from shardlab.attribute.scalars import Slice
+from shardlab.attribute.schedule import NO_SCHEDULE, ONCE, Range, Schedule, add, hull, multiply, schedule_of
 from shardlab.attribute.trips import Trips, trip_count
 from shardlab.hlo.attributes import errors_at
 from shardlab.hlo.module import Module
 
-Range = tuple[int, int | None]
 Amount = tuple[Fraction, Fraction | None]
 K = TypeVar("K", bound=Hashable)
 
-ONCE: Range = (1, 1)
 _ZERO = Fraction(0)
 _UNKNOWN = Trips(0, None)
 _NOTHING: Amount = (_ZERO, _ZERO)
@@ -41,13 +41,15 @@ class CallGraph:
     """What runs what, how often.
 
     sites: the call sites, callers before callees. calls: computation -> what its instructions run, in order.
-    loops: (computation, while) -> its trips. times: reached computation -> runs per step.
+    loops: (computation, while) -> its trips. times: reached computation -> runs per step, over all
+    devices. schedule: what conditionals choose where that is known; these are not among `calls`.
     """
 
     sites: CallSites
     calls: Mapping[str, tuple[Calls, ...]]
     loops: Mapping[tuple[str, str], Trips]
     times: Mapping[str, Range]
+    schedule: Schedule = NO_SCHEDULE
 
 
 def computation_executions(module: Module) -> dict[str, Range]:
@@ -67,13 +69,24 @@ def call_graph(module: Module, *, plain: bool = True) -> CallGraph:
     """
     sites = call_sites(module, plain=plain)
     loops: dict[tuple[str, str], Trips] = {}
+    scalars = Slice(module, sites)
     for name in sites.order:
         for site in sites.by_caller[name]:
             if site.role == "body":
                 with errors_at(site.instruction):
-                    loops[name, site.instruction.name] = trip_count(module, sites, name, site.instruction)
-    calls = {name: _calls(module, sites.by_caller[name], loops) for name in sites.order}
-    return CallGraph(sites, calls, loops, _times(sites.order, calls))
+                    loops[name, site.instruction.name] = trip_count(scalars, name, site.instruction)
+    schedule = schedule_of(scalars, loops, lambda site: _weight(module, loops, site))
+    calls = {
+        name: _calls(
+            module,
+            [s for s in sites.by_caller[name] if (name, s.instruction.name) not in schedule.branches],
+            loops,
+        )
+        for name in sites.order
+    }
+    by_kind = schedule.times.items()
+    times = {name: hull(found) for name, found in by_kind} or _times(sites.order, calls)
+    return CallGraph(sites, calls, loops, times, schedule)
 
 
 def step_totals(graph: CallGraph, amounts: Mapping[str, Mapping[K, Fraction]]) -> dict[K, Amount]:
@@ -91,19 +104,22 @@ def step_totals(graph: CallGraph, amounts: Mapping[str, Mapping[K, Fraction]]) -
             for part in [_one_of(parts, len(calls.callees))] if calls.branches else parts:
                 _accumulate(total, part)
         totals[name] = total
-    return dict(totals[graph.sites.order[0]])
+    return _over_devices(graph, totals)
 
 
-def multiply(a: Range, b: Range) -> Range:
-    """Product of two ranges of counts; nothing times unknown is nothing."""
-    if 0 in (a[1], b[1]):
-        return 0, 0
-    return a[0] * b[0], None if a[1] is None or b[1] is None else a[1] * b[1]
-
-
-def add(a: Range, b: Range) -> Range:
-    """Sum of two ranges of counts."""
-    return a[0] + b[0], None if a[1] is None or b[1] is None else a[1] + b[1]
+def _over_devices(graph: CallGraph, totals: Mapping[str, Mapping[K, Amount]]) -> dict[K, Amount]:
+    """Key by key the least and the greatest over the kinds of devices. totals: of one run of each
+    computation, without the branches of known conditionals; these are added as often as each kind runs them.
+    """
+    kinds: list[dict[K, Amount]] = []
+    for kind in range(graph.schedule.num_kinds):
+        total = dict(totals[graph.sites.order[0]])
+        for (name, conditional), branches in graph.schedule.branches.items():
+            sites = [s for s in graph.sites.by_caller[name] if s.instruction.name == conditional]
+            for site, times in zip(sites, branches, strict=True):
+                _accumulate(total, _scaled(totals[site.callee], times[kind]))
+        kinds.append(total)
+    return _one_of(kinds, len(kinds))
 
 
 def _calls(

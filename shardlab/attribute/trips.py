@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardlab.attribute.edges import CallSites
-from shardlab.attribute.scalars import LoopKey, Node, Path, Ref, Slice, limits, operation
+from shardlab.attribute.arithmetic import limits
+from shardlab.attribute.effort import MAX_OPERATIONS, Effort
+from shardlab.attribute.nodes import DEVICE_NUMBERS, LoopKey, Node, Path, Ref, is_odd, operation
+from shardlab.attribute.scalars import Slice
 from shardlab.hlo.attributes import computation_names, known_trip_count
-from shardlab.hlo.module import Instruction, Module
+from shardlab.hlo.module import Instruction
 
 MAX_ITERATIONS = 100_000
+SPENT = f"not simulated: the module's loops and branches together take more than {MAX_OPERATIONS} operations"
 
 _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "EQ": "EQ", "NE": "NE"}
 
@@ -30,8 +33,10 @@ class Trips:
     reason: str = ""
 
 
-def trip_count(module: Module, sites: CallSites, caller: str, loop: Instruction) -> Trips:
-    """Trips of the while instruction `loop` of computation `caller`."""
+def trip_count(slice_: Slice, caller: str, loop: Instruction) -> Trips:
+    """Trips of the while instruction `loop` of computation `caller`. slice_: of the module that holds it; all
+    loops of a module share one, and its effort.
+    """
     known = known_trip_count(loop)
     if known is not None and known >= 0:
         return Trips(known, known)
@@ -39,7 +44,7 @@ def trip_count(module: Module, sites: CallSites, caller: str, loop: Instruction)
     body = computation_names(loop, "body")
     if not condition or not body or not loop.operands:
         return Trips(0, None, "the loop has no condition, body or state")
-    return _derive(_Loop(Slice(module, sites), caller, loop, condition[0], body[0]))
+    return _derive(_Loop(slice_, caller, loop, condition[0], body[0]))
 
 
 @dataclass(slots=True)
@@ -95,7 +100,7 @@ def _derive(loop: _Loop) -> Trips:
     counts, reasons = [], []
     for test in _tests(loop):
         machine = _machine(loop, test)
-        outcome = machine if isinstance(machine, str) else _count(machine)
+        outcome = machine if isinstance(machine, str) else _count(machine, loop.slice.effort)
         if isinstance(outcome, str):
             reasons.append(outcome)
         else:
@@ -108,14 +113,17 @@ def _derive(loop: _Loop) -> Trips:
 
 def _tests(loop: _Loop) -> list[int]:
     """The condition, split at its outermost ands."""
-    nodes, todo, found = loop.slice.nodes, [loop.test()], []
+    nodes, todo = loop.slice.nodes, [loop.test()]
+    found: dict[int, None] = {}
+    seen = set(todo)
     while todo:
         index = todo.pop()
         if nodes[index].op == "and":
-            todo.extend(nodes[index].args)
+            todo.extend(arg for arg in dict.fromkeys(nodes[index].args) if arg not in seen)
+            seen.update(nodes[index].args)
         else:
-            found.append(index)
-    return found
+            found[index] = None
+    return list(found)
 
 
 def _machine(loop: _Loop, test: int) -> _Machine | str:
@@ -129,10 +137,14 @@ def _machine(loop: _Loop, test: int) -> _Machine | str:
         index = todo.pop()
         if index in needed:
             continue
+        if not loop.slice.effort.spend(1):
+            return SPENT
         needed.add(index)
         node = nodes[index]
-        if node.op == "unknown" or (node.op == "state" and node.note):
+        if is_odd(node):
             return node.note
+        if node.op in DEVICE_NUMBERS:
+            return f"the count depends on the device's {node.op}"
         todo.extend(node.args)
         if node.op == "state":
             start = loop.before(node.path)
@@ -145,9 +157,9 @@ def _machine(loop: _Loop, test: int) -> _Machine | str:
     return _Machine(nodes, test, program, first, after)
 
 
-def _count(machine: _Machine) -> int | str:
+def _count(machine: _Machine, effort: Effort) -> int | str:
     exact = _closed_form(machine)
-    return exact if exact is not None else _simulate(machine)
+    return exact if exact is not None else _simulate(machine, effort)
 
 
 def _closed_form(machine: _Machine) -> int | None:
@@ -223,7 +235,7 @@ def _arithmetic(start: int, step: int, limit: int, direction: str) -> int | None
     )
 
 
-def _simulate(machine: _Machine) -> int | str:
+def _simulate(machine: _Machine, effort: Effort) -> int | str:
     """Run the loop's integers; a state that stands still, or too long a run, is not a count."""
     values = {**machine.first}
     for index in machine.program:
@@ -231,6 +243,8 @@ def _simulate(machine: _Machine) -> int | str:
             values[index] = machine.nodes[index].value
     running = [(i, operation(machine.nodes[i])) for i in machine.program if machine.nodes[i].op != "constant"]
     for trip in range(MAX_ITERATIONS):
+        if not effort.spend(len(running) + len(machine.after)):
+            return SPENT
         try:
             for index, compute in running:
                 values[index] = compute(values)

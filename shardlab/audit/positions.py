@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shardlab.attribute.scalars import COMPARISONS, OPERATIONS, wrap
+from shardlab.attribute.arithmetic import COMPARISONS, OPERATIONS, wrap
 from shardlab.audit.flow import Flow, Value
 from shardlab.hlo.groups import flattened_groups
 from shardlab.hlo.module import Instruction, Module

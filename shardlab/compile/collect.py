@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from shardlab.compile.logs import refusal
+from shardlab.compile.tables import text_of
 from shardlab.compile.tpu import device_index
 from shardlab.compile.versions import versions
 from shardlab.errors import CompileFailed
@@ -45,7 +46,7 @@ def compile_lowered(
         return Compiled(program=replace(template, refusal=refused, compile_s=elapsed_s), executable=None)
     elapsed_s = time.monotonic() - started
     program = replace(
-        template, hlo_text=executable.as_text(), memory=memory_of(executable), compile_s=elapsed_s
+        template, hlo_text=text_of(executable), memory=memory_of(executable), compile_s=elapsed_s
     )
     return Compiled(program=program, executable=executable)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from shardlab.errors import ParseError
@@ -253,17 +254,44 @@ _INT_FIELDS = {"pred": 2, "s32": 4, "s64": 5, "u32": 6, "u64": 7}
 _BYTE_FIELDS = {"s8": (15, 1), "u8": (3, 1), "s16": (17, 2), "u16": (16, 2), "s4": (21, 1), "u4": (22, 1)}
 
 
+MAX_ENTRIES = 1_000_000
+_ELIDED = "{...}"
+
+
 def literal_text(message: Message, shape: Shape) -> str:
-    """The text of a scalar integer or truth value, all that later stages evaluate; else `{...}`."""
-    if shape.dims or not message:
-        return "{...}"
-    if shape.dtype in _INT_FIELDS:
-        value = (integers(message, _INT_FIELDS[shape.dtype]) or [0])[0]
-        if shape.dtype == "pred":
-            return "true" if value else "false"
-        return str(value % (1 << 64) if shape.dtype == "u64" else value)
-    if shape.dtype in _BYTE_FIELDS:
-        number, size = _BYTE_FIELDS[shape.dtype]
-        raw = (blobs(message, number) or [b"\0" * size])[0][:size]
-        return str(int.from_bytes(raw, "little", signed=shape.dtype.startswith("s")))
-    return "{...}"
+    """The text of integers or truth values, all that later stages evaluate; else `{...}`.
+
+    Of an array: its entries in row-major order, without the braces of the rows.
+    """
+    size = math.prod(extent or 0 for extent in shape.dims)
+    if not message or size > MAX_ENTRIES or not (shape.dtype in _INT_FIELDS or shape.dtype in _BYTE_FIELDS):
+        return _ELIDED
+    packed = shape.dtype in ("s4", "u4")  # two to a byte
+    if shape.dims and (packed or not _is_row_major(submessage(message, 1), len(shape.dims))):
+        return _ELIDED
+    values = _entries(message, shape.dtype, size)
+    if not shape.dims:
+        return (values or [_entry(0, shape.dtype)])[0]
+    return "{" + ", ".join(values) + "}" if len(values) == size else _ELIDED
+
+
+def _is_row_major(shape: Message, rank: int) -> bool:
+    """Entries are stored in the order of the literal's own layout, from the minor dimension up."""
+    minor_to_major = integers(submessage(shape, 5), 1)
+    return rank < 2 or list(minor_to_major) == list(range(rank))[::-1]
+
+
+def _entries(message: Message, dtype: str, size: int) -> list[str]:
+    if dtype in _INT_FIELDS:
+        return [_entry(value, dtype) for value in integers(message, _INT_FIELDS[dtype])]
+    number, width = _BYTE_FIELDS[dtype]
+    raw = (blobs(message, number) or [b""])[0][: size * width]
+    signed = dtype.startswith("s")
+    parts = [raw[offset : offset + width] for offset in range(0, len(raw), width)]
+    return [_entry(int.from_bytes(part, "little", signed=signed), dtype) for part in parts]
+
+
+def _entry(value: int, dtype: str) -> str:
+    if dtype == "pred":
+        return "true" if value else "false"
+    return str(value % (1 << 64) if dtype == "u64" else value)

@@ -73,7 +73,8 @@ LOOP = """%body (s: (s32[], s32[])) -> (s32[], s32[]) {
   %i = s32[] get-tuple-element(%s), index=0
   %n = s32[] get-tuple-element(%s), index=1
   %x = f32[] constant(0)
-  %c = f32[] conditional(%i, %x, %x), branch_computations={%a, %b}
+  %drawn = s32[] custom-call(), custom_call_target="draw"
+  %c = f32[] conditional(%drawn, %x, %x), branch_computations={%a, %b}
   %one = s32[] constant(1)
   %next = s32[] add(%i, %one)
   ROOT %t = (s32[], s32[]) tuple(%next, %n)

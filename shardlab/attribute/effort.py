@@ -1,0 +1,36 @@
+"""How much work one module's loops and branches may cause: counted, never timed, so that answers repeat.
+
+Hostile text can hold thousands of loops that must be simulated, or calls that fan out without end. All of a
+module's loops share one allowance; what comes after it is spent is unknown, with a reason that says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_STEPS = 400_000
+MAX_OPERATIONS = 4_000_000
+
+
+@dataclass(slots=True)
+class Effort:
+    """What is left for one module.
+
+    steps: instructions that may be followed to find what a number depends on. operations: scalar operations
+    that may be carried out, iterations x length of the program.
+    """
+
+    steps: int = MAX_STEPS
+    operations: int = MAX_OPERATIONS
+
+    def follow(self) -> bool:
+        """Take one step; False when none is left."""
+        self.steps -= 1
+        return self.steps >= 0
+
+    def spend(self, operations: int) -> bool:
+        """Take so many operations if they are left."""
+        if operations > self.operations:
+            return False
+        self.operations -= operations
+        return True
