@@ -7,7 +7,15 @@ from dataclasses import fields
 from fractions import Fraction
 from typing import Any
 
-from shardlab.analysis.records import Analysis, ByteRange, CollectiveRow, LedgerEntry, ModuleFacts, Totals
+from shardlab.analysis.records import (
+    Analysis,
+    ByteRange,
+    CollectiveRow,
+    DeviceRuns,
+    LedgerEntry,
+    ModuleFacts,
+    Totals,
+)
 from shardlab.analysis.totals import TABLES
 from shardlab.errors import Problem, UserError
 
@@ -44,9 +52,8 @@ def _module_json(facts: ModuleFacts) -> dict[str, Any]:
 
 # Members that are there only when there is something to say; all others always are.
 _OPTIONAL = {
-    "axes_reason", "logical_payload_bytes", "logical_wire_bytes", "traffic", "tier_s", "algorithm", "bound",
-    "realizes",
-    "recompute", "time_s", "module",
+    "axes_reason", "by_device", "logical_payload_bytes", "logical_wire_bytes", "traffic", "tier_s",
+    "algorithm", "bound", "realizes", "recompute", "time_s", "module",
 }  # fmt: skip
 
 
@@ -56,7 +63,9 @@ def _row_json(row: CollectiveRow) -> dict[str, Any]:
         value = getattr(row, member.name)
         if member.name in _OPTIONAL and (value is None or value is False):
             continue
-        if isinstance(value, Fraction):
+        if member.name == "by_device":
+            value = [{"executions": list(part.executions), "devices": part.devices} for part in value]
+        elif isinstance(value, Fraction):
             value = _number(value)
         elif isinstance(value, Mapping):
             value = {k: _number(v) if isinstance(v, Fraction) else v for k, v in value.items()}
@@ -116,6 +125,11 @@ def _row_from(document: Mapping[str, Any]) -> CollectiveRow:
             row[name] = _exact(row[name])
     for name in ("axes", "executions", "dtypes"):
         row[name] = None if row[name] is None else tuple(row[name])
+    if row.get("by_device") is not None:
+        row["by_device"] = tuple(
+            DeviceRuns(executions=tuple(part["executions"]), devices=part["devices"])
+            for part in row["by_device"]
+        )
     if row.get("traffic") is not None:
         row["traffic"] = {tier: _exact(amount) for tier, amount in row["traffic"].items()}
     return CollectiveRow(**row)

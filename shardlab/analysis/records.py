@@ -16,15 +16,24 @@ ByteRange = tuple[Fraction, Fraction | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRuns:
+    """How often some devices run a collective, where devices differ. devices: flattened ids, as `0-3,8`."""
+
+    executions: Range
+    devices: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CollectiveRow:
     """One collective of the compiled program. Bytes are per execution (DESIGN section 3 gives the formulas).
 
     axes: mesh axes that vary inside a group, in mesh order, sub-axes as `fsdp:(8)8`; () for groups of one;
         None with `axes_reason` when nothing fits.
-    executions: (min, max) per step. traffic: bytes each device sends per tier, None without a machine.
+    executions: (min, max) per step, over all devices. by_device: of each device, where devices differ and
+        that is known (a pipeline's schedule); None otherwise.
+    traffic: bytes each device sends per tier, None without a machine.
     tier_s: seconds that traffic keeps each tier busy, per execution (`cost.traffic.Traffic.tier_s`); None
-    where a
-        bandwidth is unknown. Tiers work at once: one execution takes the longest, `time_s`.
+        where a bandwidth is unknown. Tiers work at once: one execution takes the longest, `time_s`.
     bound: "upper" where only a bound is known. phase: forward | backward | optimizer | other.
     """
 
@@ -36,6 +45,7 @@ class CollectiveRow:
     group_size: int
     num_groups: int
     executions: Range
+    by_device: tuple[DeviceRuns, ...] | None = None
     asynchronous: bool
     dtypes: tuple[str, ...]
     payload_bytes: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shardlab.analysis.records import CollectiveRow, LedgerEntry
+from shardlab.analysis.records import CollectiveRow, DeviceRuns, LedgerEntry, Range
 from shardlab.attribute.axes import Axes, axes_of_groups, axes_of_pairs
 from shardlab.attribute.calls import CallGraph
 from shardlab.attribute.chains import Chains
@@ -36,6 +36,7 @@ class Rows:
     _known: dict[tuple[object, ...], tuple[Members, Axes]] = field(default_factory=dict)
     _wires: dict[tuple[str, int, int, int], Wire] = field(default_factory=dict)
     _inexact: dict[str, str] = field(default_factory=dict)
+    _uneven: dict[str, str] = field(default_factory=dict)
     _neighbours: Neighbours = field(default_factory=Neighbours)
     _chains: Chains = field(init=False)
 
@@ -77,6 +78,7 @@ class Rows:
             group_size=max(sizes, default=1),
             num_groups=len(sizes),
             executions=self.graph.times[collective.computation],
+            by_device=self._by_device(collective, joined),
             asynchronous=collective.asynchronous,
             dtypes=collective.payload.dtypes,
             payload_bytes=wire.payload_bytes,
@@ -96,6 +98,21 @@ class Rows:
             layer=origin.layer,
             source=origin.source,
         )
+
+    def _by_device(self, collective: Collective, joined: Members) -> tuple[DeviceRuns, ...] | None:
+        """How often each device runs a collective, None where all run it equally often."""
+        schedule = self.graph.schedule
+        runs = schedule.by_device(collective.computation)
+        if not runs:
+            return None
+        for together in (*joined.groups, *joined.pairs):
+            found = {runs[member % len(runs)] for member in together}
+            if len(found) > 1:
+                self._uneven[collective.name] = "devices that it joins run it a different number of times"
+        devices: dict[Range, list[int]] = {}
+        for device, executions in enumerate(runs):
+            devices.setdefault(executions, []).append(device)
+        return tuple(DeviceRuns(executions=e, devices=device_ranges(d)) for e, d in devices.items())
 
     def members(self, collective: Collective) -> Members:
         """The mesh positions that a collective joins; one object for all that are written alike."""
@@ -198,8 +215,25 @@ class Rows:
             body = [s.callee for s in self.graph.sites.by_caller[caller] if s.instruction.name == name]
             if trips.reason and moving.intersection(body):
                 yield LedgerEntry(what="while", name=name, why=f"trip count unknown: {trips.reason}")
+        for name, why in self._uneven.items():
+            yield LedgerEntry(what="conditional", name=name, why=why)
+        for (caller, name), why in self.graph.schedule.reasons.items():
+            branches = [s.callee for s in self.graph.sites.by_caller[caller] if s.instruction.name == name]
+            if moving.intersection(branches):
+                yield LedgerEntry(what="conditional", name=name, why=f"which branch runs is unknown: {why}")
         for line, text in self.module.unparsed:
             yield LedgerEntry(what="text", name=f"line {line}", why=f"could not be read: {text[:80]}")
+
+
+def device_ranges(devices: Sequence[int]) -> str:
+    """Ascending ids as text: `0-3,8`."""
+    parts: list[list[int]] = []
+    for device in devices:
+        if parts and device == parts[-1][-1] + 1:
+            parts[-1][1:] = [device]
+        else:
+            parts.append([device])
+    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 def _reaching(graph: CallGraph, wanted: set[str]) -> set[str]:

@@ -50,6 +50,11 @@ class Schedule:
         kind = self.kinds[device] if self.kinds else 0
         return tuple(by_kind[kind] for by_kind in self.branches[conditional])
 
+    def by_device(self, computation: str) -> tuple[Range, ...]:
+        """Runs per step of a computation on each device; empty where all devices run it equally often."""
+        times = self.times.get(computation, ())
+        return tuple(times[kind] for kind in self.kinds) if len(set(times)) > 1 else ()
+
 
 NO_SCHEDULE = Schedule()
 
