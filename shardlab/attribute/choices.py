@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from shardlab.attribute.edges import CallSite
+from shardlab.attribute.effort import OPERATIONS_SPENT, STEPS_SPENT
 from shardlab.attribute.nodes import (
     DEVICE_NUMBERS,
     Frame,
@@ -23,7 +24,7 @@ from shardlab.attribute.nodes import (
     operation,
 )
 from shardlab.attribute.scalars import Slice
-from shardlab.attribute.trips import SPENT, Trips
+from shardlab.attribute.trips import Trips
 from shardlab.hlo.attributes import computation_names
 from shardlab.hlo.module import Instruction
 
@@ -120,7 +121,7 @@ class Choices:
         changing = [i for i in program.order if i not in program.fixed and i not in program.first]
         length = 1 if ticks is None else ticks
         if not self.scalars.effort.spend(len(starts) * length * (len(changing) + len(program.after) + 1)):
-            return SPENT
+            return OPERATIONS_SPENT
         steps = [(i, self._compute(program, i)) for i in changing]
         try:
             taken = tuple(_run(program, steps, rule, length, start) for start in starts)
@@ -176,8 +177,8 @@ class Choices:
                 return node.note
             args = tuple(self._unchanged(arg) for arg in node.args)
             if index not in opened:
-                if not self.scalars.effort.spend(1 + len(args)):
-                    return SPENT
+                if not self.scalars.effort.follow():
+                    return STEPS_SPENT
                 opened.add(index)
                 todo += [arg for arg in args if arg not in program.args]
                 continue
@@ -217,7 +218,7 @@ class Choices:
         partitions = (module.num_partitions or 1) if differs else 1
         devices = partitions * (module.replica_count or 1) if differs else 1
         if not self.scalars.effort.spend(devices * len(fixed)):
-            return SPENT
+            return OPERATIONS_SPENT
         steps = [
             (i, self._compute(program, i)) for i in fixed if nodes[i].op not in (*DEVICE_NUMBERS, "constant")
         ]

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_STEPS = 400_000
-MAX_OPERATIONS = 4_000_000
+MAX_STEPS = 100_000
+MAX_OPERATIONS = 2_000_000
+STEPS_SPENT = f"the arithmetic of the module takes more than {MAX_STEPS} steps to follow"
+OPERATIONS_SPENT = (
+    f"not simulated: the module's loops and branches together take more than {MAX_OPERATIONS} operations"
+)
 
 
 @dataclass(slots=True)
 class Effort:
     """What is left for one module.
 
-    steps: instructions that may be followed to find what a number depends on. operations: scalar operations
-    that may be carried out, iterations x length of the program.
+    steps: instructions and nodes that may be followed to find what a number depends on. operations: scalar
+    operations that may be carried out, iterations x length of the program.
     """
 
     steps: int = MAX_STEPS

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from shardlab.attribute.arithmetic import BITS
 from shardlab.attribute.arrays import READ_FROM_ARRAYS, element
 from shardlab.attribute.edges import CallSite, CallSites, sites_of
-from shardlab.attribute.effort import MAX_STEPS, Effort
+from shardlab.attribute.effort import STEPS_SPENT, Effort
 from shardlab.attribute.nodes import (
     DEVICE_NUMBERS,
     ELEMENTWISE,
@@ -36,8 +36,6 @@ from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
 
 _TUPLE_ALIASES = frozenset({"opt-barrier", "copy"})
 _INLINED = frozenset({"fusion", "call"})
-
-STEPS_SPENT = f"the arithmetic of the module takes more than {MAX_STEPS} steps to follow"
 
 Key = tuple[int, str, Path, tuple[int, ...]]
 

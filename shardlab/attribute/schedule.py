@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from shardlab.attribute.arrays import ELIDED, TOO_LARGE
 from shardlab.attribute.choices import Choice, Choices
 from shardlab.attribute.edges import CallSite, CallSites
+from shardlab.attribute.effort import OPERATIONS_SPENT, STEPS_SPENT
 from shardlab.attribute.nodes import LoopKey
-from shardlab.attribute.scalars import STEPS_SPENT, Slice
-from shardlab.attribute.trips import SPENT, Trips
+from shardlab.attribute.scalars import Slice
+from shardlab.attribute.trips import Trips
 
 Range = tuple[int, int | None]
 Conditional = tuple[str, str]  # computation and name
@@ -23,7 +24,7 @@ Weight = Callable[[CallSite], Range]
 
 ONCE: Range = (1, 1)
 _NEVER: Range = (0, 0)
-_WORTH_SAYING = (ELIDED, TOO_LARGE, SPENT, STEPS_SPENT)
+_WORTH_SAYING = (ELIDED, TOO_LARGE, OPERATIONS_SPENT, STEPS_SPENT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,7 @@ def schedule_of(scalars: Slice, loops: Mapping[LoopKey, Trips], weight: Weight) 
     of_each, kinds = _common_kinds(known)
     size = sum(1 + (choice.ticks or 0) // 64 for choice in known.values()) + len(sites.order)
     if not scalars.effort.spend(size * len(of_each) + len(kinds)):
-        return Schedule(reasons=reasons | dict.fromkeys(known, SPENT))
+        return Schedule(reasons=reasons | dict.fromkeys(known, OPERATIONS_SPENT))
     counter = _Counter(sites, weight, regions, known, of_each)
     counter.count()
     return Schedule(

@@ -10,14 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardlab.attribute.arithmetic import limits
-from shardlab.attribute.effort import MAX_OPERATIONS, Effort
+from shardlab.attribute.effort import OPERATIONS_SPENT, STEPS_SPENT, Effort
 from shardlab.attribute.nodes import DEVICE_NUMBERS, LoopKey, Node, Path, Ref, is_odd, operation
 from shardlab.attribute.scalars import Slice
 from shardlab.hlo.attributes import computation_names, known_trip_count
 from shardlab.hlo.module import Instruction
 
 MAX_ITERATIONS = 100_000
-SPENT = f"not simulated: the module's loops and branches together take more than {MAX_OPERATIONS} operations"
 
 _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "EQ": "EQ", "NE": "NE"}
 
@@ -137,8 +136,8 @@ def _machine(loop: _Loop, test: int) -> _Machine | str:
         index = todo.pop()
         if index in needed:
             continue
-        if not loop.slice.effort.spend(1):
-            return SPENT
+        if not loop.slice.effort.follow():
+            return STEPS_SPENT
         needed.add(index)
         node = nodes[index]
         if is_odd(node):
@@ -244,7 +243,7 @@ def _simulate(machine: _Machine, effort: Effort) -> int | str:
     running = [(i, operation(machine.nodes[i])) for i in machine.program if machine.nodes[i].op != "constant"]
     for trip in range(MAX_ITERATIONS):
         if not effort.spend(len(running) + len(machine.after)):
-            return SPENT
+            return OPERATIONS_SPENT
         try:
             for index, compute in running:
                 values[index] = compute(values)
