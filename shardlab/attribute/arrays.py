@@ -26,7 +26,7 @@ from shardlab.hlo.lexer import without_comments
 from shardlab.hlo.module import Instruction, Shape
 
 MAX_ENTRIES = 1_000_000
-ELIDED = "its entries are left out of the text: `{...}`"
+ELIDED = "its entries are left out of the text (`{...}`); a proto holds them"
 TOO_LARGE = f"it has more than {MAX_ENTRIES} entries"
 
 _ENTRY = re.compile(r"-?[0-9]{1,20}|true|false", re.ASCII)
@@ -80,7 +80,10 @@ At = tuple[int, ...]
 
 def _of_constant(nodes: Nodes, ref: Ref, instruction: Instruction, at: At) -> Steps:
     yield from ()
-    table = constant_table(instruction)
+    key = (ref.frame.computation.name, ref.name)
+    if key not in nodes.tables:
+        nodes.tables[key] = constant_table(instruction)
+    table = nodes.tables[key]
     if isinstance(table, str):
         return nodes.unknown(f"the table %{instruction.name}: {table}")
     return nodes.lookup(table, instruction.shape.dtype, at)

@@ -14,7 +14,17 @@ from typing import TypeVar
 
 from shardlab.attribute.edges import CallSite, CallSites, call_sites
 from shardlab.attribute.scalars import Slice
-from shardlab.attribute.schedule import NO_SCHEDULE, ONCE, Range, Schedule, add, hull, multiply, schedule_of
+from shardlab.attribute.schedule import (
+    NO_SCHEDULE,
+    ONCE,
+    Range,
+    Schedule,
+    add,
+    branch_sites,
+    hull,
+    multiply,
+    schedule_of,
+)
 from shardlab.attribute.trips import Trips, trip_count
 from shardlab.hlo.attributes import errors_at
 from shardlab.hlo.module import Module
@@ -79,7 +89,11 @@ def call_graph(module: Module, *, plain: bool = True) -> CallGraph:
     calls = {
         name: _calls(
             module,
-            [s for s in sites.by_caller[name] if (name, s.instruction.name) not in schedule.branches],
+            [
+                site
+                for site in sites.by_caller[name]
+                if site.role != "branch" or (name, site.instruction.name) not in schedule.branches
+            ],
             loops,
         )
         for name in sites.order
@@ -115,7 +129,7 @@ def _over_devices(graph: CallGraph, totals: Mapping[str, Mapping[K, Amount]]) ->
     for kind in range(graph.schedule.num_kinds):
         total = dict(totals[graph.sites.order[0]])
         for (name, conditional), branches in graph.schedule.branches.items():
-            sites = [s for s in graph.sites.by_caller[name] if s.instruction.name == conditional]
+            sites = branch_sites(graph.sites, name)[name, conditional]
             for site, times in zip(sites, branches, strict=True):
                 _accumulate(total, _scaled(totals[site.callee], times[kind]))
         kinds.append(total)

@@ -159,7 +159,10 @@ class Choices:
         assert state.loop is not None
         outer = self.context(state.loop[0])
         loop = outer.computation.instructions[state.loop[1]]
-        body = self.scalars.frame(computation_names(loop, "body")[0], caller=outer, loop=state.loop)
+        names = computation_names(loop, "body")
+        if not names or not loop.operands:
+            return (self.scalars.nodes.unknown("the loop has no body or state"),) * 2
+        body = self.scalars.frame(names[0], caller=outer, loop=state.loop)
         before = self.scalars.node(operand_ref(outer, loop.operands[0], state.path))
         return before, self.scalars.node(Ref(body, body.computation.root, state.path))
 

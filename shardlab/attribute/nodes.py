@@ -74,7 +74,11 @@ Steps = Generator[Ref, int, int]
 
 
 class Nodes(list[Node]):
-    """The nodes found so far."""
+    """The nodes found so far. tables: by (computation, constant), those that were read, or why not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[tuple[str, str], Table | str] = {}
 
     def add(self, node: Node) -> int:
         """Append a node; its index."""

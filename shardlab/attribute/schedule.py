@@ -104,7 +104,7 @@ def _choices(
         region = sites.by_callee.get(regions[name], ())
         in_loop = len(region) == 1 and region[0].role == "body"
         loop = (region[0].caller, region[0].instruction.name) if in_loop else None
-        for key, branches in _conditionals(sites, name).items():
+        for key, branches in branch_sites(sites, name).items():
             found[key] = reader.read(name, branches[0].instruction, len(branches), loop)
     reasons = {
         key: why
@@ -121,7 +121,8 @@ def _is_inside(callers: Sequence[CallSite], weight: Weight) -> bool:
     return callers[0].role == "branch" or weight(callers[0]) == ONCE
 
 
-def _conditionals(sites: CallSites, name: str) -> dict[Conditional, list[CallSite]]:
+def branch_sites(sites: CallSites, name: str) -> dict[Conditional, list[CallSite]]:
+    """The conditionals of a computation, with their branches in order."""
     found: dict[Conditional, list[CallSite]] = {}
     for site in sites.by_caller[name]:
         if site.role == "branch":
@@ -181,7 +182,7 @@ class _Counter:
     def runs(self, conditional: Conditional) -> tuple[tuple[Range, ...], ...]:
         """Branch -> kind -> runs per step of a known conditional."""
         name = conditional[0]
-        branches = _conditionals(self.sites, name)[conditional]
+        branches = branch_sites(self.sites, name)[conditional]
         return tuple(self._counted(name, self._part(site)) for site in branches)
 
     def _counted(self, name: str, ticks: Sequence[Ticks]) -> tuple[Range, ...]:

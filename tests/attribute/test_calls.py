@@ -115,6 +115,16 @@ def test_a_branch_in_a_loop(
     assert [step_totals(call_graph(module(text)), amounts)["bytes"]] == fractions(total)
 
 
+def test_a_branch_that_the_counter_chooses_is_counted() -> None:
+    """Trip 0 takes %a; trip 1 takes %b, and so does trip 2, which is outside the branches."""
+    text = leaf("a") + leaf("b") + LOOP.replace("LIMIT", "constant(3)").replace("%drawn, %x", "%i, %x")
+    found = computation_executions(module(text))
+    assert (found["a"], found["b"]) == ((1, 1), (2, 2))
+    amounts = {"body": {"bytes": Fraction(100)}, "a": {"bytes": Fraction(5)}, "b": {"bytes": Fraction(7)}}
+    totals = step_totals(call_graph(module(text)), amounts)
+    assert [totals["bytes"]] == fractions((3 * 100 + 5 + 2 * 7, 3 * 100 + 5 + 2 * 7))
+
+
 def test_branches_are_compared_key_by_key_and_silence_counts_as_nothing() -> None:
     text = "".join(map(leaf, "ab")) + leaf("c0") + entry(CONDITIONAL)
     totals = step_totals(

@@ -233,7 +233,7 @@ NESTED = """%inner (pi: (s32[], s32[])) -> f32[] {
     ("index", "a"),
     [
         # inner runs where the table says 1. Side 0: ticks 1, 3, 4; side 1: ticks 0, 3.
-        ("and(%ti, %one.i)\n  %never = s32[] constant(0)", [(1, 1)] * 4 + [(1, 1)] * 4),  # even ticks: 4; 0
+        ("and(%ti, %one.i)", [(1, 1)] * 8),  # even ticks: 4; 0
         ("copy(%si)", [(3, 3)] * 4 + [(0, 0)] * 4),
         (DRAWN, [(0, 3)] * 4 + [(0, 2)] * 4),
     ],

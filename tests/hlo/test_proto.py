@@ -21,11 +21,12 @@ from shardlab.hlo.attributes import (
     metadata,
 )
 from shardlab.hlo.groups import parse_replica_groups
-from shardlab.hlo.module import Instruction, Module
+from shardlab.hlo.module import Instruction, Module, Shape
 from shardlab.hlo.proto import parse_proto, read_shape
+from shardlab.hlo.proto_attributes import literal_text
 from shardlab.hlo.reader import parse
 from shardlab.hlo.shape import shape_bytes
-from shardlab.hlo.wire import decode, integers
+from shardlab.hlo.wire import Message, decode, integers
 
 PRINTED = GOLDEN / "printed"
 CPU = "module_0000.jit__lambda.cpu_after_optimizations"
@@ -130,6 +131,35 @@ def test_integer_literals_agree() -> None:
                 )
                 compared += 1
     assert compared > 5
+
+
+S32_2x3 = Shape("s32", (2, 3))
+
+
+def literal_of(layout: list[int], values: list[int], number: int = 4) -> Message:
+    """A LiteralProto: its shape's layout, minor dimension first, and the values in field `number`."""
+    minor_to_major = bytes([10, len(layout), *layout])
+    shape = bytes([42, len(minor_to_major)]) + minor_to_major
+    return {1: [shape], number: [bytes(values)]}
+
+
+@pytest.mark.parametrize(
+    ("message", "shape", "text"),
+    [
+        (literal_of([1, 0], [1, 2, 3, 4, 5, 6]), S32_2x3, "{1, 2, 3, 4, 5, 6}"),
+        (literal_of([0, 1], [1, 4, 2, 5, 3, 6]), S32_2x3, "{...}"),
+        (literal_of([1, 0], [1, 2, 3]), S32_2x3, "{...}"),
+        (literal_of([0], [255, 1, 2, 0], 17), Shape("s16", (2,)), "{511, 2}"),
+        (literal_of([0], [255, 128], 15), Shape("s8", (2,)), "{-1, -128}"),
+        (literal_of([0], [1, 0], 2), Shape("pred", (2,)), "{true, false}"),
+        (literal_of([0], [0x21], 21), Shape("s4", (2,)), "{...}"),
+        (literal_of([0], [1], 8), Shape("f32", (1,)), "{...}"),
+        (literal_of([1, 0], [7] * 6), Shape("s32", (1_000_001, 1)), "{...}"),
+    ],
+    ids=["rows", "columns first", "too few", "s16", "s8", "pred", "packed", "not integers", "too many"],
+)
+def test_integer_arrays(message: Message, shape: Shape, text: str) -> None:
+    assert literal_text(message, shape) == text
 
 
 def test_device_assignment_is_the_order_of_the_mesh() -> None:
