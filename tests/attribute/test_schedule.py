@@ -194,6 +194,17 @@ CHOICES: dict[str, tuple[str, dict[str, Runs]]] = {
         looped(f"  %drawn = s32[] {DRAWN}\n  %index = s32[] add(%drawn, %i)"),
         {name: [(0, 5)] * 8 for name in "abc"},
     ),
+    # a bitcast of several extents may turn the array: layouts are not read
+    "a_bitcast_of_a_matrix": (
+        looped("  %turned = s32[2,5] bitcast(%table)\n" + READS["transposed"].split("\n", 1)[1]),
+        {name: [(0, 5)] * 8 for name in "abc"},
+    ),
+    "a_table_that_the_loop_changes": (
+        looped(READS["both_at_once"] + "\n  %other = s32[5,2] negate(%table)").replace(
+            "tuple(%next, %side, %table, %y)", "tuple(%next, %side, %other, %y)"
+        ),
+        {name: [(0, 5)] * 8 for name in "abc"},
+    ),
     # a twice among the branches: it runs at ticks 0 and 2 (and 3, 4, which are outside)
     "one_computation_in_two_branches": (
         looped("  %index = s32[] copy(%i)", arms="%a, %b, %a"),
