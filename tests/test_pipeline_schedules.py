@@ -7,6 +7,7 @@ over two devices, which sends what it sums once (2 (n-1)/n = 1).
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from pipeline_programs import ARRAY_BYTES, DATA, IDLE, MESH, PLAIN, REDUCING, STAGES, TABLE, TICKS, runs
 
-from shardlab.analysis import Analysis, analyze
+from shardlab.analysis import Analysis, analysis_from_json, analyze
 from shardlab.analysis.records import CollectiveRow
 from shardlab.attribute.calls import call_graph
 from shardlab.compile.environment import child_environment
@@ -51,6 +52,7 @@ def analysis(folder: Path, name: str) -> Analysis:
     printed = analyze((folder / f"{name}.hlo").read_text(), axes=MESH)
     serialised = analyze((folder / f"{name}.pb").read_bytes(), axes=MESH)
     assert printed.totals == serialised.totals
+    assert analysis_from_json(printed.to_json()).collectives == printed.collectives
     in_text, in_proto = ({row.name: row for row in found.collectives} for found in (printed, serialised))
     assert {n: row.by_device for n, row in in_text.items()} == {n: r.by_device for n, r in in_proto.items()}
     return printed
@@ -114,6 +116,19 @@ def test_outside_loops_the_stage_alone_decides(compiled: Path) -> None:
     assert counted(found)[ARRAY_BYTES] == exactly([1, 1, 0, 0])
     assert found.totals.by_axes["data"]["wire_bytes"] == (0, ARRAY_BYTES)
     assert found.ledger == ()
+
+
+def test_a_table_that_was_left_out_is_on_the_ledger(compiled: Path) -> None:
+    """XLA's own text has `{...}` for it."""
+    text = (compiled / "scanned.hlo").read_text()
+    elided = re.sub(rf"(s32\[{TICKS},{STAGES}\]\S* constant)\([^)]*\)", r"\1({...})", text)
+    assert elided != text
+    found = analyze(elided, axes=MESH)
+    assert counted(found)[ARRAY_BYTES] == [(0, TICKS)] * STAGES
+    (entry,) = found.ledger
+    assert entry.what == "conditional"
+    assert "which branch runs is unknown" in entry.why
+    assert "left out of the text" in entry.why
 
 
 def test_what_data_decide_stays_a_range(compiled: Path) -> None:

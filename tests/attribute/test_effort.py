@@ -132,8 +132,8 @@ ENTRY %main {{
 
 
 def doubling(depth: int, first: str, rest: str) -> str:
-    """%c0 up to %c<depth>, each made from two of the one before."""
-    lines = [f"  %c{n + 1} = {rest.format(n)}" for n in range(depth)]
+    """%c0 up to %c<depth>, each made from the one before and the one before that."""
+    lines = [f"  %c{n + 1} = {rest.format(n, max(n - 1, 0))}" for n in range(depth)]
     lines[-1] = "  ROOT" + lines[-1][1:]
     return first + "\n".join(lines)
 
@@ -164,7 +164,7 @@ FAN_OUT = "".join(
 STEPS = f"more than {MAX_STEPS} steps"
 OPERATIONS = f"more than {MAX_OPERATIONS} operations"
 HOSTILE: dict[str, tuple[str, Trips | str]] = {
-    "ands_of_ands": (one_loop(doubling(200, "", "pred[] and(%c{0}, %c{0})")), Trips(5, 5)),
+    "ands_of_ands": (one_loop(doubling(200, "", "pred[] and(%c{0}, %c{1})")), Trips(5, 5)),
     "a_deep_tree_of_ands": (one_loop(doubling(5_000, "", "pred[] and(%c{0}, %c0)")), Trips(5, 5)),
     "a_long_chain": (one_loop(chain(5_000)), Trips(5, 5)),
     "a_chain_that_is_too_long": (one_loop(chain(MAX_STEPS)), STEPS),

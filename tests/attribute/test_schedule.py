@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import pytest
 
+from shardlab.analysis import analyze
 from shardlab.attribute.calls import CallGraph, call_graph, step_totals
 from shardlab.attribute.schedule import NO_SCHEDULE
 from shardlab.hlo.reader import parse
@@ -380,6 +381,33 @@ def test_an_outer_counter_leaves_a_range() -> None:
     text = text.replace("%n9", "%i")
     assert runs(text, "ib") == [(15, 15)] * 8
     assert runs(text, "b") == [(0, 15)] * 8
+
+
+SUM = """%add (l: f32[], r: f32[]) -> f32[] {
+  %l = f32[] parameter(0)
+  %r = f32[] parameter(1)
+  ROOT %sum = f32[] add(%l, %r)
+}
+
+"""
+
+
+@pytest.mark.parametrize(("groups", "said"), [("{{0,1,2,3},{4,5,6,7}}", 0), ("{{0,4},{1,5},{2,6},{3,7}}", 1)])
+def test_members_that_do_not_run_together_are_said(groups: str, said: int) -> None:
+    """Devices 0 to 3 take %a, which sums over groups of one side, or of both: the latter would wait for
+    ever.
+    """
+    text = entry(f"{SIDE}  %index = s32[] copy(%side)").replace(
+        "  ROOT %p.a = f32[] parameter(0)",
+        "  %p.a = f32[] parameter(0)\n  ROOT %r.a = f32[] all-reduce(%p.a), channel_id=1, "
+        f"replica_groups={groups}, use_global_device_ids=true, to_apply=%add",
+    )
+    found = analyze(text.replace("%a (p", SUM + "%a (p", 1), axes={"side": 2, "rest": 4})
+    assert [(entry.what, entry.name) for entry in found.ledger] == [("conditional", "r.a")] * said
+    (row,) = found.collectives
+    assert row.executions == (0, 1)
+    assert row.by_device is not None
+    assert [(part.executions, part.devices) for part in row.by_device] == [((1, 1), "0-3"), ((0, 0), "4-7")]
 
 
 def test_without_conditionals_there_is_no_schedule() -> None:
