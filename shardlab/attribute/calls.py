@@ -125,13 +125,17 @@ def _over_devices(graph: CallGraph, totals: Mapping[str, Mapping[K, Amount]]) ->
     """Key by key the least and the greatest over the kinds of devices. totals: of one run of each
     computation, without the branches of known conditionals; these are added as often as each kind runs them.
     """
+    parts = [
+        (totals[site.callee], runs)
+        for (name, conditional), branches in graph.schedule.branches.items()
+        for site, runs in zip(branch_sites(graph.sites, name)[name, conditional], branches, strict=True)
+        if totals[site.callee]
+    ]
     kinds: list[dict[K, Amount]] = []
-    for kind in range(graph.schedule.num_kinds):
+    for of_kind in dict.fromkeys(zip(*[runs for _, runs in parts], strict=True)) or [()]:
         total = dict(totals[graph.sites.order[0]])
-        for (name, conditional), branches in graph.schedule.branches.items():
-            sites = branch_sites(graph.sites, name)[name, conditional]
-            for site, times in zip(sites, branches, strict=True):
-                _accumulate(total, _scaled(totals[site.callee], times[kind]))
+        for (part, _), times in zip(parts, of_kind, strict=True):
+            _accumulate(total, _scaled(part, times))
         kinds.append(total)
     return _one_of(kinds, len(kinds))
 
