@@ -31,13 +31,12 @@ _WORTH_SAYING = (ELIDED, TOO_LARGE, OPERATIONS_SPENT, STEPS_SPENT)
 class Schedule:
     """Conditionals whose branches are known for every device, and what follows from them.
 
-    kinds: the kind of each device by flattened id; empty where all are of kind 0. num_kinds: how many.
+    kinds: the kind of each device by flattened id; empty where all are of kind 0.
     branches: conditional -> branch -> kind -> runs per step. times: computation -> kind -> runs per step;
     empty when no conditional is known. reasons: conditionals that a table would decide, and why it does not.
     """
 
     kinds: tuple[int, ...] = ()
-    num_kinds: int = 1
     branches: Mapping[Conditional, tuple[tuple[Range, ...], ...]] = field(default_factory=dict)
     times: Mapping[str, tuple[Range, ...]] = field(default_factory=dict)
     reasons: Mapping[Conditional, str] = field(default_factory=dict)
@@ -80,7 +79,6 @@ def schedule_of(scalars: Slice, loops: Mapping[LoopKey, Trips], weight: Weight) 
     counter.count()
     return Schedule(
         kinds=kinds,
-        num_kinds=len(of_each),
         branches={key: counter.runs(key) for key in known},
         times=counter.times,
         reasons=reasons,
