@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from shardlab.attribute.calls import CallGraph, Range, call_graph, step_totals
+from shardlab.attribute.calls import CallGraph, call_graph, step_totals
 from shardlab.attribute.neighbours import enclosing_op_name
 from shardlab.attribute.origin import Origin, is_training, origin_of
+from shardlab.attribute.schedule import Range
 from shardlab.cost.flops import Flops, NotCountedWork, Product, find_products, total_flops
 from shardlab.cost.hbm import Traffic, all_fused_traffic, fused_computations, instruction_traffic
 from shardlab.cost.products import NotCountedError
