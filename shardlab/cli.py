@@ -11,13 +11,13 @@ import argparse
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from shardlab.arguments import parse_axes, parse_device_ids, parser
 from shardlab.errors import Problem, ShardlabError, UserError
 
 if TYPE_CHECKING:
@@ -30,42 +30,13 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
-EXAMPLES = """\
-examples:
-  shardlab compare meshes/cpu8-*.toml --model gpt2-124m
-  shardlab explain meshes/h100x512-fsdp64-tensor8.toml --model llama3-70b
-  shardlab analyze dump/ --axes data=4,model=2 --on h100:1x8 --json
-  shardlab doctor
-"""
-ANALYZE_EXAMPLES = """\
-PATH is compiled HLO: text, proto, gzip or zstd of either, an xla_dump_to folder,
-a saved program, or - for standard input.
-
-examples:
-  shardlab analyze dump/ --axes data=4,model=2
-  shardlab analyze step.program --on h100:64x8 --json
-  shardlab analyze step.program --on h100:64x8 --order
-  shardlab analyze step.program --audit
-  XLA_FLAGS=--xla_dump_to=dump python train.py; shardlab analyze dump --mesh plan.toml --strict
-"""
-EXPLAIN_EXAMPLES = """\
-examples:
-  shardlab explain meshes/cpu8-fsdp.toml --model gpt2-124m
-  shardlab explain plan.toml --model llama3-70b --on v5p:8x8x8 --save step.program
-"""
-COMPARE_EXAMPLES = """\
-examples:
-  shardlab compare meshes/cpu8-*.toml --model gpt2-124m
-  shardlab compare plan.toml --model llama3-70b --on cpu:512,h100:64x8,v5p:8x8x8
-"""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code and never raises for a mistake of the user's."""
     _never_fail_to_print()
     try:
         args = parser().parse_args(argv)
-        code: int = args.run(args)
+        code = VERBS[args.verb](args)
         sys.stdout.flush()
         return code
     except ShardlabError as error:
@@ -84,114 +55,6 @@ def _never_fail_to_print() -> None:
     """A name that standard output's encoding lacks is written as `\\u2013`, not answered with a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line on standard error, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"{self.prog}: {message}; see {self.prog} --help\n")
-        raise SystemExit(2)
-
-
-def parser() -> argparse.ArgumentParser:
-    """Every verb and flag; what is not built is not here."""
-    top = _Parser(
-        prog="shardlab",
-        description="What a sharding plan costs, read from the compiled program.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _add_analyze(_verb(verbs, "analyze", "what a compiled program communicates", ANALYZE_EXAMPLES))
-    _add_explain(_verb(verbs, "explain", "compile one plan and break down what it costs", EXPLAIN_EXAMPLES))
-    _add_compare(_verb(verbs, "compare", "compile several plans and rank them", COMPARE_EXAMPLES))
-    doctor = _verb(verbs, "doctor", "which targets this machine can compile for", "")
-    doctor.add_argument("--deep", action="store_true", help="prove each target with a tiny compile")
-    doctor.add_argument("--json", action="store_true", help="print one JSON document")
-    doctor.set_defaults(run=run_doctor)
-    return top
-
-
-def _verb(
-    verbs: argparse._SubParsersAction[_Parser], name: str, summary: str, examples: str
-) -> argparse.ArgumentParser:
-    return verbs.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def _add_analyze(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("paths", nargs="+", metavar="PATH", help="HLO dump, dump folder, saved program, or -")
-    mesh = verb.add_mutually_exclusive_group()
-    mesh.add_argument("--axes", metavar="A=N,B=M", help="mesh axes, major to minor")
-    mesh.add_argument("--mesh", metavar="FILE", help="take the axes from this mesh file")
-    verb.add_argument(
-        "--device-ids", metavar="0,1,…", help="the device at each position of the mesh, row-major"
-    )
-    verb.add_argument("--on", metavar="MACHINE", help="price the traffic on this machine, such as h100:64x8")
-    _add_order(verb)
-    verb.add_argument("--audit", action="store_true", help="list what could be saved, and how")
-    verb.add_argument("--strict", action="store_true", help="exit 1 when something was not counted exactly")
-    _add_format(verb)
-    verb.set_defaults(run=run_analyze)
-
-
-def _add_explain(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("mesh", metavar="MESH", help="mesh file (TOML)")
-    verb.add_argument(
-        "--on", metavar="MACHINE", help="the plan's own machine unless said: cpu:8, h100:64x8, v5p:8x8x8"
-    )
-    _add_workload(verb)
-    _add_order(verb)
-    _add_format(verb)
-    verb.add_argument("--hlo", metavar="FILE", help="write the compiled HLO text")
-    verb.add_argument("--save", metavar="FILE", help="write the whole program, for analyze")
-    verb.set_defaults(run=run_explain)
-
-
-def _add_compare(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("meshes", nargs="+", metavar="MESH", help="mesh files (TOML)")
-    verb.add_argument("--on", metavar="M1,M2,…", help="machines; each plan's own unless said")
-    _add_workload(verb)
-    verb.add_argument(
-        "--jobs", type=_positive, metavar="N", help="compiles at a time (default: by cores and memory)"
-    )
-    _add_format(verb)
-    verb.set_defaults(run=run_compare)
-
-
-def _add_workload(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--model", metavar="NAME", help="such as gpt2-124m, llama3-70b (default: the plan's [check])"
-    )
-    verb.add_argument("--batch", type=_positive, metavar="N", help="global batch in sequences")
-    verb.add_argument("--seq", type=_positive, metavar="N", help="tokens per sequence")
-    verb.add_argument(
-        "--workload", choices=("train", "prefill", "decode"), default="train", help="default: train"
-    )
-
-
-def _add_order(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--order", action="store_true", help="price other device orders of the same program")
-
-
-def _add_format(verb: argparse.ArgumentParser) -> None:
-    formats = verb.add_mutually_exclusive_group()
-    formats.add_argument("--json", action="store_true", help="print one JSON document")
-    formats.add_argument("--markdown", action="store_true", help="print Markdown")
-
-
-def _positive(text: str) -> int:
-    if not _is_count(text):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number above 0")
-    return int(text)
 
 
 def _print_analysis(
@@ -302,48 +165,6 @@ def run_doctor(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_axes(text: str | None) -> dict[str, int] | None:
-    """`data=4,model=2` to sizes by name, major to minor. Raises UserError for what is not NAME=SIZE."""
-    if text is None:
-        return None
-    axes: dict[str, int] = {}
-    problems = []
-    for part in text.split(","):
-        name, _, size = (piece.strip() for piece in part.partition("="))
-        if not name or not _is_count(size) or name in axes:
-            what = f"{name!r} is given twice" if name in axes else f"{part!r} is not NAME=SIZE"
-            problems.append(Problem("--axes", what, "write it as data=4,model=2"))
-        else:
-            axes[name] = int(size)
-    if problems:
-        raise UserError(*problems)
-    return axes
-
-
-def parse_device_ids(text: str | None) -> tuple[int, ...] | None:
-    """`0,1,3,2` to device ids. Raises UserError when one is not a whole number or comes twice."""
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    wrong = [part for part in parts if not _is_whole(part)]
-    if wrong:
-        raise UserError(
-            *(Problem("--device-ids", f"{part!r} is not a device id", "write 0,1,2,3") for part in wrong)
-        )
-    if len(set(parts)) < len(parts):
-        raise UserError(Problem("--device-ids", "a device comes twice", "list each device of the mesh once"))
-    return tuple(int(part) for part in parts)
-
-
-def _is_whole(text: str) -> bool:
-    """A whole number from 0 of at most nine digits: no more devices or sequences than that exist."""
-    return re.fullmatch(r"[0-9]{1,9}", text) is not None
-
-
-def _is_count(text: str) -> bool:
-    return _is_whole(text) and int(text) > 0
-
-
 def _axes_of_mesh(path: str) -> dict[str, int]:
     from shardlab.spec.plan import load_plan
 
@@ -412,3 +233,6 @@ def _one_line_each(error: ShardlabError) -> str:
 
     mistakes = error.problems if isinstance(error, UserError) else (error,)
     return "\n".join(visible(" ".join(str(mistake).split())) for mistake in mistakes)
+
+
+VERBS = {"analyze": run_analyze, "explain": run_explain, "compare": run_compare, "doctor": run_doctor}

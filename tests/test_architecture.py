@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "shardlab"
 ORDER = (
     "errors", "units", "hardware", "spec", "program", "model", "parallel", "compile", "hlo", "attribute",
     "cost", "analysis", "order", "audit", "case_report", "agreement", "compare", "report", "lab", "testing",
-    "cli", "__main__",
+    "arguments", "cli", "__main__",
 )  # fmt: skip
 WITHOUT_JAX = (
     "hardware", "spec", "program", "hlo", "attribute", "cost", "analysis", "order", "audit", "case_report",
