@@ -76,7 +76,7 @@ def _print_analysis(
             document |= orders_member(orders)
         _print_json(document)
         return
-    from shardlab.report.explain import analysis_page
+    from shardlab.report.breakdown import analysis_page
 
     page = analysis_page(analysis, findings=findings)
     if orders is not None:

@@ -1,32 +1,15 @@
-"""The page of `shardlab explain` and `analyze`: one program broken down, and what was not counted."""
+"""The page of `shardlab explain`: one plan on one machine, what it costs and why."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from shardlab.analysis import Analysis, ByteRange, CollectiveRow
-from shardlab.audit import Finding
 from shardlab.case_report import EMULATED_NOTE, CaseReport
 from shardlab.compare import refusal_reason
-from shardlab.cost.network import communication
+from shardlab.report.breakdown import TIME_MEANS, TOP, audit_tables, mesh_text, traffic_tables
 from shardlab.report.comparison import time_text
 from shardlab.report.cost import cost_facts, cost_tables
-from shardlab.report.figures import (
-    axes_text,
-    key_text,
-    largest_first,
-    most,
-    scaled,
-    shares,
-    times,
-)
-from shardlab.report.page import Cell, Column, Line, Page, Table, cell, code
+from shardlab.report.page import Column, Page, Table, cell, code
 from shardlab.spec.names import strategy_names
-from shardlab.units import format_bytes, format_count, format_seconds
-
-TOP = 12
-TIME_MEANS = "of links in use; no compute, no overlap"
-Breakdown = Mapping[str, Mapping[str, ByteRange]]
+from shardlab.units import format_bytes, format_count
 
 
 def explain_page(report: CaseReport, top: int = TOP) -> Page:
@@ -38,33 +21,12 @@ def explain_page(report: CaseReport, top: int = TOP) -> Page:
         return Page(title=title, facts=(*_case_facts(report), ("no analysis", _why(report))), notes=notes)
     facts = (*_case_facts(report), *_figure_facts(report))
     tables = (
-        *_tables(report.analysis, top, report.tier_s or {}),
+        *traffic_tables(report.analysis, top, report.tier_s or {}),
         *(cost_tables(report.cost, top) if report.cost is not None else ()),
-        *_audit(report.findings),
+        *audit_tables(report.findings),
         *_warning_tables(report),
     )
     return Page(title=title, facts=facts, tables=tables, notes=notes)
-
-
-def analysis_page(analysis: Analysis, top: int = TOP, findings: Sequence[Finding] | None = None) -> Page:
-    """An analysed dump: the same breakdown, without a case. findings: None when no audit was asked for."""
-    names = ", ".join(module.name for module in analysis.modules)
-    backends = ", ".join(sorted({module.backend for module in analysis.modules}))
-    devices = ", ".join(sorted({str(module.num_devices) for module in analysis.modules}))
-    facts = [
-        ("module", names),
-        ("backend", f"{backends}, {devices} devices"),
-        ("mesh", _mesh_text(analysis.mesh)),
-    ]
-    facts += [("machine", analysis.machine)] if analysis.machine else []
-    facts.append(("sent", f"{format_bytes(analysis.totals.wire_bytes)} per device and step"))
-    time = communication(analysis)
-    if analysis.machine and time.communication_s is not None:
-        facts.append(("comm. time", f"{format_seconds(time.communication_s)} {TIME_MEANS}"))
-    if findings is not None and not findings:
-        facts.append(("audit", "nothing found"))
-    tables = (*_tables(analysis, top, time.tier_s), *_audit(findings or ()))
-    return Page(title="What this program communicates", facts=tuple(facts), tables=tables)
 
 
 def _why(report: CaseReport) -> str:
@@ -79,7 +41,7 @@ def _case_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
     return (
         *((("plan", case.plan.description),) if case.plan.description else ()),
         ("strategy", names),
-        ("mesh", _mesh_text(case.plan.axes)),
+        ("mesh", mesh_text(case.plan.axes)),
         ("workload", f"{case.workload}, batch {case.batch} sequences of {case.seq} tokens"),
     )
 
@@ -116,132 +78,6 @@ def _memory_text(report: CaseReport) -> str:
     if memory.fits is not None:
         parts.append({"yes": "fits", "tight": "tight", "no": "does not fit"}[memory.fits])
     return ", ".join(parts)
-
-
-def _mesh_text(mesh: Mapping[str, int] | None) -> str:
-    return " × ".join(f"{axis} {size}" for axis, size in mesh.items()) if mesh else "not given"
-
-
-def _tables(analysis: Analysis, top: int, tier_s: Mapping[str, float]) -> tuple[Table, ...]:
-    totals = analysis.totals
-    tables = [
-        _breakdown("By kind", "kind", totals.by_kind),
-        _breakdown("By mesh axes", "axes", totals.by_axes),
-        _breakdown("By phase", "phase", totals.by_phase),
-        _breakdown("By layer", "layer", totals.by_layer, top),
-        _links(analysis, tier_s),
-        _collectives(analysis, top),
-        _ledger(analysis),
-    ]
-    return tuple(table for table in tables if table.rows)
-
-
-def _breakdown(title: str, header: str, parts: Breakdown, top: int | None = None) -> Table:
-    wire = {key: entry["wire_bytes"] for key, entry in parts.items()}
-    ordered = largest_first(wire)
-    portions = shares(value for _, value in ordered)
-    rows = tuple(
-        (
-            code(key_text(key)),
-            cell(format_bytes(parts[key]["payload_bytes"])),
-            cell(format_bytes(value)),
-            cell(portion),
-        )
-        for (key, value), portion in zip(ordered, portions, strict=True)
-    )
-    columns = (
-        Column(header, keep=False),
-        Column("payload", "right"),
-        Column("sent", "right"),
-        Column("share", "right"),
-    )
-    return Table(title=title, columns=columns, rows=rows[:top], caption=_left_out(len(rows), top, ordered))
-
-
-def _left_out(count: int, top: int | None, ordered: list[tuple[str, ByteRange]]) -> str:
-    if top is None or count <= top:
-        return ""
-    rest = sum((most(value) for _, value in ordered[top:]), most(ordered[top][1]) * 0)
-    return f"{count - top} smaller ones not shown, {format_bytes(rest)} together; --json has all"
-
-
-def _links(analysis: Analysis, tier_s: Mapping[str, float]) -> Table:
-    rows = tuple(
-        (
-            cell(tier),
-            cell(format_bytes(value)),
-            cell(format_seconds(tier_s[tier]) if tier in tier_s else "unknown"),
-        )
-        for tier, value in largest_first(analysis.totals.traffic)
-    )
-    columns = (Column("link"), Column("each device sends", "right"), Column("time", "right"))
-    return Table(title="By link", columns=columns, rows=rows)
-
-
-def _collectives(analysis: Analysis, top: int) -> Table:
-    sent = {id(row): scaled(row.executions, row.wire_bytes) for row in analysis.collectives}
-    ordered = sorted(analysis.collectives, key=lambda row: (-most(sent[id(row)]), row.name))
-    shown = ordered[:top]
-    caption = _left_out(len(ordered), top, [(row.name, sent[id(row)]) for row in ordered])
-    return Table(
-        title="Collectives by bytes sent" if len(ordered) <= top else f"The {top} collectives that send most",
-        columns=(
-            Column("sent", "right"),
-            Column("collective", keep=False),
-            Column("over", keep=False),
-            Column("where", keep=False),
-        ),
-        rows=tuple(_collective_row(row, sent[id(row)]) for row in shown),
-        caption=caption,
-    )
-
-
-def _collective_row(row: CollectiveRow, sent: ByteRange) -> tuple[Cell, ...]:
-    bound = "at most " if row.bound == "upper" else ""
-    realizes = f" (realizes {row.realizes})" if row.realizes else ""
-    each = f"{times(row.executions)} {bound}{format_bytes(row.wire_bytes)}"
-    over = (
-        Line(axes_text(row.axes)),
-        Line(f"{row.num_groups} × {row.group_size}" + (f", {row.tier}" if row.tier else "")),
-    )
-    reason = (Line(row.axes_reason, "dim"),) if row.axes is None and row.axes_reason else ()
-    phase = row.phase + (", recompute" if row.recompute else "")
-    return (
-        (
-            Line("unknown" if sent[1] is None and not sent[0] else bound + format_bytes(sent), "strong"),
-            Line(each, "dim"),
-        ),
-        (Line(f"{row.kind} {', '.join(row.dtypes)}{realizes}"), *code(row.name)),
-        (*over, *reason),
-        (Line(phase), *code(row.layer), *code(row.source)),
-    )
-
-
-def _audit(findings: Sequence[Finding]) -> tuple[Table, ...]:
-    """The findings, in the order of the rules; no table when there are none."""
-    columns = (
-        Column("at stake", "right"),
-        Column("found", keep=False),
-        Column("where", keep=False),
-        Column("remedy", keep=False),
-    )
-    rows = tuple(
-        (
-            cell("unknown" if one.wire_bytes is None else format_bytes(one.wire_bytes), "strong"),
-            (Line(one.rule, "warn"), Line(one.evidence)),
-            (*code(one.module or ""), *code(one.instruction), Line(axes_text(one.axes)), *code(one.source)),
-            cell(one.remedy),
-        )
-        for one in findings
-    )
-    caption = "bytes sent per device and step that the remedy would save; findings may overlap"
-    return (Table(title="Audit", columns=columns, rows=rows, caption=caption),) if rows else ()
-
-
-def _ledger(analysis: Analysis) -> Table:
-    columns = (Column("what"), Column("name", keep=False), Column("why", keep=False))
-    rows = tuple((code(entry.what), code(entry.name), cell(entry.why)) for entry in analysis.ledger)
-    return Table(title="Ledger: not counted, or not exactly", columns=columns, rows=rows)
 
 
 def _warning_tables(report: CaseReport) -> tuple[Table, ...]:

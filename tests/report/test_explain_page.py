@@ -13,7 +13,8 @@ from shardlab.audit import Finding
 from shardlab.case_report import EMULATED_NOTE, CaseReport
 from shardlab.hardware.catalog import load_machine
 from shardlab.program import CompilerWarning, Flags, Program
-from shardlab.report.explain import analysis_page, explain_page
+from shardlab.report.breakdown import analysis_page
+from shardlab.report.explain import explain_page
 from shardlab.report.markdown import to_markdown
 from shardlab.report.page import Page, Table
 from shardlab.report.terminal import print_page
