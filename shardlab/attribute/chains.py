@@ -12,7 +12,7 @@ from shardlab.hlo.attributes import frontend_attributes
 from shardlab.hlo.lookup import fusions, of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module
 
-_DONE = "AsyncCollectiveDone"
+DONE = "AsyncCollectiveDone"
 _Key = tuple[str, str, str]
 
 
@@ -34,7 +34,7 @@ class Chains:
         for name, callee in fusions(outermost.instructions):
             body = self.module.computations[callee].instructions
             calls = of_opcodes(body, ("custom-call",))
-            if any(call.attributes.get("custom_call_target", "").strip('"') == _DONE for call in calls):
+            if any(call.attributes.get("custom_call_target", "").strip('"') == DONE for call in calls):
                 fusion = outermost.instructions[name]
                 ends |= {_key(one): fusion for one in body.values() if "channel_id" in one.attributes}
         return ends

@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from shardlab.analysis import ByteRange, CollectiveRow
+from shardlab.analysis import ByteRange, CollectiveRow, Range
 from shardlab.attribute.calls import CallGraph
+from shardlab.attribute.chains import DONE, Chains
 from shardlab.attribute.collectives import Collective
-from shardlab.audit.flow import Flow, Value
+from shardlab.attribute.opaque import target_of
+from shardlab.audit.flow import Flow, Place, Value
+from shardlab.hlo.attributes import computation_names
+from shardlab.hlo.instructions import of_opcodes
 from shardlab.hlo.module import Module, Shape
 from shardlab.hlo.shape import array_bytes
 from shardlab.program import Program
@@ -56,6 +60,7 @@ class Audited:
     flow: Flow
     items: tuple[tuple[Collective, CollectiveRow], ...]
     backend: str
+    chains: Chains
     program: Program | None = None
 
     def of_kind(self, kind: str) -> Iterator[tuple[Collective, CollectiveRow]]:
@@ -66,6 +71,12 @@ class Audited:
             printed = collective.instruction.opcode.removesuffix("-start")
             if collective.kind == printed == kind and row.group_size > 1:
                 yield collective, row
+
+    def runs(self, place: Place) -> Range:
+        """How often a place runs per step."""
+        while place.parent is not None:
+            place = place.parent
+        return self.graph.times[place.computation.name]
 
     def parts(self, collective: Collective, row: CollectiveRow) -> Iterator[Part]:
         """The arrays of a collective; none when a size is unknown."""
@@ -83,7 +94,33 @@ class Audited:
         for position, (operand, shape, size) in enumerate(zip(operands, shapes, sizes, strict=True)):
             if shape is not None and size is not None:
                 value = Value(place, instruction.name, () if single else (position,))
-                yield Part(operand, value, shape, row.wire_bytes * Fraction(size, total))
+                ended = self._ended(collective) if single else None
+                yield Part(operand, ended or value, shape, row.wire_bytes * Fraction(size, total))
+
+    def _ended(self, collective: Collective) -> Value | None:
+        """What the last fusion of a TPU chain makes of a transfer that the first one started; None for no
+        chain."""
+        outermost = self.module.computations[collective.outermost]
+        end = self.chains.end(outermost, collective.instruction)
+        names = computation_names(end, "calls") if end is not None else ()
+        for name in names:
+            for instruction in of_opcodes(self.module.computations[name].instructions, ("custom-call",)):
+                if target_of(instruction) == DONE:
+                    return Value(self.flow.home(name), instruction.name)
+        return None
+
+
+def finding(rule: str, row: CollectiveRow, saved_bytes: Fraction, *, evidence: str, remedy: str) -> Finding:
+    """What a rule found at the collective of `row`. saved_bytes: what the remedy saves of one execution."""
+    return Finding(
+        rule=rule,
+        instruction=row.name,
+        axes=row.axes,
+        wire_bytes=per_step(row, saved_bytes),
+        source=row.source,
+        evidence=evidence,
+        remedy=remedy,
+    )
 
 
 def per_step(row: CollectiveRow, each: Fraction) -> ByteRange:

@@ -1,8 +1,10 @@
-"""Where a value comes from and what uses it, through copies, tuples, fusions, calls and async starts.
+"""Where a value comes from and what uses it, through copies, tuples, fusions, calls, async starts and loops.
 
-Only instructions that hand elements on unchanged are passed through. Whatever cannot be followed (the
-state of a loop, a kernel, the result of the program) is a use of its own, so that a rule that asks for "only"
-these uses says nothing. What a program can make as deep as it likes is followed without recursion.
+Only instructions that hand elements on unchanged are passed through. Whatever cannot be followed (a branch, a
+kernel, the result of the program) is a use of its own, so that a rule that asks for "only" these uses says
+nothing. An element of a loop's state goes to the body, the condition and the result, whatever the trip: its
+uses may be more than the value has, never fewer. What a program can make as deep as it likes is followed
+without recursion.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ MISSING = 10**9
 
 # One operand's elements, in another order, form or memory.
 _MOVING = frozenset({"bitcast", "copy", "reshape", "transpose", "copy-done", "copy-start", "opt-barrier"})
-_INLINED = frozenset({"fusion", "call"})
+# What runs a computation once on its operands, and the attribute that names it.
+_RUNS = {"fusion": "calls", "call": "to_apply", "async-start": "calls"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,10 +135,10 @@ class Flow:
             return self.operand(value, index[0], index[1:]) if index else None
         if opcode in _MOVING:
             return self.operand(value, 0, () if opcode == "copy-start" else index)
-        if opcode in _INLINED:
-            body = self._body(value.place, instruction)
-            return Value(body, body.computation.root, index) if body else None
-        return self._before_loop(value) if opcode == "while" and index else None
+        if opcode == "while":
+            return self._before_loop(value) if index else None
+        body = self._body(value.place, instruction)
+        return Value(body, body.computation.root, index) if body else None
 
     def _before_loop(self, value: Value) -> Value | None:
         """What a loop was given, where it gives that back; None where its body changes it."""
@@ -151,22 +154,31 @@ class Flow:
         return self.operand(value, 0, value.path) if kept and made.path == value.path else None
 
     def _body(self, place: Place, instruction: Instruction) -> Place | None:
-        attribute = "calls" if instruction.opcode == "fusion" else "to_apply"
-        names = computation_names(instruction, attribute)
+        """The computation that a fusion, a call or an async start runs on its operands, once; or None."""
+        attribute = _RUNS.get(instruction.opcode)
+        names = computation_names(instruction, attribute) if attribute else ()
         return self._place(names[0], instruction, place) if len(names) == 1 else None
 
     def uses(self, value: Value) -> Iterator[Use]:
         """Everything that takes the value's elements, found by following what only moves them."""
-        queue, seen = [value], {value}
+        queue: list[Value] = [value]
+        seen: set[object] = {value}
         for current in queue:
             if len(seen) > MAX_STEPS:
                 yield Use(current.place, current.place.computation.instructions[current.name], -1, None)
                 return
             for found in self._following(current):
+                key = (
+                    found
+                    if isinstance(found, Value)
+                    else (found.place, found.instruction.name, found.position)
+                )
+                if key in seen:
+                    continue
+                seen.add(key)
                 if isinstance(found, Use):
                     yield found
-                elif found not in seen:
-                    seen.add(found)
+                else:
                     queue.append(found)
 
     def _following(self, value: Value) -> Iterator[Use | Value]:
@@ -174,17 +186,35 @@ class Flow:
         if instruction is None:
             return
         if value.name == value.place.computation.root:
-            yield self._returned(value, instruction)
+            yield from self._returned(value, instruction)
         for user, position in self._using(value.place.computation).get(value.name, ()):
+            if user.opcode == "while" and value.path:
+                yield from self._carried(value.place, user, value.path)
+                continue
             found = self._through(value, user, position)
             if found is not None:
                 yield found
 
-    def _returned(self, value: Value, instruction: Instruction) -> Use | Value:
+    def _returned(self, value: Value, instruction: Instruction) -> Iterator[Use | Value]:
         place = value.place
-        if place.site is None or place.parent is None:
-            return Use(place, instruction, -1, None)
-        return Value(place.parent, place.site.name, value.path)
+        if place.site is not None and place.parent is not None:
+            yield Value(place.parent, place.site.name, value.path)
+            return
+        callers = self.sites.by_callee.get(place.computation.name, ())
+        if value.path and len(callers) == 1 and callers[0].role == "body":
+            yield from self._carried(self.home(callers[0].caller), callers[0].instruction, value.path)
+        else:
+            yield Use(place, instruction, -1, None)
+
+    def _carried(self, place: Place, loop: Instruction, path: tuple[int, ...]) -> Iterator[Use | Value]:
+        """An element of a loop's state: what the loop gives back, and what a trip begins with."""
+        yield Value(place, loop.name, path)
+        for role in ("body", "condition"):
+            names = computation_names(loop, role)
+            state = self.home(names[0]) if len(names) == 1 else None
+            parameter = _parameter(state.computation, 0) if state else None
+            # A loop that someone else runs too, or one without state, cannot be followed.
+            yield Value(state, parameter, path) if state and parameter else Use(place, loop, 0, None)
 
     def _through(self, value: Value, user: Instruction, position: int) -> Use | Value | None:
         """What a user makes of the value: the same elements elsewhere, another element (None), or a use."""
@@ -201,11 +231,10 @@ class Flow:
         ends = opcode.endswith(("-done", "-update")) and opcode not in ("send-done", "recv-done")
         if (ends or opcode in _MOVING) and position == 0:
             return Value(value.place, user.name, index)
-        if opcode in _INLINED:
-            body = self._body(value.place, user)
-            parameter = _parameter(body.computation, position) if body else None
-            if body and parameter:
-                return Value(body, parameter, index)
+        body = self._body(value.place, user)
+        parameter = _parameter(body.computation, position) if body else None
+        if body and parameter:
+            return Value(body, parameter, index)
         return Use(value.place, user, position, self.shape(value) if not index else None)
 
     def _using(self, computation: Computation) -> dict[str, list[tuple[Instruction, int]]]:

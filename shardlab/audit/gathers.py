@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from shardlab.analysis import CollectiveRow
 from shardlab.attribute.collectives import Collective
-from shardlab.audit.findings import Audited, Finding, Part, per_step
+from shardlab.audit.findings import Audited, Finding, Part, finding
 from shardlab.audit.flow import Use
 from shardlab.audit.loops import steady_loops
 from shardlab.hlo.attributes import metadata
@@ -30,12 +30,10 @@ def gathered_wide(audited: Audited) -> Iterator[Finding]:
             if narrow is None:
                 continue
             saved = part.wire_bytes * (1 - Fraction(_FLOAT_BITS[narrow], _FLOAT_BITS[part.shape.dtype]))
-            yield Finding(
-                rule="gathered-wide",
-                instruction=row.name,
-                axes=row.axes,
-                wire_bytes=per_step(row, saved),
-                source=row.source,
+            yield finding(
+                "gathered-wide",
+                row,
+                saved,
                 evidence=f"{_text(part.shape)} shards are gathered in {part.shape.dtype}, "
                 f"and every use of the result converts it to {narrow}.",
                 remedy=f"Convert to {narrow} before the gather: cast, then constrain the sharding.",
@@ -68,12 +66,10 @@ def gathered_twice(audited: Audited) -> Iterator[Finding]:
             before = first.setdefault(key, row)
             if before is row:
                 continue
-            yield Finding(
-                rule="gathered-twice",
-                instruction=row.name,
-                axes=row.axes,
-                wire_bytes=per_step(row, part.wire_bytes),
-                source=row.source,
+            yield finding(
+                "gathered-twice",
+                row,
+                part.wire_bytes,
                 evidence=f"{before.name} has gathered the same {_text(part.shape)} shards "
                 "over the same groups.",
                 remedy="Use the first result again: gather once, before both uses.",
@@ -95,41 +91,50 @@ def _gathered(audited: Audited, collective: Collective, row: CollectiveRow, part
 
 
 def gathered_then_sliced(audited: Audited) -> Iterator[Finding]:
-    """A gathered array of which only slices are used, together smaller than half of it."""
+    """A gathered array of which only slices are used, together smaller than half of it.
+
+    A slice in a loop counts on every trip, since each may take another part.
+    """
     for collective, row in audited.of_kind("all-gather"):
         for part in audited.parts(collective, row):
-            extents = [extent for extent in part.shape.dims if extent is not None]
-            full = math.prod(extents) * row.group_size
+            full = _elements(part.shape) * row.group_size
             uses = list(audited.flow.uses(part.value))
-            if (
-                not uses
-                or not all(map(_is_slice, uses))
-                or len(extents) < len(part.shape.dims)
-                or part.shape.bounded
-            ):
-                continue
-            kept = sum(math.prod(extent or 0 for extent in use.instruction.shape.dims) for use in uses)
-            if 2 * kept >= full:
+            kept = [_kept(audited, row, use) for use in uses]
+            total = sum(one for one in kept if one is not None)
+            if not full or not uses or None in kept or 2 * total >= full:
                 continue
             # A device needs no more than what it keeps.
-            needed = part.wire_bytes * row.group_size / (row.group_size - 1) * Fraction(kept, full)
-            saved = part.wire_bytes - needed
-            share = f"{float(100 * Fraction(kept, full)):.3g} %"
-            yield Finding(
-                rule="gathered-then-sliced",
-                instruction=row.name,
-                axes=row.axes,
-                wire_bytes=per_step(row, saved),
-                source=row.source,
+            needed = part.wire_bytes * row.group_size / (row.group_size - 1) * total / full
+            yield finding(
+                "gathered-then-sliced",
+                row,
+                part.wire_bytes - needed,
                 evidence=f"of the gathered array only {uses[0].instruction.name}"
-                f"{' and others' if len(uses) > 1 else ''} is used: {share} of its elements.",
+                f"{' and others' if len(uses) > 1 else ''} is used: "
+                f"{float(100 * total / full):.3g} % of its elements.",
                 remedy="Slice before the gather, or give the result the sharding of the slice, "
                 "so that only the part is moved.",
             )
 
 
-def _is_slice(use: Use) -> bool:
-    return use.instruction.opcode in ("slice", "dynamic-slice") and use.position == 0
+def _kept(audited: Audited, row: CollectiveRow, use: Use) -> Fraction | None:
+    """Elements that a slice takes for one execution of the gather; None when it is no slice, or unknown."""
+    if use.instruction.opcode.removesuffix("-start") not in ("slice", "dynamic-slice") or use.position != 0:
+        return None
+    (low, high), (runs, most) = row.executions, audited.runs(use.place)
+    if low != high or runs != most or not low:
+        return None
+    shape = use.instruction.shape
+    if shape.dtype == "tuple":  # of a start: its operands, what its done gives, and more
+        shape = shape.leaves[1] if len(shape.leaves) > 1 else shape
+    return Fraction(_elements(shape) * runs, low) if _elements(shape) else None
+
+
+def _elements(shape: Shape) -> int:
+    """Elements of an array; 0 where that is not known."""
+    extents = [extent for extent in shape.dims if extent is not None]
+    known = len(extents) == len(shape.dims) and not shape.bounded and shape.dtype != "tuple"
+    return math.prod(extents) if known else 0
 
 
 def gathered_every_trip(audited: Audited) -> Iterator[Finding]:
@@ -142,12 +147,10 @@ def gathered_every_trip(audited: Audited) -> Iterator[Finding]:
                 continue
             names = ", ".join(name for name, _ in loops)
             saved = part.wire_bytes * (1 - Fraction(1, trips))
-            yield Finding(
-                rule="gathered-every-trip",
-                instruction=row.name,
-                axes=row.axes,
-                wire_bytes=per_step(row, saved),
-                source=row.source,
+            yield finding(
+                "gathered-every-trip",
+                row,
+                saved,
                 evidence=f"{_text(part.shape)} shards are gathered on each of {trips} trips of {names}, "
                 "which does not change them.",
                 remedy="Gather before the loop where memory allows, or take fewer and larger microbatches.",

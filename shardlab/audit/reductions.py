@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from shardlab.analysis import CollectiveRow
 from shardlab.attribute.collectives import Collective
-from shardlab.audit.findings import Audited, Finding, per_step
+from shardlab.audit.findings import Audited, Finding, finding
 from shardlab.audit.flow import Use, Value
 from shardlab.audit.positions import tiles
 from shardlab.hlo.module import Shape
@@ -24,12 +24,10 @@ def reduced_then_sliced(audited: Audited) -> Iterator[Finding]:
             uses = list(audited.flow.uses(part.value))
             if not uses or not all(_keeps_its_part(audited, collective, row, use) for use in uses):
                 continue
-            yield Finding(
-                rule="reduced-then-sliced",
-                instruction=row.name,
-                axes=row.axes,
-                wire_bytes=per_step(row, part.wire_bytes / 2),
-                source=row.source,
+            yield finding(
+                "reduced-then-sliced",
+                row,
+                part.wire_bytes / 2,
                 evidence=f"only {uses[0].instruction.name} uses the sum, and each of the {row.group_size} "
                 f"devices of a group keeps another 1/{row.group_size} of it.",
                 remedy=_ON_CPU if audited.backend == "cpu" else _SCATTER,
@@ -77,12 +75,10 @@ def gathered_by_reduction(audited: Audited) -> Iterator[Finding]:
             update = audited.flow.origin(part.operand)
             if not _is_padded_shard(audited, collective, row, update):
                 continue
-            yield Finding(
-                rule="gathered-by-reduction",
-                instruction=row.name,
-                axes=row.axes,
-                wire_bytes=per_step(row, part.wire_bytes / 2),
-                source=row.source,
+            yield finding(
+                "gathered-by-reduction",
+                row,
+                part.wire_bytes / 2,
                 evidence=f"{update.name} writes this device's 1/{row.group_size} into zeros, so the sum over "
                 "the group is an all-gather.",
                 remedy="Ask for an all-gather; where the compiler made this of one, shard over fewer devices "

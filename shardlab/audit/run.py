@@ -8,6 +8,7 @@ from typing import Final
 
 from shardlab.analysis import Analysis, Attributed
 from shardlab.attribute.calls import call_graph
+from shardlab.attribute.chains import Chains
 from shardlab.attribute.collectives import Collective, find_collectives
 from shardlab.audit.findings import Audited, Finding
 from shardlab.audit.flow import Flow
@@ -47,6 +48,7 @@ def audit(module: Module, analysis: Analysis, program: Program | None = None) ->
         flow=Flow(module, graph.sites),
         items=tuple(zip(found, analysis.collectives, strict=True)),
         backend=backend,
+        chains=Chains(module),
         program=program,
     )
     return tuple(finding for rule in RULES for finding in rule(audited))
