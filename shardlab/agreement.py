@@ -5,11 +5,13 @@ A difference is explained only where the figures prove it: then the explanation 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
-from shardlab.analysis import ByteRange, CollectiveRow, axes_key
+from shardlab.analysis import ByteRange, CollectiveRow, Range, axes_key
+from shardlab.attribute.calls import add
 from shardlab.case_report import CaseReport, Json
 from shardlab.units import format_bytes
 
@@ -22,13 +24,14 @@ class AgreementRow:
     """One kind of collective over one set of axes, on each target.
 
     wire_bytes: per device and step, Σ executions x bytes, in the order of the targets; (0, 0) where the
-    target has none. agree: all the same. why: what is known of the difference, one sentence each, and
-    whether that is all.
+    target has none. collectives: how many run per step, likewise. agree: all the same bytes. why: what is
+    known of the difference, one sentence each, and whether that is all; where bytes agree, of combining.
     """
 
     kind: str
     axes: str
     wire_bytes: tuple[ByteRange, ...]
+    collectives: tuple[Range, ...]
     agree: bool
     why: tuple[str, ...] = ()
 
@@ -44,10 +47,13 @@ class Agreement:
 @dataclass(slots=True)
 class _Sent:
     """What one target sends in one kind over one set of axes. source: as the source wrote it, before the
-    backend widened types."""
+    backend widened types. runs: executions per step. each: (executions, source bytes of one) -> collectives.
+    """
 
     low: Fraction = ZERO
     high: Fraction | None = ZERO
+    runs: Range = (0, 0)
+    each: Counter[tuple[int, Fraction]] = field(default_factory=Counter)
     source: Fraction = ZERO
     widened: bool = False
     by_permutes: bool = False
@@ -57,8 +63,11 @@ class _Sent:
         low, high = row.executions
         self.low += low * row.wire_bytes
         self.high = None if self.high is None or high is None else self.high + high * row.wire_bytes
+        self.runs = add(self.runs, row.executions)
         logical = row.logical_wire_bytes
-        self.source += low * (row.wire_bytes if logical is None else logical)
+        source = row.wire_bytes if logical is None else logical
+        self.source += low * source
+        self.each[low, source] += 1
         self.widened = self.widened or logical not in (None, row.wire_bytes)
         self.by_permutes = self.by_permutes or row.realizes is not None
 
@@ -100,22 +109,67 @@ def _row(key: Key, targets: dict[str, Target]) -> AgreementRow:
     cells = {name: sent.get(key, _Sent()) for name, sent in targets.items()}
     figures = tuple((cell.low, cell.high) for cell in cells.values())
     agree = len(set(figures)) == 1 and all(cell.exact for cell in cells.values())
-    why = () if agree else _why(key, cells, targets)
-    return AgreementRow(kind=key[0], axes=key[1], wire_bytes=figures, agree=agree, why=why)
+    why = tuple(_combined(cells)) if agree else _why(key, cells, targets)
+    runs = tuple(cell.runs for cell in cells.values())
+    return AgreementRow(kind=key[0], axes=key[1], wire_bytes=figures, collectives=runs, agree=agree, why=why)
 
 
 def _why(key: Key, cells: dict[str, _Sent], targets: dict[str, Target]) -> tuple[str, ...]:
     """Reasons, and whether they leave something open."""
     instead = {name: tuple(_instead(key, name, targets)) for name in targets}
-    reasons = tuple(dict.fromkeys((*_reasons(cells), *(why for whys in instead.values() for why in whys))))
+    moved = dict(_moved(cells))
+    reasons = tuple(
+        dict.fromkeys(
+            (
+                *_reasons(cells),
+                *(why for whys in instead.values() for why in whys),
+                *moved.values(),
+                *_combined(cells),
+            )
+        )
+    )
     explained = {
         cell.source
         for name, cell in cells.items()
-        if not any(" all-reduces what " in why for why in instead[name])
+        if name not in moved and not any(" all-reduces what " in why for why in instead[name])
     }
     if len(explained) == 1 or not all(cell.exact for cell in cells.values()):
         return reasons
     return (*reasons, "the rest is not known" if reasons else "not known")
+
+
+def _combined(cells: dict[str, _Sent]) -> Iterable[str]:
+    """Targets that send the bytes of another in fewer collectives: XLA's combiners join those that are ready
+    at once. What permutes carry out is not counted in collectives."""
+    counted = {name: cell for name, cell in cells.items() if cell.exact and not cell.by_permutes}
+    for name, cell in counted.items():
+        same = [(other, there) for other, there in counted.items() if there.source == cell.source]
+        other, there = max(same, key=lambda item: item[1].runs[0])
+        if cell.runs[0] < there.runs[0]:
+            yield f"{name}: combined, {cell.runs[0]} collectives a step for {there.runs[0]} on {other}"
+
+
+def _moved(cells: dict[str, _Sent]) -> Iterable[tuple[str, str]]:
+    """(target, why) where it sends on each trip of a loop what another sends once, before or after it.
+
+    Proved when what the two do not have in common is of the same bytes, counted once each, and all runs t
+    times as often here.
+    """
+    for name, cell in cells.items():
+        for other, there in cells.items():
+            here, once = cell.each - there.each, there.each - cell.each
+            often, seldom = {runs for runs, _ in here}, {runs for runs, _ in once}
+            if not (cell.exact and there.exact and len(often) == len(seldom) == 1):
+                continue
+            (many,), (few,) = often, seldom
+            if many > few > 0 and many % few == 0 and _once(here) == _once(once) != 0:
+                yield name, f"{other}: moved out of a loop, {few} times a step for {many} on {name}"
+                break
+
+
+def _once(each: Counter[tuple[int, Fraction]]) -> Fraction:
+    """Bytes of these collectives, each run once."""
+    return sum((count * sent_bytes for (_, sent_bytes), count in each.items()), ZERO)
 
 
 def _reasons(cells: dict[str, _Sent]) -> Iterable[str]:
@@ -160,6 +214,9 @@ def agreement_json(found: Agreement) -> Json:
             "wire_bytes": {
                 target: [_number(end) for end in figure]
                 for target, figure in zip(found.targets, row.wire_bytes, strict=True)
+            },
+            "collectives": {
+                target: list(runs) for target, runs in zip(found.targets, row.collectives, strict=True)
             },
             "agree": row.agree,
             "why": list(row.why),

@@ -90,7 +90,7 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
         cost=cost,
         communication_s=time.communication_s,
         tier_s=time.tier_s or None,
-        findings=audit(part.module, analysis, program),
+        findings=audit(part, machine),
         notes=(*known.notes, *_flops_notes(cost.flops)),
     )
 

@@ -106,7 +106,7 @@ def run_analyze(args: argparse.Namespace) -> int:
     if args.audit:
         from shardlab.audit import audit_parts
 
-        findings = audit_parts(kept)
+        findings = audit_parts(kept, machine)
     analysis = merge([part.analysis for part in kept or parts])
     _print_analysis(args, analysis, findings, orders)
     return 1 if args.strict and analysis.ledger else 0

@@ -65,6 +65,22 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Argument:
+    """An array that the program takes.
+
+    path: where jax has it among the arguments. shape: of the whole array, in elements; total_bytes: of it.
+    split_over: the mesh axes that split it. device_bytes: of what one device holds.
+    """
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    total_bytes: int
+    split_over: tuple[str, ...]
+    device_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
     """One compiled program, per device code, with the facts that the text alone does not hold.
 
@@ -74,6 +90,7 @@ class Program:
     device_coords: physical coordinates by device id where the target has them (TPU torus), else None.
     hlo_text: the optimised HLO; empty when `refusal` is set.
     autotuned: False for ahead-of-time GPU programs, None where the word means nothing.
+    arguments: in device memory, in order; None where it is not known how they are split.
     """
 
     name: str
@@ -91,6 +108,7 @@ class Program:
     autotuned: bool | None = None
     compile_s: float | None = None
     notes: tuple[str, ...] = ()
+    arguments: tuple[Argument, ...] | None = None
 
 
 def to_bytes(program: Program) -> bytes:
@@ -136,11 +154,18 @@ def from_document(document: dict[str, Any]) -> Program:
         for w in fields.get("warnings", ())
     )
     fields["refusal"] = Refusal(**fields["refusal"]) if fields.get("refusal") else None
+    if fields.get("arguments") is not None:
+        fields["arguments"] = tuple(map(_argument, fields["arguments"]))
     for key in ("device_ids", "notes"):
         fields[key] = tuple(fields[key]) if fields.get(key) is not None else fields.get(key)
     if fields.get("device_coords") is not None:
         fields["device_coords"] = tuple(tuple(c) for c in fields["device_coords"])
     return Program(**fields)
+
+
+def _argument(document: dict[str, Any]) -> Argument:
+    lists = {"shape": tuple(document["shape"]), "split_over": tuple(document["split_over"])}
+    return Argument(**{**document, **lists})
 
 
 def save(program: Program, path: str | Path) -> None:

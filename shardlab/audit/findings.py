@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from shardlab.analysis import ByteRange, CollectiveRow, Range
+from shardlab.analysis import Attributed, ByteRange, CollectiveRow, Range
 from shardlab.attribute.calls import CallGraph
 from shardlab.attribute.chains import DONE, Chains
 from shardlab.attribute.collectives import Collective
 from shardlab.attribute.opaque import target_of
 from shardlab.audit.flow import Flow, Place, Value
+from shardlab.hardware.machine import Machine
 from shardlab.hlo.attributes import computation_names
 from shardlab.hlo.instructions import of_opcodes
 from shardlab.hlo.module import Module, Shape
@@ -21,11 +22,12 @@ from shardlab.program import Program
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """Traffic that could be saved, found by `rule` at `instruction`.
+    """Traffic or memory that could be saved, found by `rule` at `instruction`.
 
     wire_bytes: what is at stake, per device and step, as (min, max); a max of None is unknown, and None means
-        that nothing is known of it. axes, source: of the collective. evidence, remedy: one sentence each.
-    module: only where several were audited.
+        that nothing is known of it, or that it is memory: memory_bytes, per device.
+    axes, source: of the collective, or the axes that an array is not split over. evidence, remedy: a
+        sentence each. module: only where several were audited.
     """
 
     rule: str
@@ -35,6 +37,7 @@ class Finding:
     source: str
     evidence: str
     remedy: str
+    memory_bytes: int | None = None
     module: str | None = None
 
 
@@ -53,15 +56,33 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audited:
-    """A module as the rules see it; `items` in printed order, callers first."""
+    """A module as the rules see it; `items` in printed order, callers first. machine: None where unknown."""
 
-    module: Module
-    graph: CallGraph
+    part: Attributed
     flow: Flow
     items: tuple[tuple[Collective, CollectiveRow], ...]
-    backend: str
     chains: Chains
-    program: Program | None = None
+    machine: Machine | None = None
+
+    @property
+    def module(self) -> Module:
+        """The compiled module."""
+        return self.part.module
+
+    @property
+    def program(self) -> Program | None:
+        """The saved program that the module came in."""
+        return self.part.program
+
+    @property
+    def graph(self) -> CallGraph:
+        """What runs what, how often."""
+        return self.part.graph
+
+    @property
+    def backend(self) -> str:
+        """What the module was compiled for."""
+        return self.part.analysis.modules[0].backend
 
     def of_kind(self, kind: str) -> Iterator[tuple[Collective, CollectiveRow]]:
         """The collectives of one kind that move something and that the text holds as such (not sends to the
@@ -129,8 +150,20 @@ def per_step(row: CollectiveRow, each: Fraction) -> ByteRange:
     return low * each, None if high is None else high * each
 
 
+def together(ranges: Iterable[ByteRange]) -> ByteRange:
+    """The sum of several ranges; a maximum that is unknown makes the sum's unknown."""
+    low, high = Fraction(0), Fraction(0)
+    known = True
+    for least, most in ranges:
+        low += least
+        high += most or 0
+        known = known and most is not None
+    return low, high if known else None
+
+
 def finding_json(finding: Finding) -> dict[str, object]:
-    """The finding as a member of the `audit` list; what is not known is null, `module` absent when alone."""
+    """The finding as a member of the `audit` list; what is not known is null; `module` absent
+    when alone, `memory_bytes` where no memory is at stake."""
     at_stake = finding.wire_bytes
     document: dict[str, object] = {
         "rule": finding.rule,
@@ -141,7 +174,8 @@ def finding_json(finding: Finding) -> dict[str, object]:
         "evidence": finding.evidence,
         "remedy": finding.remedy,
     }
-    return document if finding.module is None else {**document, "module": finding.module}
+    more = {"memory_bytes": finding.memory_bytes, "module": finding.module}
+    return document | {key: value for key, value in more.items() if value is not None}
 
 
 def _number(value: Fraction | None) -> int | float | None:

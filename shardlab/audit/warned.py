@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fractions import Fraction
 
-from shardlab.analysis import ByteRange, CollectiveRow
-from shardlab.audit.findings import Audited, Finding, per_step
+from shardlab.audit.findings import Audited, Finding, per_step, together
 from shardlab.hlo.attributes import metadata
 
 KIND = "involuntary full rematerialization"
@@ -30,21 +28,10 @@ def rematerialized(audited: Audited) -> Iterator[Finding]:
             rule="rematerialized",
             instruction=gathers[0].name if gathers else operation,
             axes=gathers[0].axes if gathers else None,
-            wire_bytes=_together(gathers) if gathers else None,
+            wire_bytes=together(per_step(row, row.wire_bytes) for row in gathers) if gathers else None,
             source=gathers[0].source if gathers else "",
             evidence=f"the compiler could not go from sharding {before} to {after} at {operation} "
             f"and replicated the array{f', with {names}' if names else ''}.",
             remedy="Make the two shardings agree: constrain the array to one of them before this operation, "
             "or go there over a sharding that splits the same dimension.",
         )
-
-
-def _together(rows: list[CollectiveRow]) -> ByteRange:
-    low, high = Fraction(0), Fraction(0)
-    known = True
-    for row in rows:
-        least, most = per_step(row, row.wire_bytes)
-        low += least
-        known = known and most is not None
-        high += most or 0
-    return low, high if known else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from shardlab.compile.tables import text_of
 from shardlab.compile.tpu import device_index
 from shardlab.compile.versions import versions
 from shardlab.errors import CompileFailed
-from shardlab.program import Memory, Program
+from shardlab.program import Argument, Memory, Program
 
 _LOWERING_PLATFORMS = {"gpu": "cuda"}
 
@@ -46,7 +47,11 @@ def compile_lowered(
         return Compiled(program=replace(template, refusal=refused, compile_s=elapsed_s), executable=None)
     elapsed_s = time.monotonic() - started
     program = replace(
-        template, hlo_text=text_of(executable), memory=memory_of(executable), compile_s=elapsed_s
+        template,
+        hlo_text=text_of(executable),
+        memory=memory_of(executable),
+        compile_s=elapsed_s,
+        arguments=arguments_of(executable),
     )
     return Compiled(program=program, executable=executable)
 
@@ -66,6 +71,34 @@ def memory_of(executable: Any) -> Memory | None:
         temp_bytes=stats.temp_size_in_bytes,
         code_bytes=stats.generated_code_size_in_bytes,
         peak_bytes=stats.peak_memory_in_bytes or None,
+    )
+
+
+def arguments_of(executable: Any) -> tuple[Argument, ...] | None:
+    """The arguments in device memory and how the mesh splits them; None where an argument has no mesh."""
+    shardings = jax.tree.leaves(executable.input_shardings)
+    described = jax.tree_util.tree_flatten_with_path(executable.args_info)[0]
+    if len(shardings) != len(described):
+        return None
+    found = []
+    for (path, info), sharding in zip(described, shardings, strict=True):
+        if not isinstance(sharding, NamedSharding):
+            return None
+        if sharding.memory_kind != "pinned_host":
+            found.append(_argument(f"arguments{jax.tree_util.keystr(path[1:])}", info, sharding))
+    return tuple(found)
+
+
+def _argument(path: str, info: Any, sharding: NamedSharding) -> Argument:
+    names = [entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec if entry]
+    item_bytes = int(info.dtype.itemsize)
+    return Argument(
+        path=path,
+        dtype=str(info.dtype),
+        shape=tuple(info.shape),
+        total_bytes=math.prod(info.shape) * item_bytes,
+        split_over=tuple(str(axis) for entry in names for axis in entry),
+        device_bytes=math.prod(sharding.shard_shape(tuple(info.shape))) * item_bytes,
     )
 
 

@@ -98,8 +98,16 @@ def orders(
     return best_orders(tuple(attribute(source, axes, device_ids, machine)), machine, own_name)
 
 
-def best_orders(parts: Sequence[Attributed], machine: Machine | None, own_name: str = OWN) -> Orders:
-    """As `orders`, of what is attributed already. own_name: what the program's own order is called."""
+def best_orders(
+    parts: Sequence[Attributed],
+    machine: Machine | None,
+    own_name: str = OWN,
+    max_lookups: int = MAX_LOOKUPS,
+) -> Orders:
+    """As `orders`, of what is attributed already. own_name: what the program's own order is called.
+
+    max_lookups: devices looked up over all orders, which bounds the orders tried.
+    """
     if machine is None:
         raise UserError(Problem("--order", "needs a machine", "give --on MACHINE, such as h100:64x8"))
     if len(parts) != 1:
@@ -113,7 +121,7 @@ def best_orders(parts: Sequence[Attributed], machine: Machine | None, own_name: 
     if part.placement.slices > 1 or machine.slices > 1:
         return _own_alone(part, machine, own, own_name)
     jobs = _jobs(part)
-    limit = max(2, min(MAX_ORDERS, MAX_LOOKUPS // max(1, _lookups(jobs))))
+    limit = max(2, min(MAX_ORDERS, max_lookups // max(1, _lookups(jobs))))
     layouts, complete = candidates(mesh, machine, sorted(own), limit)
     results = [_priced(part, jobs, layout, machine, own) for layout in _named(layouts, Layout(own_name, own))]
     by = "bytes" if any(result.communication_s is None for result in results) else "time"

@@ -162,15 +162,24 @@ def audit_tables(findings: Sequence[Finding]) -> tuple[Table, ...]:
     )
     rows = tuple(
         (
-            cell("unknown" if one.wire_bytes is None else format_bytes(one.wire_bytes), "strong"),
+            cell(_at_stake(one), "strong"),
             (Line(one.rule, "warn"), Line(one.evidence)),
             (*code(one.module or ""), *code(one.instruction), Line(axes_text(one.axes)), *code(one.source)),
             cell(one.remedy),
         )
         for one in findings
     )
-    caption = "bytes sent per device and step that the remedy would save; findings may overlap"
+    caption = (
+        "per device: bytes sent per step that the remedy saves (or takes off the slow link), or memory; "
+        "findings may overlap"
+    )
     return (Table(title="Audit", columns=columns, rows=rows, caption=caption),) if rows else ()
+
+
+def _at_stake(finding: Finding) -> str:
+    if finding.memory_bytes is not None:
+        return f"{format_bytes(finding.memory_bytes)} of memory"
+    return "unknown" if finding.wire_bytes is None else format_bytes(finding.wire_bytes)
 
 
 def _ledger(analysis: Analysis) -> Table:

@@ -2,11 +2,12 @@
 
     python make.py cpu DIRECTORY        eight emulated CPU devices
     python make.py tpu DIRECTORY        v5p 2x2x2, ahead of time (needs the libtpu wheel)
+    python make.py gpu DIRECTORY        H100 2x4, ahead of time (needs the CUDA plugin; run it in the checkout)
     python make.py cpu DIRECTORY reshard_by_replication 2> reshard_by_replication.cpu.log
 
 The committed texts were made with jax 0.12.0.1 and the libtpu that it pins; a later compiler may rewrite a
 program so that what a rule looks for is no longer there, which is why the texts are kept. Paths are cut to
-the file's name, and backend configs of TPU text, which no rule here reads, are left out.
+the file's name, and backend configs of TPU and GPU text that no rule here reads are left out.
 """
 
 from __future__ import annotations
@@ -205,35 +206,151 @@ def reshard_by_replication(mesh: Mesh) -> Built:
     return step, (shaped(mesh, before, (8, 16, 4)),)
 
 
+def gather_ahead(mesh: Mesh, *, keep: bool = False) -> Built:
+    """Each trip gathers the weight of the next layer: what it gathers is used one trip later."""
+
+    def body(ws: Any, x: Any) -> Any:
+        def times(h: Any, full: Any) -> Any:
+            return jnp.tanh(h @ lax.optimization_barrier(full).astype(jnp.bfloat16))
+
+        def layer(carry: Any, w: Any) -> Any:
+            h, full = carry
+            return (times(h, full), lax.all_gather(w, "x", tiled=True)), None
+
+        first = lax.all_gather(ws[0], "x", tiled=True)
+        (h, last), _ = lax.scan(layer, (x, first), ws[1:])
+        return (times(h, last), last) if keep else times(h, last)
+
+    outputs = (P(), P()) if keep else P()
+    return mapped(mesh, body, (P(None, "x"), P()), outputs), (
+        shaped(mesh, P(None, "x"), (4, 256, 256)),
+        shaped(mesh, P(), (8, 256), jnp.bfloat16),
+    )
+
+
+def gather_ahead_and_keep(mesh: Mesh) -> Built:
+    """The last gathered weight is a result too, in f32."""
+    return gather_ahead(mesh, keep=True)
+
+
+def gather_then_slice_in_loop(mesh: Mesh, rows: int = 8) -> Built:
+    """Gathered before the loop, of which each of 4 trips takes other rows."""
+
+    def body(w: Any, x: Any) -> Any:
+        full = lax.optimization_barrier(lax.all_gather(w, "x", tiled=True))
+
+        def trip(h: Any, start: Any) -> Any:
+            return jnp.tanh(h + lax.dynamic_slice_in_dim(full, start * rows, rows).sum(0)), None
+
+        return lax.scan(trip, x, jnp.arange(4))[0]
+
+    return mapped(mesh, body, (P("x"), P()), P()), (
+        shaped(mesh, P("x"), (256, 256)),
+        shaped(mesh, P(), (8, 256)),
+    )
+
+
+def gather_then_slice_all_in_loop(mesh: Mesh) -> Built:
+    """A quarter on each of 4 trips: together everything."""
+    return gather_then_slice_in_loop(mesh, 64)
+
+
+def gather_in_chain(mesh: Mesh, *, whole: bool = False) -> Built:
+    """Large enough for libtpu to carry the gather by a chain of fusions, beside products, on v5e."""
+
+    def body(ws: Any, x: Any) -> Any:
+        def layer(h: Any, w: Any) -> Any:
+            full = lax.optimization_barrier(lax.all_gather(w, "x", tiled=True))
+            part = full if whole else lax.dynamic_slice_in_dim(full, lax.axis_index("y") * 256, 256)
+            h = jnp.tanh(h @ ws[0].T @ ws[1])
+            return h + (h @ part.T).sum(-1, keepdims=True), None
+
+        return lax.scan(layer, x, ws)[0]
+
+    return mapped(mesh, body, (P(None, "x"), P()), P()), (
+        shaped(mesh, P(None, "x"), (8, 2048, 2048), jnp.bfloat16),
+        shaped(mesh, P(), (512, 2048), jnp.bfloat16),
+    )
+
+
+def gather_in_chain_whole(mesh: Mesh) -> Built:
+    return gather_in_chain(mesh, whole=True)
+
+
+def accumulate_sums(mesh: Mesh) -> Built:
+    """A gradient summed over devices on each microbatch."""
+
+    def body(w: Any, x: Any) -> Any:
+        def micro(total: Any, part: Any) -> Any:
+            return total + lax.psum(jnp.tanh(part.T @ (part @ w)), "x"), None
+
+        return lax.scan(micro, jnp.zeros((256, 256)), x)[0]
+
+    return mapped(mesh, body, (P(), P(None, "x")), P()), (
+        shaped(mesh, P(), (256, 256)),
+        shaped(mesh, P(None, "x"), (4, 32, 256)),
+    )
+
+
+def reduce_three(mesh: Mesh) -> Built:
+    """Three sums that no one waits for in between."""
+
+    def body(a: Any, b: Any, c: Any) -> Any:
+        return tuple(lax.psum(jnp.tanh(one @ one.T), "x") for one in (a, b, c))
+
+    return mapped(mesh, body, (P("x"),) * 3, (P(),) * 3), tuple(
+        shaped(mesh, P("x"), (rows * 4, 256)) for rows in (8, 16, 24)
+    )
+
+
+def gather_three(mesh: Mesh) -> Built:
+    def body(a: Any, b: Any, c: Any) -> Any:
+        return tuple(jnp.tanh(lax.all_gather(one, "x", tiled=True)) for one in (a, b, c))
+
+    return mapped(mesh, body, (P("x"),) * 3, (P(),) * 3), tuple(
+        shaped(mesh, P("x"), (rows * 4, 256)) for rows in (8, 16, 24)
+    )
+
+
 PROGRAMS: tuple[Callable[[Mesh], Built], ...] = (
     gather_then_convert, convert_then_gather, gather_twice, gather_over_two_axes, gather_then_slice,
     gather_then_slice_most, reduce_then_slice, reduce_then_use_all, reduce_then_slice_over_other_axis,
     gather_in_loop, gather_layers_in_microbatches, gather_scanned_layers,
     reduce_padded_shard, reduce_updated_array, reshard_by_replication,
+    gather_ahead, gather_ahead_and_keep, gather_then_slice_in_loop, gather_then_slice_all_in_loop,
+    gather_in_chain, gather_in_chain_whole, accumulate_sums, reduce_three, gather_three,
 )  # fmt: skip
 
 
-def mesh_of(target: str) -> Mesh:
+CHAINED = ("gather_in_chain", "gather_in_chain_whole")
+
+
+def mesh_of(target: str, name: str) -> Mesh:
     if target == "cpu":
         devices = jax.devices("cpu")
+    elif target == "gpu":
+        from shardlab.compile.gpu import open_target
+        from shardlab.hardware.catalog import load_machine
+
+        devices = list(open_target(load_machine("h100:2x4")).devices)
     else:
-        devices = topologies.get_topology_desc("v5p:2x2x2", "tpu").devices
+        topology = "v5e:2x4" if name in CHAINED else "v5p:2x2x2"
+        devices = topologies.get_topology_desc(topology, "tpu").devices
         devices = sorted(devices, key=lambda device: device.id)
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def main(target: str, directory: str) -> None:
-    mesh = mesh_of(target)
     only = sys.argv[3:]
     for program in PROGRAMS:
         if only and program.__name__ not in only:
             continue
-        step, arguments = program(mesh)
-        lowered = jax.jit(step).trace(*arguments).lower(lowering_platforms=(target,))
+        step, arguments = program(mesh_of(target, program.__name__))
+        lowered = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda" if target == "gpu" else target,))
         text = lowered.compile().as_text()
         text = re.sub(r'"[^"\n]*/([^/"\n]+\.py)"', r'"\1"', text)
-        if target == "tpu":
-            text = re.sub(r", backend_config=\{.*", "", text)
+        if target != "cpu":
+            text = re.sub(r", backend_config=\{(?!.*async_collective_fusion_config).*", "", text)
         (Path(directory) / f"{program.__name__}.{target}.hlo").write_text(text + "\n", encoding="utf-8")
 
 
