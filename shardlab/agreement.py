@@ -5,7 +5,6 @@ A difference is explained only where the figures prove it: then the explanation 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -47,13 +46,14 @@ class Agreement:
 @dataclass(slots=True)
 class _Sent:
     """What one target sends in one kind over one set of axes. source: as the source wrote it, before the
-    backend widened types. runs: executions per step. each: (executions, source bytes of one) -> collectives.
+    backend widened types. runs: executions per step. each: times a step -> source
+    bytes of one execution, of all collectives that run so often.
     """
 
     low: Fraction = ZERO
     high: Fraction | None = ZERO
     runs: Range = (0, 0)
-    each: Counter[tuple[int, Fraction]] = field(default_factory=Counter)
+    each: dict[int, Fraction] = field(default_factory=dict)
     source: Fraction = ZERO
     widened: bool = False
     by_permutes: bool = False
@@ -67,7 +67,7 @@ class _Sent:
         logical = row.logical_wire_bytes
         source = row.wire_bytes if logical is None else logical
         self.source += low * source
-        self.each[low, source] += 1
+        self.each[low] = self.each.get(low, ZERO) + source
         self.widened = self.widened or logical not in (None, row.wire_bytes)
         self.by_permutes = self.by_permutes or row.realizes is not None
 
@@ -117,13 +117,13 @@ def _row(key: Key, targets: dict[str, Target]) -> AgreementRow:
 def _why(key: Key, cells: dict[str, _Sent], targets: dict[str, Target]) -> tuple[str, ...]:
     """Reasons, and whether they leave something open."""
     instead = {name: tuple(_instead(key, name, targets)) for name in targets}
-    moved = dict(_moved(cells))
+    moved = tuple(_moved(cells))
     reasons = tuple(
         dict.fromkeys(
             (
                 *_reasons(cells),
                 *(why for whys in instead.values() for why in whys),
-                *moved.values(),
+                *(why for _, why in moved),
                 *_combined(cells),
             )
         )
@@ -131,7 +131,7 @@ def _why(key: Key, cells: dict[str, _Sent], targets: dict[str, Target]) -> tuple
     explained = {
         cell.source
         for name, cell in cells.items()
-        if name not in moved and not any(" all-reduces what " in why for why in instead[name])
+        if name not in dict(moved) and not any(" all-reduces what " in why for why in instead[name])
     }
     if len(explained) == 1 or not all(cell.exact for cell in cells.values()):
         return reasons
@@ -146,30 +146,26 @@ def _combined(cells: dict[str, _Sent]) -> Iterable[str]:
         same = [(other, there) for other, there in counted.items() if there.source == cell.source]
         other, there = max(same, key=lambda item: item[1].runs[0])
         if cell.runs[0] < there.runs[0]:
-            yield f"{name}: combined, {cell.runs[0]} collectives a step for {there.runs[0]} on {other}"
+            yield f"{name}: combined, {cell.runs[0]} a step for {there.runs[0]} on {other}"
 
 
 def _moved(cells: dict[str, _Sent]) -> Iterable[tuple[str, str]]:
     """(target, why) where it sends on each trip of a loop what another sends once, before or after it.
 
-    Proved when what the two do not have in common is of the same bytes, counted once each, and all runs t
-    times as often here.
+    Proved when the two differ in nothing but that the same bytes run t times as often here.
     """
     for name, cell in cells.items():
         for other, there in cells.items():
-            here, once = cell.each - there.each, there.each - cell.each
-            often, seldom = {runs for runs, _ in here}, {runs for runs, _ in once}
-            if not (cell.exact and there.exact and len(often) == len(seldom) == 1):
+            more = {
+                times: cell.each.get(times, ZERO) - there.each.get(times, ZERO)
+                for times in cell.each | there.each
+            }
+            differing = sorted((times, more_bytes) for times, more_bytes in more.items() if more_bytes)
+            if not (cell.exact and there.exact and len(differing) == 2):
                 continue
-            (many,), (few,) = often, seldom
-            if many > few > 0 and many % few == 0 and _once(here) == _once(once) != 0:
-                yield name, f"{other}: moved out of a loop, {few} times a step for {many} on {name}"
-                break
-
-
-def _once(each: Counter[tuple[int, Fraction]]) -> Fraction:
-    """Bytes of these collectives, each run once."""
-    return sum((count * sent_bytes for (_, sent_bytes), count in each.items()), ZERO)
+            (few, less_bytes), (many, more_bytes) = differing
+            if more_bytes == -less_bytes > 0 < few and many % few == 0:
+                yield name, f"{other}: moved out of a loop, {few}x a step for {many}x on {name}"
 
 
 def _reasons(cells: dict[str, _Sent]) -> Iterable[str]:

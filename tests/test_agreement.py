@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from case_reports import analysis, case, collective, report
 
 from shardlab.agreement import Agreement, AgreementRow, agreement
-from shardlab.analysis import CollectiveRow, ModuleFacts
+from shardlab.analysis import CollectiveRow, ModuleFacts, analyze
 from shardlab.case_report import CaseReport
 from shardlab.compare import comparison_json, rank
 from shardlab.report.comparison import comparison_page
@@ -115,6 +116,88 @@ def test_what_moves_nothing_has_no_row() -> None:
     assert of(on("gpu", still), on("tpu", still)).rows == ()
 
 
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def compiled(name: str, *backends: str) -> AgreementRow:
+    """The one row of a program of golden/audit/make.py, compiled for a mesh of x=4, y=2 on each of these."""
+    reports = []
+    for backend in backends:
+        found = analyze(GOLDEN / f"{name}.{backend}.hlo", axes={"x": 4, "y": 2})
+        machine = MACHINES[backend]
+        reports.append(report("plan", case=case("plan", machine), analysis=found, emulated=backend == "cpu"))
+    return only(*reports)
+
+
+def test_a_sum_moved_out_of_a_loop() -> None:
+    """f32[256,256] over 4: 2 · 3/4 · 256 KiB on each of 4 microbatches, or once where XLA moves it."""
+    row = compiled("agreement/accumulate_sums", "cpu", "gpu", "tpu")
+    assert row.wire_bytes == ((4 * 393_216,) * 2, (393_216,) * 2, (393_216,) * 2)
+    assert row.collectives == ((4, 4), (1, 1), (1, 1))
+    assert row.why == (
+        "h100:1x8: moved out of a loop, 1x a step for 4x on cpu:8",
+        "v5e:4x2: moved out of a loop, 1x a step for 4x on cpu:8",
+    )
+
+
+def test_other_bytes_on_as_many_trips_are_not_moved() -> None:
+    """libtpu gathers in bf16 what XLA:GPU gathers in f32."""
+    row = compiled("audit/gather_in_loop", "gpu", "tpu")
+    assert row.wire_bytes == ((4 * 196_608,) * 2, (4 * 98_304,) * 2)
+    assert row.why == ("not known",)
+
+
+def test_gathers_combined_into_one() -> None:
+    """f32[8,256], [16,256] and [24,256] over 4: 3 · 48 KiB in three gathers, or in one."""
+    row = compiled("agreement/gather_three", "cpu", "gpu", "tpu")
+    assert row.agree
+    assert row.wire_bytes == ((3 * 49_152,) * 2,) * 3
+    assert row.collectives == ((3, 3), (1, 1), (3, 3))
+    assert row.why == ("h100:1x8: combined, 1 a step for 3 on cpu:8",)
+
+
+def test_what_every_target_combines_is_no_difference() -> None:
+    """f32[8,8], [16,16] and [24,24]: 2 · 3/4 · 3,584 bytes in one all-reduce, of a tuple or of one array."""
+    row = compiled("agreement/reduce_three", "cpu", "gpu")
+    assert (row.agree, row.wire_bytes[0], row.why) == (True, (5376, 5376), ())
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "why"),
+    [
+        pytest.param([(100, 8)], [(100, 2)], "moved", id="of each of four trips"),
+        pytest.param([(100, 8), (7, 3)], [(100, 2), (7, 3)], "moved", id="beside what stays"),
+        pytest.param([(100, 8), (50, 8)], [(150, 2)], "moved", id="and combined"),
+        pytest.param([(100, 8), (50, 8)], [(100, 2), (50, 8)], "moved", id="one of two"),
+        pytest.param([(100, 8)], [(200, 2)], "not known", id="other bytes"),
+        pytest.param([(100, 8)], [(100, 3)], "not known", id="no whole number of trips"),
+        pytest.param([(100, 8), (10, 8)], [(100, 2), (10, 4)], "not known", id="out of different loops"),
+        pytest.param([(100, 8)], [], "not known", id="not there at all"),
+        pytest.param([(100, 2)], [(50, 2), (50, 2)], "combined", id="combined"),
+        pytest.param([(100, 2)], [(100, 2)], "", id="the same"),
+    ],
+)
+def test_moved_and_combined_are_proved(
+    here: list[tuple[int, int]], there: list[tuple[int, int]], why: str
+) -> None:
+    """Each collective: bytes of one execution, executions."""
+    rows = [
+        [sends("all-gather", sent, executions=(runs, runs)) for sent, runs in each] for each in (here, there)
+    ]
+    other = [sends("all-reduce", 8)]  # so that a target without gathers is analysed too
+    found = of(on("gpu", *rows[0], *other), on("tpu", *rows[1], *other))
+    (row,) = [one for one in found.rows if one.kind == "all-gather"]
+    assert [word for word in ("moved", "combined", "not known") if word in " ".join(row.why)] == [
+        *filter(None, [why])
+    ]
+
+
+def test_permutes_are_not_combined_gathers() -> None:
+    permutes = sends("collective-permute", 100, executions=(7, 7), realizes="all-gather")
+    row = only(on("tpu", permutes), on("gpu", sends("all-gather", 700, executions=(1, 1))))
+    assert (row.agree, row.why, row.collectives) == (True, (), ((7, 7), (1, 1)))
+
+
 @pytest.mark.parametrize(
     "reports",
     [
@@ -140,6 +223,7 @@ def test_the_comparison_shows_it_everywhere() -> None:
                 "kind": "all-gather",
                 "axes": "fsdp",
                 "wire_bytes": {"cpu:8": [2800, 2800], "h100:1x8": [1400, 1400]},
+                "collectives": {"cpu:8": [2, 2], "h100:1x8": [2, 2]},
                 "agree": False,
                 "why": ["cpu:8: in wider types than the source's, where it is 1.4 kB, as on h100:1x8"],
             }

@@ -71,7 +71,7 @@ def origin_of(
     """
     found = [metadata(instruction) for instruction in instructions]
     op_name = next((data.op_name for data in found if "/" in data.op_name), "")
-    source = next((text for text in (_source(module, data) for data in found) if text), "")
+    source = next((text for text in (source_of(module, data) for data in found) if text), "")
     telling = op_name or nearby()
     phase, recompute = phase_of(telling, training)
     own = op_name or next((data.op_name for data in found if data.op_name), "")
@@ -174,7 +174,8 @@ def _is_wrapped(part: str, transform: str) -> bool:
     return False
 
 
-def _source(module: Module, data: Metadata) -> str:
+def source_of(module: Module, data: Metadata) -> str:
+    """`basename:line` of an instruction, from either form of metadata; empty where it does not say."""
     file, line = data.source_file, data.source_line
     frame = module.stack_frames.get(data.stack_frame_id)
     if not file and frame is not None:

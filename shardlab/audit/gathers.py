@@ -8,11 +8,12 @@ from fractions import Fraction
 
 from shardlab.analysis import CollectiveRow
 from shardlab.attribute.collectives import Collective
+from shardlab.attribute.origin import source_of
 from shardlab.audit.findings import Audited, Finding, Part, finding
 from shardlab.audit.flow import Use
 from shardlab.audit.loops import steady_loops
 from shardlab.hlo.attributes import metadata
-from shardlab.hlo.module import Shape
+from shardlab.hlo.module import Instruction, Shape
 
 _FLOAT_BITS = {"f64": 64, "f32": 32, "bf16": 16, "f16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 
@@ -138,23 +139,35 @@ def _elements(shape: Shape) -> int:
 
 
 def gathered_every_trip(audited: Audited) -> Iterator[Finding]:
-    """A gather in a loop that gives the same on every trip: weights gathered once per microbatch."""
+    """A gather in a loop that gives the same on every trip: weights gathered once per microbatch.
+
+    One finding for all the arrays of a gather that stay the same in the same loops.
+    """
     for collective, row in audited.of_kind("all-gather"):
+        steady: dict[tuple[str, int], list[Part]] = {}
         for part in audited.parts(collective, row):
             loops = steady_loops(audited, collective.outermost, part.operand)
             trips = math.prod(trips for _, trips in loops)
-            if trips < 2:
-                continue
-            names = ", ".join(name for name, _ in loops)
-            saved = part.wire_bytes * (1 - Fraction(1, trips))
+            if trips > 1:
+                names = ", ".join(_loop_name(audited, loop) for loop, _ in loops)
+                steady.setdefault((names, trips), []).append(part)
+        for (names, trips), parts in steady.items():
+            once_bytes = sum((part.wire_bytes for part in parts), Fraction(0))
+            shapes = ", ".join(dict.fromkeys(_text(part.shape) for part in parts))
             yield finding(
                 "gathered-every-trip",
                 row,
-                saved,
-                evidence=f"{_text(part.shape)} shards are gathered on each of {trips} trips of {names}, "
+                once_bytes * (1 - Fraction(1, trips)),
+                evidence=f"{shapes} shards are gathered on each of {trips} trips of {names}, "
                 "which does not change them.",
                 remedy="Gather before the loop where memory allows, or take fewer and larger microbatches.",
             )
+
+
+def _loop_name(audited: Audited, loop: Instruction) -> str:
+    """`while.7 (train.py:12)`."""
+    source = source_of(audited.module, metadata(loop))
+    return f"{loop.name} ({source})" if source else loop.name
 
 
 def _text(shape: Shape) -> str:

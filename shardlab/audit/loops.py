@@ -12,8 +12,8 @@ from shardlab.hlo.module import Instruction
 _UNSTEADY = frozenset({"rng", "rng-bit-generator", "rng-get-and-update-state", "infeed", "recv", "outfeed"})
 
 
-def steady_loops(audited: Audited, outermost: str, value: Value) -> list[tuple[str, int]]:
-    """(name of the while, its trips) for the loops around `outermost` on whose trips a value does not depend.
+def steady_loops(audited: Audited, outermost: str, value: Value) -> list[tuple[Instruction, int]]:
+    """(the while, its trips) for the loops around `outermost` on whose trips a value does not depend.
 
     Only loops whose trips are known exactly. What the value depends on is followed through the state of the
     loops nested in the one that is asked about.
@@ -24,7 +24,7 @@ def steady_loops(audited: Audited, outermost: str, value: Value) -> list[tuple[s
         inside[body] = (caller, loop)
         trips = audited.graph.loops.get((caller, loop.name))
         if trips is not None and trips.low == trips.high and _is_steady(audited, value, inside, body):
-            found.append((loop.name, trips.low))
+            found.append((loop, trips.low))
     return found
 
 

@@ -198,7 +198,9 @@ def _agreement_table(found: Agreement) -> Table:
 
 
 def _why_cell(row: AgreementRow) -> Cell:
-    return cell("the same", "good") if row.agree else lines(row.why, "warn")
+    if not row.agree:
+        return lines(row.why, "warn")
+    return (Line("the same", "good"), *lines(row.why, "dim"))
 
 
 def _common_notes(reports: Sequence[CaseReport]) -> tuple[str, ...]:

@@ -2,12 +2,13 @@
 
     python make.py cpu DIRECTORY        eight emulated CPU devices
     python make.py tpu DIRECTORY        v5p 2x2x2, ahead of time (needs the libtpu wheel)
-    python make.py gpu DIRECTORY        H100 2x4, ahead of time (needs the CUDA plugin; run it in the checkout)
+    python make.py gpu DIRECTORY        H100 2x4, ahead of time (needs the CUDA plugin, and shardlab)
     python make.py cpu DIRECTORY reshard_by_replication 2> reshard_by_replication.cpu.log
 
-The committed texts were made with jax 0.12.0.1 and the libtpu that it pins; a later compiler may rewrite a
-program so that what a rule looks for is no longer there, which is why the texts are kept. Paths are cut to
-the file's name, and backend configs of TPU and GPU text that no rule here reads are left out.
+The last three programs are for ../agreement. The committed texts were made with jax 0.12.0.1 and the libtpu
+that it pins; a later compiler may rewrite a program so that what a rule looks for is no longer there, which
+is why the texts are kept. Paths are cut to the file's name, and backend configs of TPU and GPU text that no
+rule here reads are left out.
 """
 
 from __future__ import annotations
@@ -346,7 +347,9 @@ def main(target: str, directory: str) -> None:
         if only and program.__name__ not in only:
             continue
         step, arguments = program(mesh_of(target, program.__name__))
-        lowered = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda" if target == "gpu" else target,))
+        lowered = (
+            jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda" if target == "gpu" else target,))
+        )
         text = lowered.compile().as_text()
         text = re.sub(r'"[^"\n]*/([^/"\n]+\.py)"', r'"\1"', text)
         if target != "cpu":
