@@ -156,6 +156,12 @@ def test_gathers_combined_into_one() -> None:
     assert row.why == ("h100:1x8: combined, 1 a step for 3 on cpu:8",)
 
 
+def test_combining_is_shown_beside_what_agrees() -> None:
+    halves = (sends("all-gather", 350), sends("all-gather", 350))
+    page = to_markdown(comparison_page(rank([on("gpu", sends("all-gather", 700)), on("tpu", *halves)])))
+    assert "the same<br>h100:1x8: combined, 2 a step for 4 on v5e:4x2" in page
+
+
 def test_what_every_target_combines_is_no_difference() -> None:
     """f32[8,8], [16,16] and [24,24]: 2 · 3/4 · 3,584 bytes in one all-reduce, of a tuple or of one array."""
     row = compiled("agreement/reduce_three", "cpu", "gpu")

@@ -85,6 +85,6 @@ def _finding(
         evidence=f"{name}, {format_bytes(largest.device_bytes)} per device,{more} the same on all {ways} "
         f"devices of {over}, while most bytes of the other arguments are split over {over}.",
         remedy=f"Split one of their dimensions over {over}: a rule in [params] or [optimizer] of the mesh "
-        "file, or the sharding of the argument.",
+        "file, or the sharding of the argument. ZeRO-1 leaves parameters whole by choice.",
         memory_bytes=size_bytes - -(-size_bytes // ways),
     )

@@ -97,6 +97,8 @@ def test_findings_are_a_section_of_their_own() -> None:
     where = f"{FINDING.instruction}\nfsdp\ntransformer.py:112"
     assert shown[0] == ["3 GB", "gathered-wide\nall is converted.", where, "Convert first."]
     assert shown[1][0] == "unknown"
+    memory = explain_page(report(findings=(replace(FINDING, wire_bytes=None, memory_bytes=2 * GB),)))
+    assert texts(table(memory, "Audit"))[0][0] == "2 GB of memory"
     assert "Audit" not in {one.title for one in explain_page(report()).tables}
 
 
