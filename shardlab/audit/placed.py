@@ -30,8 +30,6 @@ def slow_tier_by_order(audited: Audited) -> Iterator[Finding]:
         return
     orders = best_orders((part,), machine, max_lookups=MAX_LOOKUPS)
     best = orders.results[0]
-    if best.own:
-        return
     moved: dict[tuple[str, ...] | None, list[tuple[CollectiveRow, Fraction]]] = {}
     for row, members in zip(part.analysis.collectives, part.members, strict=True):
         if row.tier in tiers[1:]:

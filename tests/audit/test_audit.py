@@ -54,6 +54,14 @@ FOUND = [
         ("x",),
         3 * 3 * (3 * 65_536),
     ),
+    # f32[64,256] and f32[64,128] shards over 4 in one gather, on 4 trips.
+    (
+        "gather_two_in_loop.gpu",
+        "gathered-every-trip",
+        "all-gather-start",
+        ("x",),
+        3 * (3 * (65_536 + 32_768)),
+    ),
     ("reduce_then_slice.gpu", "reduced-then-sliced", "all-reduce-start", ("x",), 3 * 262_144),
     # f32[256,256] over 4 before a loop, each of whose 4 trips keeps 8 rows of 1 KiB.
     ("gather_then_slice_in_loop.cpu", "gathered-then-sliced", "all_gather.3", ("x",), IN_LOOP),
@@ -234,6 +242,31 @@ def test_a_gather_in_an_async_wrapper_is_followed_to_its_done() -> None:
     assert (finding.rule, finding.instruction) == ("gathered-wide", "s")
     also = done.replace("ROOT r", "r") + "  ROOT o = f32[256,256]{1,0} tanh(d)\n"
     assert rules_of(module_of(start + also, wrapped)) == []
+
+
+HEAD = "slice={[0:8], [0:256]}"
+
+
+# Written by hand: the ways in which libtpu moves a part to other memory meanwhile.
+@pytest.mark.parametrize(
+    ("start", "done"),
+    [
+        pytest.param("async-start(g), calls=part", "async-done(a)", id="wrapped"),
+        pytest.param(f"slice-start(g), {HEAD}", "slice-done(a)", id="in short"),
+    ],
+)
+def test_a_slice_in_an_async_pair_is_a_slice(start: str, done: str) -> None:
+    part = f"part {{ q = f32[256,256] parameter(0)\n  ROOT k = f32[8,256] slice(q), {HEAD} }}\n"
+    body = (
+        f"  g = f32[256,256]{{1,0}} all-gather(p), dimensions={{0}}, {GROUPS}\n"
+        f"  a = ((f32[256,256]), f32[8,256], u32[]) {start}\n  ROOT r = f32[8,256] {done}\n"
+    )
+    (finding,) = audit_sources(module_of(body, part))[1]
+    kept = 8 * 256 * 4
+    assert (finding.rule, finding.wire_bytes) == (
+        "gathered-then-sliced",
+        (3 * 65_536 - kept, 3 * 65_536 - kept),
+    )
 
 
 def test_a_combined_gather_is_judged_array_by_array() -> None:

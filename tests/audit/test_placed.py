@@ -6,9 +6,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from order_programs import program
 
 from shardlab.analysis import attribute
 from shardlab.audit import Finding, audit_parts
+from shardlab.audit import placed as rule
 from shardlab.hardware.catalog import load_machine
 from shardlab.order import Orders, orders
 
@@ -57,12 +59,37 @@ def test_nothing_found(name: str, machine: str | None, device_ids: tuple[int, ..
     assert placed(name, machine, device_ids) == ()
 
 
-def test_row_major_is_called_by_its_name() -> None:
-    """gather_then_slice_in_loop gathers over x once; in an order that has no pattern half of it crosses."""
-    scattered = (0, 2, 4, 6, 1, 3, 5, 7)
-    (finding,) = placed("gather_then_slice_in_loop.gpu", "h100:2x4", scattered)
-    assert finding.axes == ("x",)
-    assert finding.remedy.startswith("Write order = [")
+def test_only_what_the_other_order_moves_is_named() -> None:
+    """Over x 4,096 B, of whose 6,144 B on the wire 1/3 crosses, and 8,192 B over x and y: all
+    eight devices are across hosts in any order."""
+    machine = load_machine("h100:2x4")
+    parts = tuple(attribute(program(MESH, (["x"], 4096), (["x", "y"], 8192)), MESH, None, machine))
+    (finding,) = audit_parts(parts, machine)
+    assert (finding.axes, finding.wire_bytes) == (("x",), (2048, 2048))
+
+
+def test_collectives_of_one_axis_are_one_finding() -> None:
+    machine = load_machine("h100:2x4")
+    parts = tuple(attribute(program(MESH, (["x"], 4096), (["x"], 8192)), MESH, None, machine))
+    (finding,) = audit_parts(parts, machine)
+    assert (finding.instruction, finding.wire_bytes) == ("r1", (2048 + 4096, 2048 + 4096))
+    assert "6.14 kB per step of r1 and 1 more go over infiniband" in finding.evidence
+
+
+def test_no_order_is_priced_where_no_group_fits_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "best_orders", None)
+    assert placed("gather_then_convert.gpu") == ()
+    with pytest.raises(TypeError):
+        placed("gather_in_loop.gpu")
+
+
+def test_a_long_order_is_not_spelled_out() -> None:
+    mesh, machine = {"x": 8, "y": 16}, load_machine("h100:16x8")
+    parts = tuple(attribute(program(mesh, (["x"], 4096)), mesh, None, machine))
+    (finding,) = audit_parts(parts, machine)
+    assert finding.remedy.startswith(
+        "Write order = [its device_ids] in the mesh file; --order --json lists them"
+    )
 
 
 def test_without_axes_no_order_is_tried() -> None:

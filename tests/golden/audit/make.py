@@ -140,6 +140,23 @@ def gather_in_loop(mesh: Mesh) -> Built:
     )
 
 
+def gather_two_in_loop(mesh: Mesh) -> Built:
+    """XLA:GPU combines the two gathers into one."""
+
+    def body(w: Any, v: Any, x: Any) -> Any:
+        def micro(total: Any, part: Any) -> Any:
+            first, second = (lax.all_gather(one, "x", tiled=True) for one in (w, v))
+            return total + jnp.tanh(part @ first) @ second, None
+
+        return lax.scan(micro, jnp.zeros((8, 128)), x)[0]
+
+    return mapped(mesh, body, (P("x"), P("x"), P()), P()), (
+        shaped(mesh, P("x"), (256, 256)),
+        shaped(mesh, P("x"), (256, 128)),
+        shaped(mesh, P(), (4, 8, 256)),
+    )
+
+
 def gather_layers_in_microbatches(mesh: Mesh) -> Built:
     """Every microbatch scans over the layers and gathers each layer's weight again."""
 
@@ -318,7 +335,8 @@ PROGRAMS: tuple[Callable[[Mesh], Built], ...] = (
     gather_then_slice_most, reduce_then_slice, reduce_then_use_all, reduce_then_slice_over_other_axis,
     gather_in_loop, gather_layers_in_microbatches, gather_scanned_layers,
     reduce_padded_shard, reduce_updated_array, reshard_by_replication,
-    gather_ahead, gather_ahead_and_keep, gather_then_slice_in_loop, gather_then_slice_all_in_loop,
+    gather_two_in_loop, gather_ahead, gather_ahead_and_keep,
+    gather_then_slice_in_loop, gather_then_slice_all_in_loop,
     gather_in_chain, gather_in_chain_whole, accumulate_sums, reduce_three, gather_three,
 )  # fmt: skip
 
