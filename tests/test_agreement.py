@@ -140,6 +140,13 @@ def test_a_sum_moved_out_of_a_loop() -> None:
     )
 
 
+def test_a_gather_moved_out_of_a_loop() -> None:
+    """f32[64,256] shards over 4: XLA:CPU gathers once before the loop, XLA:GPU on each of 4 trips."""
+    row = compiled("audit/gather_in_loop", "cpu", "gpu")
+    assert row.wire_bytes == ((196_608,) * 2, (4 * 196_608,) * 2)
+    assert row.why == ("cpu:8: moved out of a loop, 1x a step for 4x on h100:1x8",)
+
+
 def test_other_bytes_on_as_many_trips_are_not_moved() -> None:
     """libtpu gathers in bf16 what XLA:GPU gathers in f32."""
     row = compiled("audit/gather_in_loop", "gpu", "tpu")

@@ -11,9 +11,9 @@ from shardlab.attribute.calls import CallGraph
 from shardlab.attribute.chains import DONE, Chains
 from shardlab.attribute.collectives import Collective
 from shardlab.attribute.opaque import target_of
-from shardlab.audit.flow import Flow, Place, Value
+from shardlab.audit.flow import Flow, Place, Use, Value
 from shardlab.hardware.machine import Machine
-from shardlab.hlo.attributes import computation_names
+from shardlab.hlo.attributes import computation_names, metadata
 from shardlab.hlo.instructions import of_opcodes
 from shardlab.hlo.module import Module, Shape
 from shardlab.hlo.shape import array_bytes
@@ -117,6 +117,18 @@ class Audited:
                 value = Value(place, instruction.name, () if single else (position,))
                 ended = self._ended(collective) if single else None
                 yield Part(operand, ended or value, shape, row.wire_bytes * Fraction(size, total))
+
+    def uses(self, collective: Collective, part: Part) -> list[Use]:
+        """What takes an array of a collective: of one that XLA:CPU widened, what takes it after XLA's own
+        convert back."""
+        found = list(self.flow.uses(part.value))
+        if collective.logical is None:
+            return found
+        return [after for use in found for after in self._narrowed(use)]
+
+    def _narrowed(self, use: Use) -> Iterable[Use]:
+        back = use.instruction.opcode == "convert" and not metadata(use.instruction).op_name
+        return self.flow.uses(Value(use.place, use.instruction.name)) if back else (use,)
 
     def _ended(self, collective: Collective) -> Value | None:
         """What the last fusion of a TPU chain makes of a transfer that the first one started; None for no

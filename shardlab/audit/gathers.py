@@ -99,7 +99,7 @@ def gathered_then_sliced(audited: Audited) -> Iterator[Finding]:
     for collective, row in audited.of_kind("all-gather"):
         for part in audited.parts(collective, row):
             full = _elements(part.shape) * row.group_size
-            uses = list(audited.flow.uses(part.value))
+            uses = audited.uses(collective, part)
             kept = [_kept(audited, row, use) for use in uses]
             total = sum(one for one in kept if one is not None)
             if not full or not uses or None in kept or 2 * total >= full:

@@ -21,7 +21,7 @@ def reduced_then_sliced(audited: Audited) -> Iterator[Finding]:
     """An all-reduce of which each device of the group keeps its own 1/n: a reduce-scatter sends half."""
     for collective, row in audited.of_kind("all-reduce"):
         for part in audited.parts(collective, row):
-            uses = list(audited.flow.uses(part.value))
+            uses = audited.uses(collective, part)
             if not uses or not all(_keeps_its_part(audited, collective, row, use) for use in uses):
                 continue
             yield finding(

@@ -67,6 +67,8 @@ FOUND = [
     ("gather_then_slice_in_loop.cpu", "gathered-then-sliced", "all_gather.3", ("x",), IN_LOOP),
     ("gather_then_slice_in_loop.gpu", "gathered-then-sliced", "all-gather-start", ("x",), IN_LOOP),
     ("gather_then_slice_in_loop.tpu", "gathered-then-sliced", "all_gather.3", ("x",), IN_LOOP),
+    # XLA:CPU widens bf16[2048,2048] to f32 and back: 12 MiB sent on each of 8 trips for 2 MiB that are kept.
+    ("gather_in_chain.cpu", "gathered-then-sliced", "all_gather.4", ("x",), 8 * (12 - 2) * 2**20),
     # bf16[2048,2048] over 4 on each of 8 trips, by a chain of fusions: 6 MiB sent for the 1 MiB that is kept.
     ("gather_in_chain.tpu", "gathered-then-sliced", "all-gather.8", ("x",), 8 * (6 - 1) * 2**20),
 ]
@@ -78,6 +80,7 @@ NOTHING = [
     "reduce_updated_array.tpu",  # a shard written into something else than zeros
     "reduce_then_use_all.tpu",  # the sum is also a result
     "reduce_then_slice_over_other_axis.tpu",  # devices of one group keep the same half
+    "gather_in_loop.cpu",  # XLA:CPU gathers before the loop
     "gather_ahead.tpu",  # libtpu narrows before it gathers
     "gather_ahead_and_keep.cpu",  # one trip converts, but the loop gives the whole back in f32
     "gather_ahead_and_keep.gpu",
