@@ -157,7 +157,8 @@ class Flow:
         """The computation that a fusion, a call or an async start runs on its operands, once; or None."""
         attribute = _RUNS.get(instruction.opcode)
         names = computation_names(instruction, attribute) if attribute else ()
-        return self._place(names[0], instruction, place) if len(names) == 1 else None
+        known = len(names) == 1 and names[0] in self.module.computations
+        return self._place(names[0], instruction, place) if known else None
 
     def uses(self, value: Value) -> Iterator[Use]:
         """Everything that takes the value's elements, found by following what only moves them."""

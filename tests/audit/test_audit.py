@@ -441,6 +441,15 @@ def test_the_state_of_a_loop_is_followed(used: str, carried: str, result: str, r
     assert rules_of(module_of(STATE.replace("RESULT", result), loop)) == rules
 
 
+def test_a_fusion_of_nothing_is_a_use() -> None:
+    """As the fuzzer writes it: reading goes by the first `calls`, and the attributes hold the last."""
+    part = f"part {{ q = f32[256,256] parameter(0)\n  ROOT k = f32[8,256] slice(q), {HEAD} }}\n"
+    gather = f"  g = f32[256,256]{{1,0}} all-gather(p), dimensions={{0}}, {GROUPS}\n"
+    fusion = "  ROOT r = f32[8,256] fusion(g), kind=kLoop, calls=%part"
+    assert rules_of(module_of(f"{gather}{fusion}\n", part)) == ["gathered-then-sliced"]
+    assert rules_of(module_of(f"{gather}{fusion}, calls=%nowhere\n", part)) == []
+
+
 def test_instructions_in_a_circle_end() -> None:
     gather = f"  g = f32[256,256]{{1,0}} all-gather(t), dimensions={{0}}, {GROUPS}\n"
     circle = "  t = f32[64,256]{1,0} copy(t)\n  u = (f32[256,256]) tuple(g)\n  v = (f32[256,256]) tuple(v)\n"
