@@ -14,7 +14,7 @@ from shardlab.attribute.opaque import target_of
 from shardlab.audit.flow import Flow, Place, Use, Value
 from shardlab.hardware.machine import Machine
 from shardlab.hlo.attributes import computation_names, metadata
-from shardlab.hlo.instructions import of_opcodes
+from shardlab.hlo.lookup import of_opcodes
 from shardlab.hlo.module import Module, Shape
 from shardlab.hlo.shape import array_bytes
 from shardlab.program import Program
@@ -136,7 +136,7 @@ class Audited:
         outermost = self.module.computations[collective.outermost]
         end = self.chains.end(outermost, collective.instruction)
         names = computation_names(end, "calls") if end is not None else ()
-        for name in names:
+        for name in self.module.computations.keys() & names:
             for instruction in of_opcodes(self.module.computations[name].instructions, ("custom-call",)):
                 if target_of(instruction) == DONE:
                     return Value(self.flow.home(name), instruction.name)

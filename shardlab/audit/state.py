@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from shardlab.audit.findings import Audited, Finding
 from shardlab.hlo.attributes import metadata, parameter_number
-from shardlab.hlo.instructions import of_opcodes
+from shardlab.hlo.lookup import of_opcodes
 from shardlab.hlo.module import Instruction
 from shardlab.program import Argument
 from shardlab.units import format_bytes
