@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from shardlab.analysis import ByteRange, CollectiveRow, Range, axes_key
-from shardlab.attribute.calls import add
+from shardlab.attribute.schedule import add
 from shardlab.case_report import CaseReport, Json
 from shardlab.units import format_bytes
 
