@@ -84,7 +84,9 @@ def _wires_of(computation: Computation) -> _Wires:
 def _carried(computation: Computation, operands: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """What the trip before left for each get-tuple-element of a parameter, if this is the body of a loop."""
     instructions = computation.instructions
-    root = instructions[computation.root]
+    root = instructions.get(computation.root)
+    if root is None:
+        return {}
     parameters = set(names_of(instructions, "parameter"))
     if root.opcode != "tuple" or all(instructions[name].shape != root.shape for name in parameters):
         return {}
