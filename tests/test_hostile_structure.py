@@ -16,6 +16,7 @@ DEPTH = 3_000
 ADD = "%add {\n  %a = f32[] parameter(0)\n  %b = f32[] parameter(1)\n  ROOT %s = f32[] add(%a, %b)\n}\n\n"
 GROUPS = "channel_id=1, replica_groups=[1,8]<=[8], use_global_device_ids=true, to_apply=%add"
 REDUCE = f"%ar = f32[8]{{0}} all-reduce(%p), {GROUPS}"
+INDEX = '%i = s32[] custom-call(%p), custom_call_target="Sharding"'
 LOOP = "(s32[], f32[8])"
 
 
@@ -41,7 +42,7 @@ def once(number: int) -> str:
 
 def branch(number: int) -> str:
     both = f"branch_computations={{%c{number}, %c{DEPTH}}}"
-    return f"  %i = s32[] constant(0)\n  ROOT %r = f32[8]{{0}} conditional(%i, %p, %p), {both}\n"
+    return f"  {INDEX}\n  ROOT %r = f32[8]{{0}} conditional(%i, %p, %p), {both}\n"
 
 
 def looped(number: int) -> str:
@@ -88,6 +89,23 @@ def test_a_counter_behind_a_long_chain_of_copies() -> None:
     )
     (row,) = analyze(with_computations(main, body, condition)).collectives
     assert row.executions == (7, 7)
+
+
+def test_different_tuples_in_tuples_are_compared_without_recursion() -> None:
+    """What the search for neighbours asks: whether the root hands on what the parameter took."""
+    took, left = ("(" * DEPTH + f"f32[{size}]{{0}}" + ")" * DEPTH for size in (8, 16))
+    text = f"""HloModule m, num_partitions=2
+
+ENTRY %main (p: {took}, q: f32[8]) -> {left} {{
+  %p = {took} parameter(0)
+  %q = f32[8]{{0}} parameter(1)
+  %g = f32[8]{{0}} get-tuple-element(%p), index=0
+  %ag = f32[16]{{0}} all-gather(%q), channel_id=1, replica_groups={{{{0,1}}}}, use_global_device_ids=true, dimensions={{0}}
+  ROOT %t = {left} tuple(%ag)
+}}
+"""
+    (row,) = shardlab.analyze(text, {"d": 2}).collectives
+    assert row.wire_bytes == 32
 
 
 def test_tuples_in_tuples() -> None:

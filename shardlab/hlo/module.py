@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shape:
     """An array, tuple, token or opaque shape.
 
@@ -27,6 +27,28 @@ class Shape:
     bounded: bool = False
     memory_space: int = 0
     leaves: tuple[Shape, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        """Without recursion: tuples nest as deep as a file likes."""
+        if not isinstance(other, Shape):
+            return NotImplemented
+        pairs = [(self, other)]
+        while pairs:
+            one, two = pairs.pop()
+            if one is two:
+                continue
+            if one._own() != two._own():
+                return False
+            pairs.extend(zip(one.leaves, two.leaves, strict=True))
+        return True
+
+    def __hash__(self) -> int:
+        return hash(self._own())
+
+    def _own(self) -> tuple[object, ...]:
+        """All but the elements of a tuple, of which only the number."""
+        own = (self.dtype, self.dims, self.element_bits, self.bounded, self.memory_space)
+        return (*own, len(self.leaves))
 
 
 @dataclass(frozen=True, slots=True)
