@@ -17,6 +17,7 @@ ADD = "%add {\n  %a = f32[] parameter(0)\n  %b = f32[] parameter(1)\n  ROOT %s =
 GROUPS = "channel_id=1, replica_groups=[1,8]<=[8], use_global_device_ids=true, to_apply=%add"
 REDUCE = f"%ar = f32[8]{{0}} all-reduce(%p), {GROUPS}"
 INDEX = '%i = s32[] custom-call(%p), custom_call_target="Sharding"'
+GROUP = "replica_groups={{0,1}}, use_global_device_ids=true"
 LOOP = "(s32[], f32[8])"
 
 
@@ -100,7 +101,7 @@ ENTRY %main (p: {took}, q: f32[8]) -> {left} {{
   %p = {took} parameter(0)
   %q = f32[8]{{0}} parameter(1)
   %g = f32[8]{{0}} get-tuple-element(%p), index=0
-  %ag = f32[16]{{0}} all-gather(%q), channel_id=1, replica_groups={{{{0,1}}}}, use_global_device_ids=true, dimensions={{0}}
+  %ag = f32[16]{{0}} all-gather(%q), channel_id=1, {GROUP}, dimensions={{0}}
   ROOT %t = {left} tuple(%ag)
 }}
 """
