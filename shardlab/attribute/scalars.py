@@ -34,6 +34,9 @@ from shardlab.attribute.nodes import (
 from shardlab.hlo.attributes import first_operand, instruction_error, parameter_number, tuple_index
 from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
 
+MAX_PATH = 64
+"""Elements of elements: a circle of get-tuple-elements through a loop's state would add one at every turn."""
+
 _TUPLE_ALIASES = frozenset({"opt-barrier", "copy"})
 _INLINED = frozenset({"fusion", "call"})
 
@@ -102,6 +105,8 @@ class Slice:
             return self.nodes.unknown(f"%{ref.name} is not defined")
         if not self.effort.follow():
             return self.nodes.unknown(STEPS_SPENT)
+        if len(ref.path) > MAX_PATH:
+            return self.nodes.unknown(f"%{ref.name} is taken from more than {MAX_PATH} tuples in each other")
         opcode = instruction.opcode
         if opcode == "parameter":
             return (yield from self._parameter(ref, instruction))

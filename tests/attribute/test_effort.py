@@ -161,6 +161,29 @@ FAN_OUT = "".join(
     for n in range(60)
 ) + ("%f60 (p60: s32[]) -> s32[] {\n  ROOT %p60 = s32[] parameter(0)\n}\n\n")
 
+TURNING = """HloModule m
+
+%body (s: (s32[])) -> (s32[]) {
+  %s = (s32[]) parameter(0)
+  %g = s32[] get-tuple-element(%c), index=0
+  %c = s32[] copy(%g)
+  ROOT %next = (s32[]) tuple(%g)
+}
+
+%cond (t: (s32[])) -> pred[] {
+  %t = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %five = s32[] constant(5)
+  ROOT %go = pred[] compare(%i, %five), direction=LT
+}
+
+ENTRY %main (p: (s32[])) -> (s32[]) {
+  %zero = s32[] constant(0)
+  %start = (s32[]) tuple(%zero)
+  ROOT %w = (s32[]) while(%start), condition=%cond, body=%body
+}
+"""  # every turn of the circle takes the element of one tuple more
+
 STEPS = f"more than {MAX_STEPS} steps"
 OPERATIONS = f"more than {MAX_OPERATIONS} operations"
 HOSTILE: dict[str, tuple[str, Trips | str]] = {
@@ -168,6 +191,7 @@ HOSTILE: dict[str, tuple[str, Trips | str]] = {
     "a_deep_tree_of_ands": (one_loop(doubling(5_000, "", "pred[] and(%c{0}, %c0)")), Trips(5, 5)),
     "a_long_chain": (one_loop(chain(5_000)), Trips(5, 5)),
     "a_chain_that_is_too_long": (one_loop(chain(MAX_STEPS)), STEPS),
+    "an_element_deeper_at_every_turn": (TURNING, "tuples in each other"),
     "many_tests_on_a_long_chain": (one_loop(many_tests(1_000, 1_000)), OPERATIONS),
     "calls_that_fan_out": (
         one_loop(
