@@ -98,15 +98,22 @@ class Slice:
         assert answer is not None
         return answer
 
+    def _given_up(self, ref: Ref) -> str:
+        """Why `ref` is followed no further, `` while it is."""
+        if not self.effort.follow():
+            return STEPS_SPENT
+        if len(ref.path) > MAX_PATH:
+            return f"%{ref.name} is taken from more than {MAX_PATH} tuples in each other"
+        return ""
+
     def _steps(self, ref: Ref) -> Steps:
         """What one instruction's element needs, and the node it makes."""
         instruction = ref.frame.computation.instructions.get(ref.name)
         if instruction is None:
             return self.nodes.unknown(f"%{ref.name} is not defined")
-        if not self.effort.follow():
-            return self.nodes.unknown(STEPS_SPENT)
-        if len(ref.path) > MAX_PATH:
-            return self.nodes.unknown(f"%{ref.name} is taken from more than {MAX_PATH} tuples in each other")
+        given_up = self._given_up(ref)
+        if given_up:
+            return self.nodes.unknown(given_up)
         opcode = instruction.opcode
         if opcode == "parameter":
             return (yield from self._parameter(ref, instruction))
