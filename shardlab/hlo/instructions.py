@@ -106,11 +106,12 @@ class Attributes(Mapping[str, str]):
 
 
 def _printed_attributes(text: str, offset: int) -> dict[str, str] | None:
-    """Raw values by name, None unless all attributes up to the end of the line are printed as usual."""
+    """Raw values by name, None unless all up to the end of the line are printed as usual, each once."""
     end = text.find("\n", offset)
     pairs: list[tuple[str, str]] = ATTRIBUTE.findall(text, offset, end)
     written = sum([len(name) + len(value) for name, value in pairs]) + len(", =") * len(pairs)
-    return {intern(name): value for name, value in pairs} if written == end - offset else None
+    found = {intern(name): value for name, value in pairs}
+    return found if written == end - offset and len(found) == len(pairs) else None
 
 
 class Instructions(Mapping[str, Instruction]):

@@ -203,6 +203,8 @@ class Text:
             match = ATTRIBUTE_NAME.match(self.text, start)
             if not match:
                 raise self.error(start, f"expected an attribute 'name=', found {self.found(start)}")
+            if match.group(1) in found:
+                raise self.error(start, f"attribute {match.group(1)} is given twice")
             value = self.skip(match.end())
             offset = self.value_end(value, match.group(1))
             found[match.group(1)] = self.text[value:offset]

@@ -41,7 +41,7 @@ _TAIL = rf"(?:,\ {NAME}=(?:{_MESH}|{_VALUE}))*+"
 _OPERAND = rf"%?+{NAME}"
 _BEFORE = rf"\ *+(ROOT\ )?+%?+({NAME})\ =\ "
 
-_CALLS = rf"(?:,\ kind=k[A-Za-z]++,\ calls=%?+({NAME})(?=[,\n]))?+"
+_CALLS = rf"(?:,\ kind=k[A-Za-z]++,\ calls=%?+({NAME})(?=[,\n])(?![^\n]*?,\ calls=))?+"
 
 ROW = re.compile(rf"{_BEFORE}{_SHAPE}\ ([a-z][a-z0-9\-]*+)\({_IN_PARENS}\){_CALLS}{_TAIL}\n|([^\n]*+)\n")
 """One line: ROOT or not, name and opcode of the instruction that fills it, and the computation that it calls

@@ -180,3 +180,22 @@ def test_a_missing_computation_is_an_error_with_its_line() -> None:
     with pytest.raises(ParseError, match="gone is not defined") as raised:
         computation_executions(module(text))
     assert raised.value.line == 4
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_fusion_that_calls_twice_is_refused_not_taken_for_plain(plain: bool) -> None:
+    """As XLA refuses it. The first callee is plain, the second would be lost."""
+    text = """HloModule m
+
+%plain (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %b = f32[8]{0} negate(%a)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %f = f32[8]{0} fusion(%p), kind=kLoop, calls=%plain, calls=%gone
+}
+"""
+    with pytest.raises(ParseError, match="calls is given twice"):
+        call_graph(*parse(text), plain=plain)

@@ -228,10 +228,9 @@ def test_asynchronous_gathers(used: str, rules: list[str]) -> None:
     start = f"  s = (f32[64,256], f32[256,256]) all-gather-start(p), dimensions={{0}}, {GROUPS}\n"
     config = ', backend_config={"collective_backend_config":{}}'
     done = f"  d = f32[256,256]{{1,0}} all-gather-done(s){config}\n  {used}\n"
-    text = module_of(start + done).replace(
-        "convert(d)", 'convert(d), metadata={op_name="jit(f)/convert_element_type"}'
-    )
-    assert rules_of(text) == rules
+    if "metadata" not in used:
+        done = done.replace("convert(d)", 'convert(d), metadata={op_name="jit(f)/convert_element_type"}')
+    assert rules_of(module_of(start + done)) == rules
 
 
 def test_a_gather_in_an_async_wrapper_is_followed_to_its_done() -> None:
@@ -439,15 +438,6 @@ WHOLE = "f32[256,256] get-tuple-element(l), index=0"
 def test_the_state_of_a_loop_is_followed(used: str, carried: str, result: str, rules: list[str]) -> None:
     loop = LOOP.replace("USED", used).replace("CARRIED", carried)
     assert rules_of(module_of(STATE.replace("RESULT", result), loop)) == rules
-
-
-def test_a_fusion_of_nothing_is_a_use() -> None:
-    """As the fuzzer writes it: reading goes by the first `calls`, and the attributes hold the last."""
-    part = f"part {{ q = f32[256,256] parameter(0)\n  ROOT k = f32[8,256] slice(q), {HEAD} }}\n"
-    gather = f"  g = f32[256,256]{{1,0}} all-gather(p), dimensions={{0}}, {GROUPS}\n"
-    fusion = "  ROOT r = f32[8,256] fusion(g), kind=kLoop, calls=%part"
-    assert rules_of(module_of(f"{gather}{fusion}\n", part)) == ["gathered-then-sliced"]
-    assert rules_of(module_of(f"{gather}{fusion}, calls=%nowhere\n", part)) == []
 
 
 def test_instructions_in_a_circle_end() -> None:

@@ -166,6 +166,7 @@ ERRORS = [
     (HEADER + ENTRY.replace("negate(%p)", 'negate(%p), metadata={op_name="x}'), 5, 53, "string is never"),
     (HEADER + ENTRY.replace("negate(%p)", "negate(%p), metadata"), 5, 35, "expected an attribute"),
     (HEADER + ENTRY.replace("negate(%p)", "negate(%p), index="), 6, 1, "has no value"),
+    (HEADER + ENTRY.replace("negate(%p)", "negate(%p), index=1, index=2"), 5, 44, "index is given twice"),
     (HEADER + ENTRY.replace("f32[8]{0} negate", "f32[8,x]{0} negate"), 5, 13, "expected an array"),
     (HEADER + ENTRY.replace("negate(%p)", "negate(negate(%p))"), 5, 30, "cannot read the operand"),
     (HEADER + ENTRY.replace("}\n", "/* }\n"), 6, 1, "comment is never closed"),
