@@ -59,10 +59,7 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array, run: Runtime) -> jax.Array:
         """x[..., *inputs] -> y[..., *outputs] in the compute type."""
-        kernel = weight(self.kernel, run)
-        n = self.num_inputs
-        contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
-        y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))
+        y = run.project(self.kernel.get_value(), self.kernel.logical_axes, x, self.num_inputs, run)
         return y + along(weight(self.bias, run), y) if hasattr(self, "bias") else y
 
 

@@ -43,6 +43,18 @@ def take_rows(table_VxE: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
     return table_VxE.at[tokens_BxL].get(mode="clip")
 
 
+def project(
+    kernel: jax.Array, axes: LogicalAxes, x: jax.Array, num_inputs: int, run: Runtime
+) -> jax.Array:
+    """x times a kernel over its first `num_inputs` dimensions, both in the compute type.
+
+    Cast first, so that a gather moves the small type.
+    """
+    placed = run.place_weight(kernel.astype(run.compute_dtype), axes)
+    contracted = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))
+    return jax.lax.dot_general(x, placed, (contracted, ((), ())))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
     """Compute type, rematerialisation, attention kernel and placement.
@@ -51,7 +63,7 @@ class Runtime:
     attention: causal attention over a whole sequence. kv_repeats: how often each KV head is repeated before
     it.
     constrain: places activations. place_weight: gathers a parameter for use, and places its gradient.
-    lookup: the token embedding.
+    lookup: the token embedding. project: every product with a projection's kernel.
     """
 
     compute_dtype: DTypeLike = jnp.bfloat16
@@ -61,6 +73,7 @@ class Runtime:
     constrain: Constrain = keep
     place_weight: Constrain = keep
     lookup: Lookup = take_rows
+    project: Callable[[jax.Array, LogicalAxes, jax.Array, int, Runtime], jax.Array] = project
 
 
 def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function:

@@ -71,6 +71,14 @@ class Transformer(nnx.Module):
         assert new_cache is not None
         return self._logits(table_VxE, self._final(x_Bx1xE, run), run)[:, 0], new_cache
 
+    def embed(self, tokens_BxL: jax.Array, run: Runtime) -> jax.Array:
+        """What the first layer gets: x_BxLxE."""
+        return self._embed(self._table(run), tokens_BxL, jnp.arange(tokens_BxL.shape[1]), run)
+
+    def logits(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+        """Of what the last layer gives: final norm and head."""
+        return self._logits(self._table(run), self._final(x_BxLxE, run), run)
+
     def _table(self, run: Runtime) -> jax.Array:
         """The token embedding, placed once: where it is also the head, its two gradients add up before one
         reduction."""

@@ -21,9 +21,11 @@ from shardlab.model.transformer import Params, Transformer, abstract_model, init
 from shardlab.parallel.embedding import mesh_lookup
 from shardlab.parallel.kernels import choose_kernel, kv_repeats, mesh_attention
 from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer, optimizer_shardings
+from shardlab.parallel.pipeline import Pipeline, microbatches, to_stages
 from shardlab.parallel.shardings import Shardings, shardings_of
 from shardlab.spec.case import Case
-from shardlab.spec.params import ParamSpec, parameter_table
+from shardlab.spec.params import ParamSpec
+from shardlab.spec.pipeline import num_microbatches, obstacles
 
 
 class TrainState(NamedTuple):
@@ -71,8 +73,13 @@ class _Setup:
     table: tuple[ParamSpec, ...]
     model: Transformer
     shardings: Shardings
-    runtime: Runtime
+    runtime_on: Callable[[Shardings], Runtime]
     notes: tuple[str, ...]
+
+    @property
+    def runtime(self) -> Runtime:
+        """How the model runs on the whole mesh."""
+        return self.runtime_on(self.shardings)
 
     def abstract_params(self, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
         """Every parameter's shape, type and sharding."""
@@ -111,12 +118,12 @@ def build_step(
 
 def init_state(case: Case, mesh: Mesh, seed: int, *, optimizer: OptimizerConfig | None = None) -> TrainState:
     """A fresh training state, created where it lives. The same seed gives the same numbers on every mesh."""
-    table = parameter_table(case.model, scan_layers=case.scan_layers)
+    table = case.parameters()
     shardings = shardings_of(case.plan, mesh)
     tx = make_optimizer(optimizer or OptimizerConfig(), table)
 
     def create(key: jax.Array) -> TrainState:
-        params = init_params(case.model, key, scan_layers=case.scan_layers)
+        params = to_stages(init_params(case.model, key, scan_layers=case.scan_layers), case)
         return TrainState(params, tx.init(params))
 
     abstract = jax.eval_shape(create, jax.random.key(0))
@@ -135,21 +142,24 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
     kernel, notes = choose_kernel(case, family)
     if compute_dtype != jnp.bfloat16 and kernel == "cudnn":
         kernel, notes = "reference", ("attention: reference instead of cudnn, because it needs bf16",)
-    runtime = Runtime(
-        compute_dtype=compute_dtype,
-        remat=case.plan.method.remat,
-        attention=mesh_attention(kernel, shardings),
-        kv_repeats=kv_repeats(case),
-        constrain=shardings.constrain,
-        place_weight=shardings.place_weight,
-        lookup=mesh_lookup(shardings),
-    )
+
+    def runtime_on(shardings: Shardings) -> Runtime:
+        return Runtime(
+            compute_dtype=compute_dtype,
+            remat=case.plan.method.remat,
+            attention=mesh_attention(kernel, shardings),
+            kv_repeats=kv_repeats(case),
+            constrain=shardings.constrain,
+            place_weight=shardings.place_weight,
+            lookup=mesh_lookup(shardings),
+        )
+
     return _Setup(
         case=case,
-        table=parameter_table(case.model, scan_layers=case.scan_layers),
+        table=case.parameters(),
         model=abstract_model(case.model, scan_layers=case.scan_layers),
         shardings=shardings,
-        runtime=runtime,
+        runtime_on=runtime_on,
         notes=notes,
     )
 
@@ -157,19 +167,15 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
 def _refuse_methods(case: Case) -> None:
     """Raise Infeasible for a method that this model does not have."""
     method = case.plan.method
-    if method.pipeline != "none":
-        raise Infeasible(
-            f"pipeline = {method.pipeline!r}: this model has no pipeline", "use pipeline = 'none'"
-        )
+    for reason, nearest in obstacles(case.plan, case.model.layers, case.workload).items():
+        raise Infeasible(reason, nearest)
     if method.context != "none":
         raise Infeasible(
             f"context = {method.context!r}: this model has no context parallelism", "use context = 'none'"
         )
-    if case.workload == "train" and case.batch % method.accumulate:
-        raise Infeasible(
-            f"batch {case.batch} over {method.accumulate} microbatches",
-            f"use a multiple of {method.accumulate}",
-        )
+    count = num_microbatches(case.plan)
+    if case.workload == "train" and case.batch % count:
+        raise Infeasible(f"batch {case.batch} over {count} microbatches", f"use a multiple of {count}")
     if case.model.positions == "learned" and case.seq > case.model.context:
         raise Infeasible(
             f"seq {case.seq} is longer than {case.model.name}'s {case.model.context} learned positions",
@@ -182,11 +188,7 @@ def _train_step(setup: _Setup, config: OptimizerConfig, z_loss: float) -> Step:
     tx = make_optimizer(config, setup.table)
     gradient_shardings = {p.path: shardings.optimizer_state(p) for p in setup.table}
 
-    def loss_of(params: Params, batch: Batch) -> jax.Array:
-        logits_BxLxV = with_params(setup.model, params)(batch.tokens, setup.runtime)
-        return cross_entropy(logits_BxLxV, batch.targets, z_loss=z_loss)
-
-    loss_and_gradients = accumulated(jax.value_and_grad(loss_of), case.plan.method.accumulate, shardings)
+    loss_and_gradients = _loss_and_gradients(setup, z_loss)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, gradients = loss_and_gradients(state.params, batch)
@@ -215,23 +217,37 @@ def _train_step(setup: _Setup, config: OptimizerConfig, z_loss: float) -> Step:
 LossAndGradients = Callable[[Params, Batch], tuple[jax.Array, Params]]
 
 
+def _loss_and_gradients(setup: _Setup, z_loss: float) -> LossAndGradients:
+    """Through the pipeline that the plan asks for, or by differentiating the whole model."""
+    if setup.case.plan.method.pipeline != "none":
+        pipeline = Pipeline(
+            case=setup.case,
+            model=setup.model,
+            shardings=setup.shardings,
+            runtime_on=setup.runtime_on,
+            z_loss=z_loss,
+        )
+        return lambda params, batch: pipeline.loss_and_gradients(params, *batch)
+
+    def loss_of(params: Params, batch: Batch) -> jax.Array:
+        logits_BxLxV = with_params(setup.model, params)(batch.tokens, setup.runtime)
+        return cross_entropy(logits_BxLxV, batch.targets, z_loss=z_loss)
+
+    count = setup.case.plan.method.accumulate
+    return accumulated(jax.value_and_grad(loss_of), count, setup.shardings)
+
+
 def accumulated(loss_and_gradients: LossAndGradients, count: int, shardings: Shardings) -> LossAndGradients:
     """The mean over `count` microbatches, taken in turn; each is a slice of every device's own sequences."""
     if count == 1:
         return loss_and_gradients
-
-    def split(tokens_BxL: jax.Array) -> jax.Array:
-        """[B, L] -> [count, B / count, L] with each device's sequences staying where they are."""
-        B, L = tokens_BxL.shape
-        micro = tokens_BxL.reshape(B // count, count, L).swapaxes(0, 1)
-        return shardings.constrain(micro, (None, "batch", "seq"))
 
     def accumulate(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
         def add(total: tuple[jax.Array, Params], micro: Batch) -> tuple[tuple[jax.Array, Params], None]:
             return jax.tree.map(jnp.add, total, loss_and_gradients(params, micro)), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zero, Batch(*map(split, batch)))
+        total, _ = jax.lax.scan(add, zero, Batch(*(microbatches(a, count, shardings) for a in batch)))
         return jax.tree.map(lambda x: x / count, total)
 
     return accumulate

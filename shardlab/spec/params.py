@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from shardlab.spec.models import ModelConfig
+from shardlab.spec.stages import StageLayout
 
 LogicalAxes = tuple[str | None, ...]
 
@@ -31,13 +32,22 @@ class ParamSpec:
         return prod(self.shape)
 
 
-def parameter_table(config: ModelConfig, *, scan_layers: bool = True) -> tuple[ParamSpec, ...]:
+def parameter_table(
+    config: ModelConfig, *, scan_layers: bool = True, stages: StageLayout | None = None
+) -> tuple[ParamSpec, ...]:
     """Every parameter of `config`, in the order of the forward pass.
 
     scan_layers: each layer parameter is one stack with a leading `layers` axis; else one array per layer.
+    stages: of a pipeline; each layer parameter is one stack [stages, slots, …], and scan_layers does not
+    count.
     """
     layer = _layer_table(config)
-    if scan_layers:
+    if stages is not None:
+        stack = (stages.stages, stages.slots)
+        layers = [
+            ParamSpec(f"layers/{p.path}", (*stack, *p.shape), ("stage", "layers", *p.axes)) for p in layer
+        ]
+    elif scan_layers:
         layers = [
             ParamSpec(f"layers/{p.path}", (config.layers, *p.shape), ("layers", *p.axes)) for p in layer
         ]
