@@ -27,19 +27,44 @@ from shardlab.spec.tick_table import Branch, Column, Edges, TickTable
 Place = Callable[[str, jax.Array], jax.Array]
 
 
-class Buffers(NamedTuple):
-    """What a stage holds between ticks.
+class Inbox(NamedTuple):
+    """What a stage keeps until its backward: written between ticks, only read by the branches.
 
-    stash: the inputs of a chunk's layers [slots, layers, B, L, E]. cotangents: of a chunk's output [slots, B,
-    L, E]. pairs: factors of kernels' gradients [slots, layers, …], empty unless backwards are split.
-    gradients: sums so far, f32, by path. loss: sum so far.
+    A buffer that branches write as well would be copied whole in each of them. stash: the inputs of a
+    chunk's layers [slots, layers, B, L, E]. cotangents: of a chunk's output [slots, B, L, E].
     """
 
     stash: jax.Array
     cotangents: jax.Array
-    pairs: Factors
+
+
+class Sums(NamedTuple):
+    """What branches add to. gradients: f32, by path. loss: f32 scalar.
+
+    pairs: factors of kernels' gradients [slots, layers, …], empty unless backwards are split.
+    """
+
     gradients: Params
     loss: jax.Array
+    pairs: Factors
+
+
+class Made(NamedTuple):
+    """What a tick makes beside sums. out [B, L, E]: an activation or a cotangent; inputs [layers, B, L, E]:
+    of the layers that went forward."""
+
+    out: jax.Array
+    inputs: jax.Array
+
+
+class Arrived(NamedTuple):
+    """What the neighbours sent at the end of the last tick [B, L, E]; zeros from whom sends nothing."""
+
+    x: jax.Array
+    cotangent: jax.Array
+
+
+Carry = tuple[Inbox, Sums, Arrived]
 
 
 class Cell(NamedTuple):
@@ -53,6 +78,8 @@ class Cell(NamedTuple):
     pair: jax.Array
     receive_stash: jax.Array
     receive_cotangent: jax.Array
+    keep_stash: jax.Array
+    keep_cotangent: jax.Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,121 +104,116 @@ class Executor:
         """The loss and the gradients of this stage, means over the microbatches."""
         stage = jax.lax.axis_index(self.axis)
 
-        def tick(buffers: Buffers, tick: jax.Array) -> tuple[Buffers, None]:
+        def tick(carry: Carry, tick: jax.Array) -> tuple[Carry, None]:
+            inbox, sums, arrived = carry
             cell = Cell(*(_lookup(getattr(self.table, name), tick, stage) for name in Cell._fields))
-            branches = [self._branch(branch, cell) for branch in self.table.branches]
-            buffers, out = jax.lax.switch(cell.branch, branches, buffers)
-            return self._exchange(buffers, out, cell, tick), None
+            inbox = _received(inbox, arrived, cell)
+            branches = [self._branch(branch, cell, inbox) for branch in self.table.branches]
+            sums, made = jax.lax.switch(cell.branch, branches, sums)
+            return (_kept(inbox, made, cell), sums, self._exchange(made.out, tick)), None
 
         ticks = jnp.arange(len(self.table.branch), dtype=jnp.int32)
-        buffers, _ = jax.lax.scan(tick, self._empty(), ticks)
-        return buffers.loss, buffers.gradients
+        (_, sums, _), _ = jax.lax.scan(tick, self._start(), ticks)
+        return sums.loss, sums.gradients
 
-    def _branch(self, branch: Branch, cell: Cell) -> Callable[[Buffers], tuple[Buffers, jax.Array]]:
-        work = {"idle": self._idle, "F": self._forward, "B": self._backward, "W": self._weights}
-        if branch.kind == "B" and self.table.pair_slots:
-            return lambda buffers: self._input_gradient(branch, cell, buffers)
-        return lambda buffers: work[branch.kind](branch, cell, buffers)
+    def _branch(self, branch: Branch, cell: Cell, inbox: Inbox) -> Callable[[Sums], tuple[Sums, Made]]:
+        backward = self._input_gradient if self.table.pair_slots else self._backward
+        work = {"idle": self._idle, "F": self._forward, "B": backward, "W": self._weights}
+        return lambda sums: work[branch.kind](branch, cell, inbox, sums)
 
-    def _idle(self, _: Branch, cell: Cell, buffers: Buffers) -> tuple[Buffers, jax.Array]:
-        return buffers, jnp.zeros_like(buffers.cotangents[0])
+    def _idle(self, _: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Made]:
+        return sums, _made(inbox)
 
-    def _forward(self, branch: Branch, cell: Cell, buffers: Buffers) -> tuple[Buffers, jax.Array]:
-        """The layers of a chunk; the last chunk goes on to the loss and leaves its gradient for B."""
+    def _forward(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Made]:
+        """The layers of a chunk; the last chunk goes on to the loss, and makes its gradient."""
         if branch.first:
             x = jax.vjp(self.stage.embed, self.outer, self.tokens[cell.microbatch])[0]
         else:
-            x = _read(buffers.stash, cell.stash, jnp.int32(0))
+            x = _read(inbox.stash, cell.stash, jnp.int32(0))
 
-        def layer(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-            stash, x = carry
-            stash = _write(stash, x, cell.stash, i)
-            return (stash, self.stage.forward(self._layer(cell, i), x)), None
+        def layer(x: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return self.stage.forward(self._layer(cell, i), x), x
 
         with jax.named_scope("layers"):
-            (stash, x), _ = jax.lax.scan(layer, (buffers.stash, x), _count(branch))
-        buffers = buffers._replace(stash=stash)
-        return (self._loss(cell, buffers, x), x) if branch.last else (buffers, x)
+            x, inputs = jax.lax.scan(layer, x, _count(branch))
+        unused = self.chunk_slots - branch.layers
+        inputs = jnp.pad(inputs, ((0, unused), *((0, 0),) * x.ndim))
+        if branch.last:
+            sums, x = self._loss(cell, sums, x)
+        return sums, Made(x, inputs)
 
-    def _loss(self, cell: Cell, buffers: Buffers, x: jax.Array) -> Buffers:
-        """Head and loss of one microbatch, forward and backward."""
+    def _loss(self, cell: Cell, sums: Sums, x: jax.Array) -> tuple[Sums, jax.Array]:
+        """Head and loss of one microbatch, and the gradient of x."""
         targets = self.targets[cell.microbatch]
         share = 1.0 / self.targets.shape[0]
         loss, pull = jax.vjp(lambda outer, x: self.stage.loss(outer, x, targets), self.outer, x)
-        gradients, cotangent = pull(jnp.asarray(share, loss.dtype))
-        return buffers._replace(
-            cotangents=_write(buffers.cotangents, cotangent, cell.cotangent),
-            gradients=self._added(buffers.gradients, gradients),
-            loss=buffers.loss + loss * share,
-        )
+        found, cotangent = pull(jnp.asarray(share, loss.dtype))
+        gradients = self._added(sums.gradients, found)
+        return sums._replace(gradients=gradients, loss=sums.loss + loss * share), cotangent
 
-    def _backward(self, branch: Branch, cell: Cell, buffers: Buffers) -> tuple[Buffers, jax.Array]:
+    def _backward(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Made]:
         """The layers of a chunk from the last to the first, each from its stashed input."""
 
         def layer(carry: tuple[Params, jax.Array], i: jax.Array) -> tuple[tuple[Params, jax.Array], None]:
             gradients, cotangent = carry
-            x = _read(buffers.stash, cell.stash, i)
+            x = _read(inbox.stash, cell.stash, i)
             found, cotangent = self.stage.backward(self._layer(cell, i), x, cotangent)
             return (self._added(gradients, found, cell, i), cotangent), None
 
-        start = (buffers.gradients, _read(buffers.cotangents, cell.cotangent))
+        start = (sums.gradients, _read(inbox.cotangents, cell.cotangent))
         with jax.named_scope("layers"):
             (gradients, cotangent), _ = jax.lax.scan(layer, start, _count(branch), reverse=True)
-        return self._embedding(branch, cell, buffers._replace(gradients=gradients), cotangent)
+        return self._embedding(branch, cell, inbox, sums._replace(gradients=gradients), cotangent)
 
-    def _input_gradient(self, branch: Branch, cell: Cell, buffers: Buffers) -> tuple[Buffers, jax.Array]:
+    def _input_gradient(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Made]:
         """As `_backward`, but the kernels' gradients stay undone: their factors are kept."""
-        Carry = tuple[Params, Factors, jax.Array]
+        Loop = tuple[Params, Factors, jax.Array]
 
-        def layer(carry: Carry, i: jax.Array) -> tuple[Carry, None]:
+        def layer(carry: Loop, i: jax.Array) -> tuple[Loop, None]:
             gradients, pairs, cotangent = carry
-            x = _read(buffers.stash, cell.stash, i)
+            x = _read(inbox.stash, cell.stash, i)
             found, cotangent, factors = self.stage.input_gradient(self._layer(cell, i), x, cotangent)
             pairs = jax.tree.map(lambda kept, new: _write(kept, new, cell.pair, i), pairs, factors)
             return (self._added(gradients, found, cell, i), pairs, cotangent), None
 
-        start = (buffers.gradients, buffers.pairs, _read(buffers.cotangents, cell.cotangent))
+        start = (sums.gradients, sums.pairs, _read(inbox.cotangents, cell.cotangent))
         with jax.named_scope("layers"):
             (gradients, pairs, cotangent), _ = jax.lax.scan(layer, start, _count(branch), reverse=True)
-        return self._embedding(branch, cell, buffers._replace(gradients=gradients, pairs=pairs), cotangent)
+        sums = sums._replace(gradients=gradients, pairs=pairs)
+        return self._embedding(branch, cell, inbox, sums, cotangent)
 
-    def _weights(self, branch: Branch, cell: Cell, buffers: Buffers) -> tuple[Buffers, jax.Array]:
+    def _weights(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Made]:
         """The kernels' gradients of a chunk."""
 
         def layer(gradients: Params, i: jax.Array) -> tuple[Params, None]:
-            factors = jax.tree.map(lambda kept: _read(kept, cell.pair, i), buffers.pairs)
-            found = self.stage.kernel_gradients(self._layer(cell, i), buffers.cotangents[0], factors)
+            factors = jax.tree.map(lambda kept: _read(kept, cell.pair, i), sums.pairs)
+            found = self.stage.kernel_gradients(self._layer(cell, i), inbox.cotangents[0], factors)
             return self._added(gradients, found, cell, i), None
 
         with jax.named_scope("layers"):
-            gradients, _ = jax.lax.scan(layer, buffers.gradients, _count(branch))
-        return self._idle(branch, cell, buffers._replace(gradients=gradients))
+            gradients, _ = jax.lax.scan(layer, sums.gradients, _count(branch))
+        return sums._replace(gradients=gradients), _made(inbox)
 
     def _embedding(
-        self, branch: Branch, cell: Cell, buffers: Buffers, cotangent: jax.Array
-    ) -> tuple[Buffers, jax.Array]:
+        self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums, cotangent: jax.Array
+    ) -> tuple[Sums, Made]:
         """The first chunk ends its backward in the embedding."""
-        if not branch.first:
-            return buffers, cotangent
-        tokens = self.tokens[cell.microbatch]
-        (found,) = jax.vjp(lambda outer: self.stage.embed(outer, tokens), self.outer)[1](cotangent)
-        return buffers._replace(gradients=self._added(buffers.gradients, found)), cotangent
+        if branch.first:
+            tokens = self.tokens[cell.microbatch]
+            (found,) = jax.vjp(lambda outer: self.stage.embed(outer, tokens), self.outer)[1](cotangent)
+            sums = sums._replace(gradients=self._added(sums.gradients, found))
+        return sums, _made(inbox, cotangent)
 
-    def _exchange(self, buffers: Buffers, out: jax.Array, cell: Cell, tick: jax.Array) -> Buffers:
-        """Pass what this tick made to the neighbours, and keep what arrives."""
-        transfers = self.table.transfers
-        if not any(t.forward or t.backward for t in transfers):
-            return buffers
+    def _exchange(self, out: jax.Array, tick: jax.Array) -> Arrived:
+        """Pass what this tick made to the neighbours."""
         moves = [
-            lambda x, t=t: (_permute(x, self.axis, t.forward), _permute(x, self.axis, t.backward))
-            for t in transfers
+            lambda x, t=t: Arrived(_permute(x, self.axis, t.forward), _permute(x, self.axis, t.backward))
+            for t in self.table.transfers
         ]
         with jax.named_scope("pipeline"):
-            which = jnp.asarray(self.table.transfer, jnp.int32)[tick]
-            x, cotangent = moves[0](out) if len(moves) == 1 else jax.lax.switch(which, moves, out)
-        stash = _keep(buffers.stash, x, cell.receive_stash, jnp.int32(0))
-        cotangents = _keep(buffers.cotangents, cotangent, cell.receive_cotangent)
-        return buffers._replace(stash=stash, cotangents=cotangents)
+            if len(moves) == 1:
+                return moves[0](out)
+            return jax.lax.switch(jnp.asarray(self.table.transfer, jnp.int32)[tick], moves, out)
 
     def _layer(self, cell: Cell, i: jax.Array) -> Params:
         """The parameters of layer i of the item's chunk, by path relative to the layer."""
@@ -212,27 +234,45 @@ class Executor:
             }
         return {**gradients, **sums}
 
-    def _empty(self) -> Buffers:
+    def _start(self) -> Carry:
         """All buffers, zero, where they live."""
         x = jax.eval_shape(self.stage.embed, self.outer, self.tokens[0])
-        zero = jnp.int32(0)
+        layer = {path.removeprefix(LAYERS): array[0] for path, array in self.layers.items()}
         pairs = Factors((), ())
         if self.table.pair_slots:
-            layer = {path.removeprefix(LAYERS): array[0] for path, array in self.layers.items()}
             pairs = jax.eval_shape(self.stage.input_gradient, layer, x, x)[2]
-        del zero
-        stack = (self.table.pair_slots, self.chunk_slots)
-        stash = jnp.zeros((self.table.stash_slots, self.chunk_slots, *x.shape), x.dtype)
-        return Buffers(
-            stash=self.place("stash", stash),
-            cotangents=self.place("cotangents", jnp.zeros((self.table.cotangent_slots, *x.shape), x.dtype)),
-            pairs=jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), pairs),
-            gradients={
-                path: self.place(path, jnp.zeros_like(array))
-                for path, array in {**self.layers, **self.outer}.items()
-            },
-            loss=jnp.zeros((), jnp.float32),
+        slots, stack = self.table, (self.table.pair_slots, self.chunk_slots)
+        inbox = Inbox(
+            self.place("stash", jnp.zeros((slots.stash_slots, self.chunk_slots, *x.shape), x.dtype)),
+            self.place("cotangents", jnp.zeros((slots.cotangent_slots, *x.shape), x.dtype)),
         )
+        gradients = {
+            path: self.place(path, jnp.zeros_like(a)) for path, a in {**self.layers, **self.outer}.items()
+        }
+        pairs = jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), pairs)
+        nothing = self.place("arrived", jnp.zeros(x.shape, x.dtype))
+        return inbox, Sums(gradients, jnp.zeros((), jnp.float32), pairs), Arrived(nothing, nothing)
+
+
+def _made(inbox: Inbox, out: jax.Array | None = None) -> Made:
+    """What a tick makes that goes through no layer forward."""
+    return Made(jnp.zeros_like(inbox.cotangents[0]) if out is None else out, jnp.zeros_like(inbox.stash[0]))
+
+
+def _received(inbox: Inbox, arrived: Arrived, cell: Cell) -> Inbox:
+    """The inbox with what has arrived, where the table says."""
+    return Inbox(
+        stash=_keep(inbox.stash, arrived.x, cell.receive_stash, jnp.int32(0)),
+        cotangents=_keep(inbox.cotangents, arrived.cotangent, cell.receive_cotangent),
+    )
+
+
+def _kept(inbox: Inbox, made: Made, cell: Cell) -> Inbox:
+    """The inbox with the inputs of the layers that went forward, and with the gradient of the loss."""
+    return Inbox(
+        stash=_keep(inbox.stash, made.inputs, cell.keep_stash),
+        cotangents=_keep(inbox.cotangents, made.out, cell.keep_cotangent),
+    )
 
 
 def _count(branch: Branch) -> jax.Array:

@@ -6,6 +6,14 @@ from collections.abc import Iterable
 
 from shardlab.spec.plan import Plan, Rules
 
+SCHEDULES = {
+    "none": "no schedule",
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved": "interleaved 1F1B",
+    "zb-h1": "ZB-H1",
+}
+
 
 def strategy_names(plan: Plan) -> tuple[str, ...]:
     """The strategies that the rules amount to, such as ("FSDP", "tensor parallel", "sequence parallel
@@ -13,7 +21,7 @@ def strategy_names(plan: Plan) -> tuple[str, ...]:
 
     Mesh axes of size 1 do nothing and name nothing; an axis that no rule uses repeats the work, and is named
     so. Definitions: FSDP, arXiv:2304.11277 (HSDP is its hybrid sharding); ZeRO-1, arXiv:1910.02054; tensor
-    parallel, arXiv:1909.08053; sequence parallel, arXiv:2205.05198.
+    parallel, arXiv:1909.08053; sequence parallel, arXiv:2205.05198; pipelines: see `spec/schedule.py`.
     """
     if plan.num_devices == 1:
         return ("single device",)
@@ -41,8 +49,8 @@ def _model_names(plan: Plan) -> Iterable[str]:
     """What the other axes do to weights and to the sequence."""
     batch = plan.activations.get("batch", ())
     experts = plan.params.get("expert", ())
-    layers = (*plan.params.get("stage", ()), *plan.params.get("layers", ()))
-    tensor = [a for a in _used(plan.params) if a not in batch and a not in experts and a not in layers]
+    layers, stages = plan.params.get("layers", ()), plan.params.get("stage", ())
+    tensor = [a for a in _used(plan.params) if a not in (*batch, *experts, *layers, *stages)]
     sequence = _live(plan, plan.activations.get("seq", ()))
     norms = _live(plan, plan.activations.get("norm_seq", ()))
     if _live(plan, tensor):
@@ -55,6 +63,8 @@ def _model_names(plan: Plan) -> Iterable[str]:
         yield "expert parallel"
     if any(axis not in batch for axis in _live(plan, layers)):
         yield "layers sharded"
+    if _live(plan, stages):
+        yield f"pipeline parallel ({SCHEDULES[plan.method.pipeline]})"
 
 
 def _other_names(plan: Plan) -> Iterable[str]:

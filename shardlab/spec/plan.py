@@ -121,6 +121,7 @@ def _problems(plan: Plan, table: PlanTable, text: PlanText) -> list[Problem]:
     problems += checks.double_use_problems(plan.params, plan.activations, plan.optimizer, where)
     problems += checks.blocks_problems(table, where)
     problems += checks.method_problems(plan.method, where)
+    problems += checks.pipeline_problems(plan.params, plan.activations, plan.method, where)
     problems += checks.flags_problems(plan.flags, where)
     return problems + checks.check_problems(plan.check, where)
 

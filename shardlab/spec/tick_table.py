@@ -40,8 +40,8 @@ class TickTable:
     """Columns [tick][stage] of small integers. branch: index into `branches`; microbatch, chunk: of the item.
 
     stash: slot of the chunk's layer inputs. cotangent: slot of the gradient of the chunk's output. pair: slot
-    of what a split backward leaves to W. receive_stash, receive_cotangent: where what arrives at the end of
-    the tick goes, -1 when nothing does. transfer: for each tick an index into `transfers`. *_slots: how deep
+    of what a split backward leaves to W. receive_stash, receive_cotangent: where what has arrived goes
+    before the tick's work, -1 when nothing has. keep_stash, keep_cotangent: where what the tick made goes. transfer: for each tick an index into `transfers`. *_slots: how deep
     each buffer is.
     """
 
@@ -55,6 +55,8 @@ class TickTable:
     pair: Column
     receive_stash: Column
     receive_cotangent: Column
+    keep_stash: Column
+    keep_cotangent: Column
     transfer: tuple[int, ...]
     stash_slots: int
     cotangent_slots: int
@@ -79,6 +81,7 @@ class _Slots:
 
 _COLUMNS = (
     "branch", "microbatch", "chunk", "stash", "cotangent", "pair", "receive_stash", "receive_cotangent",
+    "keep_stash", "keep_cotangent",
 )  # fmt: skip
 
 
@@ -91,9 +94,9 @@ class _Builder:
         self.buffers = {
             name: [_Slots() for _ in range(schedule.stages)] for name in ("stash", "cotangent", "pair")
         }
-        empty = {"receive_stash": NONE, "receive_cotangent": NONE}
         self.columns = {
-            name: [[empty.get(name, 0)] * schedule.stages for _ in schedule.rows] for name in _COLUMNS
+            name: [[NONE if name.startswith(("receive", "keep")) else 0] * schedule.stages for _ in schedule.rows]
+            for name in _COLUMNS
         }
         self.branches: dict[Branch, int] = {Branch("idle"): 0}
 
@@ -104,9 +107,9 @@ class _Builder:
         stash, cotangent, pair = (self.buffers[name][stage] for name in ("stash", "cotangent", "pair"))
         cell = {"microbatch": work.microbatch, "chunk": work.chunk}
         if work.kind == "F":
-            cell["stash"] = stash.take(key) if first else stash.held[key]
+            cell["stash"] = cell["keep_stash"] = stash.take(key) if first else stash.held[key]
             if last:
-                cell["cotangent"] = cotangent.take(key)
+                cell["keep_cotangent"] = cotangent.take(key)
             branch = Branch("F", first, last, self.layout.counts[link])
         elif work.kind == "B":
             cell |= {"stash": stash.give_back(key), "cotangent": cotangent.give_back(key)}
@@ -132,7 +135,7 @@ class _Builder:
                 continue
             name = "stash" if work.kind == "F" else "cotangent"
             slot = self.buffers[name][target % p].take((work.microbatch, target // p))
-            self.columns[f"receive_{name}"][tick][target % p] = slot
+            self.columns[f"receive_{name}"][tick + 1][target % p] = slot
             edges[work.kind].append((stage, target % p))
         return Transfer(tuple(edges["F"]), tuple(edges["B"]))
 
