@@ -43,9 +43,7 @@ def take_rows(table_VxE: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
     return table_VxE.at[tokens_BxL].get(mode="clip")
 
 
-def project(
-    kernel: jax.Array, axes: LogicalAxes, x: jax.Array, num_inputs: int, run: Runtime
-) -> jax.Array:
+def project(kernel: jax.Array, axes: LogicalAxes, x: jax.Array, num_inputs: int, run: Runtime) -> jax.Array:
     """x times a kernel over its first `num_inputs` dimensions, both in the compute type.
 
     Cast first, so that a gather moves the small type.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from shardlab.spec.models import ModelConfig
 
 # Path (`layers/attention/query/kernel`) -> array. The paths are those of `spec.params.parameter_table`.
 Params = dict[str, jax.Array]
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Table(nnx.Module):
@@ -159,9 +162,9 @@ def init_params(config: ModelConfig, key: jax.Array, *, scan_layers: bool = True
     return to_params(Transformer(config, rngs=nnx.Rngs(params=key), scan_layers=scan_layers))
 
 
-def with_params(abstract: Transformer, params: Mapping[str, jax.Array]) -> Transformer:
-    """The model of `abstract` (see `abstract_model`) with these arrays. Raises KeyError when one is
-    missing."""
+def with_params(abstract: Module, params: Mapping[str, jax.Array]) -> Module:
+    """The model of `abstract` (see `abstract_model`), or a part of it, with these arrays. Raises KeyError
+    when one is missing."""
     graph, state = nnx.split(abstract)
     flat = [
         (path, variable.replace(params["/".join(map(str, path))]))

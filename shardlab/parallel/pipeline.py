@@ -13,40 +13,33 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import Params, Transformer
-from shardlab.parallel.shardings import Shardings
+from shardlab.parallel.shardings import Shardings, microbatches
 from shardlab.parallel.stage import LAYERS, StageModel
 from shardlab.parallel.ticks import Executor
 from shardlab.spec.case import Case
 from shardlab.spec.params import ParamSpec
 from shardlab.spec.pipeline import layout_of, schedule_of, stage_axis
+from shardlab.spec.plan import Rules
+from shardlab.spec.stages import StageLayout
 from shardlab.spec.tick_table import tick_table
 
-RuntimeOn = Callable[[Shardings], Runtime]
-BATCH_AXES = (None, "batch", "seq")
+STREAM = ("batch", "norm_seq", "embed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """What a case's pipeline is on a mesh. data: the batch axes that split no parameter."""
+    """A case's pipeline on the mesh of `shardings`. runtime_on: how the model runs under given shardings."""
 
     case: Case
     model: Transformer
     shardings: Shardings
-    runtime_on: RuntimeOn
+    runtime_on: Callable[[Shardings], Runtime]
     z_loss: float
-
-    def loss_and_gradients(
-        self, params: Params, tokens_BxL: jax.Array, targets_BxL: jax.Array
-    ) -> tuple[jax.Array, Params]:
-        """Mean loss over the batch, and its gradients, f32, where the optimizer state is."""
-        count = schedule_of(self.case.plan).microbatches
-        micro = [microbatches(a, count, self.shardings) for a in (tokens_BxL, targets_BxL)]
-        losses, partial = self._mapped()(params, *micro)
-        return losses.sum() / self._data_ways, self._reduced(partial)
 
     @property
     def axis(self) -> str:
@@ -56,6 +49,13 @@ class Pipeline:
         return axis
 
     @property
+    def layout(self) -> StageLayout:
+        """How the layers lie on the stages."""
+        layout = layout_of(self.case.plan, self.case.model.layers)
+        assert layout is not None
+        return layout
+
+    @property
     def data(self) -> tuple[str, ...]:
         """The batch axes that split no parameter."""
         plan = self.case.plan
@@ -63,61 +63,68 @@ class Pipeline:
         return tuple(name for name in plan.activations.get("batch", ()) if name not in used)
 
     @property
-    def _mesh(self) -> Mesh:
-        return self.shardings.mesh
+    def data_ways(self) -> int:
+        """Over how many parts of the batch gradients are reduced at the end."""
+        return prod(self.shardings.mesh.shape[name] for name in self.data)
 
-    @property
-    def _data_ways(self) -> int:
-        return prod(self._mesh.shape[name] for name in self.data)
+    def loss_and_gradients(
+        self, params: Params, tokens_BxL: jax.Array, targets_BxL: jax.Array
+    ) -> tuple[jax.Array, Params]:
+        """Mean loss over the batch, and its gradients, f32, where the optimizer state is."""
+        count = schedule_of(self.case.plan).microbatches
+        micro = [microbatches(a, count, self.shardings) for a in (tokens_BxL, targets_BxL)]
+        losses, partial = self._mapped()(params, *micro)
+        specs = {p.path: p for p in self.case.parameters()}
+        with jax.named_scope("pipeline"):
+            gradients = {path: self._reduced(parts, specs[path]) for path, parts in partial.items()}
+            return losses.sum() / self.data_ways, gradients
 
     def _mapped(self) -> Callable[..., tuple[jax.Array, Params]]:
-        """(params, tokens, targets) -> losses and unreduced gradients, with a leading dimension of parts."""
-        manual = (self.axis, *self.data)
+        """(params, tokens, targets) -> losses [parts] and unreduced gradients [parts, …].
+
+        Parts are the devices along `data`, and along the stages too for what belongs to no layer.
+        """
+        P = PartitionSpec
+        manual, tokens = (self.axis, *self.data), PartitionSpec(None, self.data or None)
+        in_layer = {p.path: p.path.startswith(LAYERS) for p in self.case.parameters()}
 
         def run(params: Params, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, Params]:
             loss, gradients = self._executor(params, tokens, targets).run()
-            stacked = {
-                path: array[None, None] if path.startswith(LAYERS) else array[None]
-                for path, array in gradients.items()
-            }
-            return loss[None], stacked
+            parts = {path: a[None, None] if in_layer[path] else a[None] for path, a in gradients.items()}
+            return loss[None], parts
 
-        table = self.case.parameters()
-        layer = {p.path: p.path.startswith(LAYERS) for p in table}
-        P = PartitionSpec
-        tokens = P(None, self.data or None)
         return jax.shard_map(
             run,
-            mesh=self._mesh,
-            in_specs=({path: P(self.axis) if yes else P() for path, yes in layer.items()}, tokens, tokens),
+            mesh=self.shardings.mesh,
+            axis_names=set(manual),
+            in_specs=({path: P(self.axis) if yes else P() for path, yes in in_layer.items()}, tokens, tokens),
             out_specs=(
                 P(manual),
-                {path: P(self.data or None, self.axis) if yes else P(manual) for path, yes in layer.items()},
+                {
+                    path: P(self.data or None, self.axis) if yes else P(manual)
+                    for path, yes in in_layer.items()
+                },
             ),
-            axis_names=set(manual),
             check_vma=False,
         )
 
     def _executor(self, params: Params, tokens: jax.Array, targets: jax.Array) -> Executor:
         """Inside the map: one stage's program."""
-        case, inside = self.case, self._inside()
-        layout = layout_of(case.plan, case.model.layers)
-        assert layout is not None
-        specs = {p.path: p for p in case.parameters()}
-        stream = ("batch", "norm_seq", "embed")
+        inside = _without(self.shardings, {self.axis, *self.data})
+        axes = {p.path: p.axes for p in self.case.parameters()}
 
         def place(name: str, array: jax.Array) -> jax.Array:
-            if name in specs:
-                spec = replace_shape(specs[name], array.shape)
-                return jax.lax.with_sharding_constraint(array, inside.optimizer_state(spec))
-            return inside.constrain(array, (*(None,) * (array.ndim - len(stream)), *stream))
+            if name not in axes:
+                return inside.constrain(array, (*(None,) * (array.ndim - len(STREAM)), *STREAM))
+            spec = ParamSpec(name, array.shape, axes[name][-array.ndim :])
+            return jax.lax.with_sharding_constraint(array, inside.optimizer_state(spec))
 
-        run = replace_remat(self.runtime_on(inside))
+        run = replace(self.runtime_on(inside), remat="full")
         return Executor(
             stage=StageModel(model=self.model, run=run, z_loss=self.z_loss),
-            table=tick_table(schedule_of(case.plan), layout),
+            table=tick_table(schedule_of(self.case.plan), self.layout),
             axis=self.axis,
-            chunk_slots=layout.chunk_slots,
+            chunk_slots=self.layout.chunk_slots,
             layers={path: a.squeeze(0) for path, a in params.items() if path.startswith(LAYERS)},
             outer={path: a for path, a in params.items() if not path.startswith(LAYERS)},
             tokens=tokens,
@@ -125,77 +132,60 @@ class Pipeline:
             place=place,
         )
 
-    def _inside(self) -> Shardings:
-        """The plan's shardings over the axes that the map leaves to the partitioner."""
-        manual = {self.axis, *self.data}
+    def _reduced(self, parts: jax.Array, spec: ParamSpec) -> jax.Array:
+        """parts [parts, *shape] -> their sum over `data_ways`, where the optimizer state is.
 
-        def rest(rules: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-            return {axis: tuple(n for n in names if n not in manual) for axis, names in rules.items()}
-
-        outer = self.shardings
-        return Shardings(
-            mesh=jax.sharding.get_abstract_mesh(),  # type: ignore[arg-type]
-            params=rest(outer.params),
-            optimizer=rest(outer.optimizer),
-            compute=rest(outer.compute),
-            activations=rest(outer.activations),
-        )
-
-    def _reduced(self, partial: Params) -> Params:
-        """The gradients summed over data parts, and over stages where a parameter belongs to no layer."""
-        specs = {p.path: p for p in self.case.parameters()}
-        return {path: self._reduce(array, specs[path]) for path, array in partial.items()}
-
-    def _reduce(self, parts: jax.Array, spec: ParamSpec) -> jax.Array:
-        """parts: [parts, *shape]. Reduce-scattered to where the optimizer state is, all-reduced otherwise."""
+        Reduce-scattered over the axes that split the optimizer state, where they are the minor ones of their
+        dimension; all-reduced over the others.
+        """
         over = self.data if spec.path.startswith(LAYERS) else (self.axis, *self.data)
         if not over:
             return parts.squeeze(0)
-        wanted = tuple(self.shardings.optimizer_state(spec).spec)
-        wanted += (None,) * (len(spec.shape) - len(wanted))
-        names = [(split,) if isinstance(split, str) else tuple(split or ()) for split in wanted]
-        held = [tuple(n for n in split if n not in over) for split in names]
+        wanted = _names(self.shardings.optimizer_state(spec).spec, len(spec.shape))
+        held = [tuple(n for n in names if n not in over) for names in wanted]
         scattered = {
-            dim: split[len(kept) :]
-            for dim, (split, kept) in enumerate(zip(names, held, strict=True))
-            if len(split) > len(kept) and split[: len(kept)] == kept
+            dim: names[len(kept) :]
+            for dim, (names, kept) in enumerate(zip(wanted, held, strict=True))
+            if len(names) > len(kept) and names[: len(kept)] == kept
         }
-        final = [names[dim] if dim in scattered else held[dim] for dim in range(len(names))]
+        left = tuple(n for n in over if not any(n in names for names in scattered.values()))
 
         def reduce(part: jax.Array) -> jax.Array:
-            total, left = part.squeeze(0), over
-            for dim, axes in scattered.items():
-                total = jax.lax.psum_scatter(total, axes, scatter_dimension=dim, tiled=True)
-                left = tuple(n for n in left if n not in axes)
-            return (jax.lax.psum(total, left) if left else total) / self._data_ways
+            total = part.squeeze(0)
+            for dim, names in scattered.items():
+                total = jax.lax.psum_scatter(total, names, scatter_dimension=dim, tiled=True)
+            return (jax.lax.psum(total, left) if left else total) / self.data_ways
 
-        P = PartitionSpec
-        mapped = jax.shard_map(
+        return jax.shard_map(
             reduce,
-            mesh=self._mesh,
-            in_specs=P(over, *(split or None for split in held)),
-            out_specs=P(*(split or None for split in final)),
+            mesh=self.shardings.mesh,
+            in_specs=PartitionSpec(over, *(names or None for names in held)),
+            out_specs=PartitionSpec(
+                *((wanted[dim] if dim in scattered else names) or None for dim, names in enumerate(held))
+            ),
             check_vma=False,
-        )
-        with jax.named_scope("pipeline"):
-            return mapped(parts)
+        )(parts)
 
 
-def replace_shape(spec: ParamSpec, shape: tuple[int, ...]) -> ParamSpec:
-    """The parameter as a stage holds it: without the dimension of stages."""
-    return ParamSpec(spec.path, shape, spec.axes[len(spec.axes) - len(shape) :])
+def _names(spec: PartitionSpec, ndim: int) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension."""
+    named = [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
+    return named + [()] * (ndim - len(named))
 
 
-def replace_remat(run: Runtime) -> Runtime:
-    """Between F and B only the inputs of layers are kept, so a layer's own policy does not matter."""
-    return replace(run, remat="full")
+def _without(shardings: Shardings, taken: set[str]) -> Shardings:
+    """The shardings inside a map that is manual over `taken`: over the other axes alone."""
 
+    def rest(rules: Rules) -> Rules:
+        return {axis: tuple(n for n in names if n not in taken) for axis, names in rules.items()}
 
-def microbatches(tokens_BxL: jax.Array, count: int, shardings: Shardings) -> jax.Array:
-    """[B, L] -> [count, B / count, L]; each device's sequences stay where they are."""
-    B, L = tokens_BxL.shape
-    micro = tokens_BxL.reshape(B // count, count, L).swapaxes(0, 1)
-    return shardings.constrain(micro, BATCH_AXES)
+    return Shardings(
+        mesh=jax.sharding.get_abstract_mesh(),
+        params=rest(shardings.params),
+        optimizer=rest(shardings.optimizer),
+        compute=rest(shardings.compute),
+        activations=rest(shardings.activations),
+    )
 
 
 def to_stages(params: Params, case: Case) -> Params:
@@ -203,11 +193,11 @@ def to_stages(params: Params, case: Case) -> Params:
     layout = layout_of(case.plan, case.model.layers)
     if layout is None:
         return params
-    index = jax.numpy.array([[-1 if i is None else i for i in row] for row in layout.layers()])
+    index = jnp.array([[-1 if layer is None else layer for layer in row] for row in layout.layers()])
 
     def stack(array: jax.Array) -> jax.Array:
         held = (index >= 0).reshape(*index.shape, *(1,) * (array.ndim - 1))
-        return jax.numpy.where(held, array[index], 0)
+        return jnp.where(held, array[index], jnp.zeros((), array.dtype))
 
     return {path: stack(a) if path.startswith(LAYERS) else a for path, a in params.items()}
 
@@ -217,17 +207,11 @@ def from_stages(params: Params, case: Case) -> Params:
     layout = layout_of(case.plan, case.model.layers)
     if layout is None:
         return params
-    where = {
-        layer: (stage, slot)
+    places = sorted(
+        (layer, stage, slot)
         for stage, row in enumerate(layout.layers())
         for slot, layer in enumerate(row)
         if layer is not None
-    }
-    stages, slots = zip(*(where[layer] for layer in sorted(where)), strict=True)
-    index = jax.numpy.array(stages), jax.numpy.array(slots)
-    return {path: a[index] if path.startswith(LAYERS) else a for path, a in params.items()}
-
-
-def named(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
-    """A sharding on the mesh."""
-    return NamedSharding(mesh, spec)
+    )
+    _, stages, slots = (jnp.array(column) for column in zip(*places, strict=True))
+    return {path: a[stages, slots] if path.startswith(LAYERS) else a for path, a in params.items()}

@@ -112,6 +112,13 @@ def shardings_of(plan: Plan, mesh: Mesh) -> Shardings:
     )
 
 
+def microbatches(tokens_BxL: jax.Array, count: int, shardings: Shardings) -> jax.Array:
+    """[B, L] -> [count, B / count, L]; each device's sequences stay where they are."""
+    B, L = tokens_BxL.shape
+    micro = tokens_BxL.reshape(B // count, count, L).swapaxes(0, 1)
+    return shardings.constrain(micro, (None, "batch", "seq"))
+
+
 def _gather(
     stored: NamedSharding, used: NamedSharding, gradient: NamedSharding
 ) -> Callable[[jax.Array], jax.Array]:

@@ -66,7 +66,7 @@ class StageModel:
 
     def backward(self, params: Params, x_BxLxE: jax.Array, cotangent: jax.Array) -> tuple[Params, jax.Array]:
         """Gradients of the layer's parameters and of its input, from the input and the output's gradient."""
-        return jax.vjp(self._recomputing(self.layer), params, x_BxLxE)[1](cotangent)  # type: ignore[no-any-return]
+        return jax.vjp(self._recomputing(self.layer), params, x_BxLxE)[1](cotangent)
 
     def products(self, params: Params, x: jax.Array) -> tuple[_Product, ...]:
         """The products of a layer, in order; shapes only."""
@@ -109,8 +109,8 @@ class StageModel:
         return with_params(self.model, {**to_params(self.model), **outer})
 
     def _layer(self, run: Runtime, params: Params, x_BxLxE: jax.Array) -> jax.Array:
-        layer = with_params(self.model.layers, params)  # type: ignore[type-var]
-        return layer(x_BxLxE, jnp.arange(x_BxLxE.shape[1]), run)[0]  # type: ignore[operator]
+        layer = with_params(self.model.layers, params)
+        return layer(x_BxLxE, jnp.arange(x_BxLxE.shape[1]), run)[0]
 
     def _recomputing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Under the plan's remat policy; between a forward and its backward only the input is kept anyway."""

@@ -21,8 +21,8 @@ from shardlab.model.transformer import Params, Transformer, abstract_model, init
 from shardlab.parallel.embedding import mesh_lookup
 from shardlab.parallel.kernels import choose_kernel, kv_repeats, mesh_attention
 from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer, optimizer_shardings
-from shardlab.parallel.pipeline import Pipeline, microbatches, to_stages
-from shardlab.parallel.shardings import Shardings, shardings_of
+from shardlab.parallel.pipeline import Pipeline, to_stages
+from shardlab.parallel.shardings import Shardings, microbatches, shardings_of
 from shardlab.spec.case import Case
 from shardlab.spec.params import ParamSpec
 from shardlab.spec.pipeline import num_microbatches, obstacles

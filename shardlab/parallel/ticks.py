@@ -229,7 +229,9 @@ class Executor:
         else:
             slot = cell.chunk * self.chunk_slots + i
             sums = {
-                LAYERS + path: _write(gradients[LAYERS + path], _read(gradients[LAYERS + path], slot) + array, slot)
+                LAYERS + path: _write(
+                    gradients[LAYERS + path], _read(gradients[LAYERS + path], slot) + array, slot
+                )
                 for path, array in found.items()
             }
         return {**gradients, **sums}
@@ -293,7 +295,9 @@ def _read(buffer: jax.Array, *index: jax.Array) -> jax.Array:
 def _write(buffer: jax.Array, value: jax.Array, *index: jax.Array) -> jax.Array:
     """The buffer with one entry of the leading dimensions replaced."""
     start = (*index, *(jnp.int32(0),) * value.ndim)
-    return jax.lax.dynamic_update_slice(buffer, value.astype(buffer.dtype).reshape((1,) * len(index) + value.shape), start)
+    return jax.lax.dynamic_update_slice(
+        buffer, value.astype(buffer.dtype).reshape((1,) * len(index) + value.shape), start
+    )
 
 
 def _keep(buffer: jax.Array, value: jax.Array, slot: jax.Array, *index: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a plan's pipeline means for a model: which layers each stage holds, and whether that can be. No jax."""
+"""What a plan's pipeline means for a model: which layers each stage holds, and whether that can be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shardlab.spec.stages import StageLayout, split_layers
 
 def stage_axis(plan: Plan) -> str | None:
     """The mesh axis of the stages, None when the plan has no pipeline."""
-    return plan.params["stage"][0] if plan.method.pipeline != "none" else None
+    return next(iter(plan.params.get("stage", ())), None) if plan.method.pipeline != "none" else None
 
 
 def virtual_stages(plan: Plan) -> int:
@@ -20,7 +20,7 @@ def virtual_stages(plan: Plan) -> int:
 
 
 def layout_of(plan: Plan, layers: int) -> StageLayout | None:
-    """How `layers` lie on the plan's stages, None without a pipeline. The plan must suit (see `obstacles`)."""
+    """How `layers` lie on the plan's stages, None without a pipeline. Call where there is no obstacle."""
     axis = stage_axis(plan)
     if axis is None:
         return None
@@ -48,8 +48,10 @@ def num_microbatches(plan: Plan) -> int:
 def obstacles(plan: Plan, layers: int, workload: str) -> dict[str, str]:
     """Why the plan's pipeline cannot be: reason -> the nearest that can. Empty when it can."""
     axis, method = stage_axis(plan), plan.method
-    if axis is None:
+    if method.pipeline == "none":
         return {}
+    if axis is None:
+        return {f"a pipeline ({method.pipeline}) without stages": 'write stage = ["stage"] in [params]'}
     stages, virtual = plan.axes[axis], virtual_stages(plan)
     found: dict[str, str] = {}
     if workload != "train":

@@ -150,10 +150,10 @@ def method_problems(method: Method, where: Where) -> list[Problem]:
     return problems
 
 
-def pipeline_problems(plan_params: Rules, activations: Rules, method: Method, where: Where) -> list[Problem]:
-    """Stages and a schedule go together, and say each thing once. What a model cannot have is judged later."""
+def pipeline_problems(params: Rules, activations: Rules, method: Method, where: Where) -> list[Problem]:
+    """Stages and a schedule go together, and say each thing once. Which models can have them comes later."""
     problems: list[tuple[KeyPath, str, str]] = []
-    split = tuple(plan_params.get("stage", ()))
+    split = tuple(params.get("stage", ()))
     if method.pipeline == "none":
         problems += [
             (("method", key), "belongs to a pipeline, and pipeline is none", f"remove {key}, or say pipeline")
@@ -161,10 +161,20 @@ def pipeline_problems(plan_params: Rules, activations: Rules, method: Method, wh
             if getattr(method, key) is not None
         ]
         if split:
-            problems.append((("params", "stage"), "stages without a pipeline", 'say pipeline = "1f1b", or remove stage'))
+            problems.append(
+                (("params", "stage"), "stages without a pipeline", 'say pipeline = "1f1b", or remove stage')
+            )
     else:
         if len(split) != 1:
-            problems.append((("method", "pipeline"), f"{len(split)} mesh axes for its stages", 'write stage = ["stage"] in [params]'))
+            problems.append(
+                (
+                    ("method", "pipeline"),
+                    f"{len(split)} mesh axes for its stages",
+                    'write stage = ["stage"] in [params]',
+                )
+            )
+        if params.get("layers"):
+            problems.append((("params", "layers"), "layers lie on the stages of the pipeline", "remove it"))
         problems += _pipeline_method_problems(method)
         problems += [
             (("activations", axis), f"splits activations over the stages ({name})", f"take {name!r} out")
@@ -179,7 +189,13 @@ def _pipeline_method_problems(method: Method) -> list[tuple[KeyPath, str, str]]:
     """What `[method]` cannot say beside a pipeline."""
     problems: list[tuple[KeyPath, str, str]] = []
     if method.accumulate > 1:
-        problems.append((("method", "accumulate"), "a pipeline accumulates over its microbatches", "say microbatches alone"))
+        problems.append(
+            (
+                ("method", "accumulate"),
+                "a pipeline accumulates over its microbatches",
+                "say microbatches alone",
+            )
+        )
     if method.remat != "full":
         what = f"{quoted(method.remat)} with a pipeline, which keeps the inputs of layers and nothing else"
         problems.append((("method", "remat"), what, 'use "full"'))

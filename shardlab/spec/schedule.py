@@ -127,9 +127,7 @@ def zb_h1(stages: int, microbatches: int) -> Schedule:
     return _in_order("zb-h1", stages, microbatches, 1, orders)
 
 
-def _in_order(
-    name: str, stages: int, microbatches: int, virtual: int, orders: list[list[Work]]
-) -> Schedule:
+def _in_order(name: str, stages: int, microbatches: int, virtual: int, orders: list[list[Work]]) -> Schedule:
     """Each stage does its list in order, each item as soon as what it needs has arrived."""
     links = stages * virtual
     done: dict[tuple[str, int, int], int] = {}
@@ -186,8 +184,8 @@ def published_bubble(name: str, stages: int, microbatches: int, virtual: int = 1
     """Idle over all ticks as the papers have it, one tick per F, B and W of a chunk.
 
     GPipe and 1F1B: (p-1)/(m+p-1) (arXiv:2104.04473, section 2.2.1, over the whole time). Interleaved: the
-    idle ticks stay 2(p-1) while a stage works for 2mv: (p-1)/(mv+p-1) (section 2.2.2). ZB-H1: the idle time is
-    (p-1)(T_F + T_B - T_W) (arXiv:2401.10241, table 2), here p-1 ticks beside 3m: (p-1)/(3m+p-1); from
+    idle ticks stay 2(p-1) while a stage works for 2mv: (p-1)/(mv+p-1) (section 2.2.2). ZB-H1: the idle time
+    is (p-1)(T_F + T_B - T_W) (arXiv:2401.10241, table 2), here p-1 ticks beside 3m: (p-1)/(3m+p-1); from
     m >= p on.
     """
     idle = stages - 1
@@ -196,7 +194,7 @@ def published_bubble(name: str, stages: int, microbatches: int, virtual: int = 1
 
 
 def faults(schedule: Schedule) -> list[str]:
-    """What is wrong with a schedule, in sentences: each item once on each link, and never before its needs."""
+    """What is wrong with a schedule: each item must be done once on each link, after all that it needs."""
     problems: list[str] = []
     links, kinds = schedule.links, {work.kind for _, _, work in schedule.items()}
     done: dict[tuple[str, int, int], int] = {}

@@ -37,12 +37,12 @@ class Transfer(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TickTable:
-    """Columns [tick][stage] of small integers. branch: index into `branches`; microbatch, chunk: of the item.
+    """Columns [tick][stage] of small integers, and how deep each buffer is (*_slots).
 
-    stash: slot of the chunk's layer inputs. cotangent: slot of the gradient of the chunk's output. pair: slot
-    of what a split backward leaves to W. receive_stash, receive_cotangent: where what has arrived goes
-    before the tick's work, -1 when nothing has. keep_stash, keep_cotangent: where what the tick made goes. transfer: for each tick an index into `transfers`. *_slots: how deep
-    each buffer is.
+    branch: index into `branches`. microbatch, chunk: of the item. stash: slot of the chunk's layer inputs.
+    cotangent: slot of the gradient of the chunk's output. pair: slot of what a split backward leaves to W.
+    receive_*: where what has arrived goes before the tick's work, keep_*: where what the tick made goes
+    after it, -1 for nowhere. transfer: for each tick an index into `transfers`.
     """
 
     branches: tuple[Branch, ...]
@@ -95,7 +95,9 @@ class _Builder:
             name: [_Slots() for _ in range(schedule.stages)] for name in ("stash", "cotangent", "pair")
         }
         self.columns = {
-            name: [[NONE if name.startswith(("receive", "keep")) else 0] * schedule.stages for _ in schedule.rows]
+            name: [
+                [NONE if name.startswith(("receive", "keep")) else 0] * schedule.stages for _ in schedule.rows
+            ]
             for name in _COLUMNS
         }
         self.branches: dict[Branch, int] = {Branch("idle"): 0}
