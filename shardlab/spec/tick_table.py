@@ -35,6 +35,9 @@ class Transfer(NamedTuple):
     backward: Edges
 
 
+NOTHING = Transfer((), ())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TickTable:
     """Columns [tick][stage] of small integers, and how deep each buffer is (*_slots).
@@ -157,7 +160,7 @@ def tick_table(schedule: Schedule, layout: StageLayout) -> TickTable:
         branches=tuple(builder.branches),
         transfers=transfers,
         **{name: tuple(map(tuple, rows)) for name, rows in builder.columns.items()},
-        transfer=tuple(next(i for i, t in enumerate(transfers) if _within(s, t)) for s in sent),
+        transfer=tuple(_least(s, transfers) for s in sent),
         stash_slots=depth["stash"],
         cotangent_slots=depth["cotangent"],
         pair_slots=depth["pair"],
@@ -170,12 +173,14 @@ def largest(sent: list[Transfer]) -> tuple[Transfer, ...]:
     Two stages wait for each other only where something really passes between them. One permute over all
     pairs at every tick would make every tick as long as the longest item of all stages: 1F1B, where
     neighbours alternate F and B, would take 2·T_B per microbatch instead of T_F + T_B. So: the transfers that
-    no other contains; where these are many (ramps), the unions of every second or third tick.
+    no other contains, and none at all where many ticks send nothing (two stages); where these are many
+    (ramps), the unions of every second or third tick.
     """
-    distinct = list(dict.fromkeys(sent))
+    often_none = sent.count(NOTHING) > len(sent) // 4
+    distinct = [transfer for transfer in dict.fromkeys(sent) if transfer != NOTHING]
     widest = tuple(a for a in distinct if not any(a != b and _within(a, b) for b in distinct))
     if len(widest) <= MAX_TRANSFERS:
-        return widest
+        return (*widest, NOTHING) if often_none or not widest else widest
     periods = [tuple(_union(sent[phase::period]) for phase in range(period)) for period in (1, 2, 3)]
     return min(periods, key=lambda found: sum(len(t.forward) + len(t.backward) for t in found) / len(found))
 
@@ -185,6 +190,12 @@ def _union(sent: list[Transfer]) -> Transfer:
         tuple(sorted({edge for t in sent for edge in t.forward})),
         tuple(sorted({edge for t in sent for edge in t.backward})),
     )
+
+
+def _least(sent: Transfer, transfers: tuple[Transfer, ...]) -> int:
+    """Which of the transfers does what is sent, and the least beside it."""
+    fitting = [i for i, transfer in enumerate(transfers) if _within(sent, transfer)]
+    return min(fitting, key=lambda i: len(transfers[i].forward) + len(transfers[i].backward))
 
 
 def _within(a: Transfer, b: Transfer) -> bool:
