@@ -161,7 +161,7 @@ def inference(plan: Plan) -> np.ndarray:
 @pytest.mark.parametrize(
     ("method", "model", "reason"),
     [
-        pytest.param({"pipeline": "1f1b", "microbatches": 2}, SMALL, "pipeline", id="pipeline"),
+        pytest.param({"pipeline": "1f1b", "microbatches": 2}, SMALL, "without stages", id="pipeline"),
         pytest.param({"context": "ring"}, SMALL, "context", id="context"),
         pytest.param({"attention": "cudnn"}, SMALL, "cudnn does not run on cpu", id="attention"),
         pytest.param(

@@ -98,50 +98,77 @@ def test_the_table_moves_every_value_to_where_it_is_read(case: tuple[str, int, i
     run_on_names(make_schedule(name, p, m, v), layout, tick_table(make_schedule(name, p, m, v), layout))
 
 
+Name = tuple[str, int, int]  # (x: a link's input, kept: its layers' inputs, g: of its output; i; link)
+
+
+class NamedStage:
+    """One stage of the table, run on names."""
+
+    def __init__(self, stage: int, links: int, table: TickTable) -> None:
+        self.stage, self.links, self.table = stage, links, table
+        self.stash: dict[int, Name] = {}
+        self.cotangents: dict[int, Name] = {}
+        self.pairs: dict[int, Name] = {}
+
+    def at(self, column: str, tick: int) -> int:
+        return int(getattr(self.table, column)[tick][self.stage])
+
+    def receive(self, tick: int, x: Name | None, cotangent: Name | None) -> None:
+        for kept, column, value in (
+            (self.stash, "receive_stash", x),
+            (self.cotangents, "receive_cotangent", cotangent),
+        ):
+            if (slot := self.at(column, tick)) != NONE:
+                assert value is not None
+                kept[slot] = value
+
+    def do(self, tick: int, work: Work, link: int) -> Name | None:
+        """What the item makes for its neighbour."""
+        i = work.microbatch
+        assert (self.at("microbatch", tick), self.at("chunk", tick)) == (i, work.chunk)
+        if work.kind == "F":
+            return self.forward(tick, i, link)
+        if work.kind == "W":
+            assert self.pairs.pop(self.at("pair", tick)) == ("pair", i, link)
+            return None
+        assert self.stash[self.at("stash", tick)] == ("kept", i, link)
+        assert self.cotangents[self.at("cotangent", tick)] == ("g", i, link)
+        if self.table.pair_slots:
+            self.pairs[self.at("pair", tick)] = ("pair", i, link)
+        return "g", i, link - 1
+
+    def forward(self, tick: int, i: int, link: int) -> Name:
+        if link > 0:
+            assert self.stash[self.at("stash", tick)] == ("x", i, link)
+        self.stash[self.at("keep_stash", tick)] = ("kept", i, link)
+        if link == self.links - 1:
+            self.cotangents[self.at("keep_cotangent", tick)] = ("g", i, link)
+        return "x", i, link + 1
+
+
 def run_on_names(schedule: Schedule, layout: StageLayout, table: TickTable) -> None:
     p, links = schedule.stages, schedule.links
-    stash = [[None] * table.stash_slots for _ in range(p)]
-    cotangents = [[None] * table.cotangent_slots for _ in range(p)]
-    pairs = [[None] * table.pair_slots for _ in range(p)]
-    arrived: list[list[object]] = [[None, None] for _ in range(p)]
+    stages = [NamedStage(s, links, table) for s in range(p)]
+    arrived: list[list[Name | None]] = [[None, None] for _ in range(p)]
     for tick, row in enumerate(schedule.rows):
-        made: list[object] = [None] * p
+        made: list[Name | None] = [None] * p
         for s, work in enumerate(row):
-            at = {n: getattr(table, n)[tick][s] for n in ("stash", "cotangent", "pair", "chunk")}
-            if (slot := table.receive_stash[tick][s]) != NONE:
-                stash[s][slot] = arrived[s][0]
-            if (slot := table.receive_cotangent[tick][s]) != NONE:
-                cotangents[s][slot] = arrived[s][1]
+            stages[s].receive(tick, *arrived[s])
             branch = table.branches[table.branch[tick][s]]
             assert branch.kind == (work.kind if work else "idle")
-            if work is None:
-                continue
-            i, link = work.microbatch, work.chunk * p + s
-            assert (table.microbatch[tick][s], at["chunk"]) == (i, work.chunk)
-            if work.kind != "W":
+            if work is not None:
+                link = work.chunk * p + s
                 assert branch.layers == layout.counts[link]
-                assert branch.first == (link == 0)
-            if work.kind == "F":
-                if link > 0:
-                    assert stash[s][at["stash"]] == ("x", i, link)
-                stash[s][table.keep_stash[tick][s]] = ("kept", i, link)
-                made[s] = ("x", i, link + 1)
-                assert branch.last == (link == links - 1)
-                if branch.last:
-                    cotangents[s][table.keep_cotangent[tick][s]] = ("g", i, link)
-            elif work.kind == "B":
-                assert stash[s][at["stash"]] == ("kept", i, link)
-                assert cotangents[s][at["cotangent"]] == ("g", i, link)
-                made[s] = ("g", i, link - 1)
-                if table.pair_slots:
-                    pairs[s][at["pair"]] = ("pair", i, link)
-            else:
-                assert pairs[s][at["pair"]] == ("pair", i, link)
-        transfer = table.transfers[table.transfer[tick]]
+                assert branch.first == (link == 0 and work.kind != "W")
+                assert branch.last == (link == links - 1 and work.kind == "F")
+                made[s] = stages[s].do(tick, work, link)
         arrived = [[None, None] for _ in range(p)]
-        for lane, edges in enumerate(transfer):
+        for lane, edges in enumerate(table.transfers[table.transfer[tick]]):
             for source, target in edges:
                 arrived[target][lane] = made[source]
+    for stage in stages:
+        assert not stage.pairs
+        assert len(stage.stash) <= table.stash_slots
 
 
 def makespan(schedule: Schedule, table: TickTable, cost: dict[str, int]) -> int:
