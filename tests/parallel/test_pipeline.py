@@ -34,8 +34,9 @@ STAGE: Rules = {"stage": ("stage",)}
 DATA: Rules = {"batch": ("data",)}
 SIX = replace(SMALL, layers=6)  # not a multiple of four stages
 GPT2 = replace(
-    SIX,
+    SMALL,
     name="gpt2",
+    layers=4,
     norm="layernorm",
     activation="gelu",
     positions="learned",
