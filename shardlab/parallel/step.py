@@ -25,7 +25,7 @@ from shardlab.parallel.pipeline import Pipeline, to_stages
 from shardlab.parallel.shardings import Shardings, microbatches, shardings_of
 from shardlab.spec.case import Case
 from shardlab.spec.params import ParamSpec
-from shardlab.spec.pipeline import num_microbatches, obstacles
+from shardlab.spec.pipeline import num_microbatches, obstacles, pipeline_notes
 
 
 class TrainState(NamedTuple):
@@ -210,7 +210,7 @@ def _train_step(setup: _Setup, config: OptimizerConfig, z_loss: float) -> Step:
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     function = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, shardings.replicated()))
     tokens = setup.abstract_tokens()
-    notes = setup.notes + accumulation_note(case.plan.method.accumulate)
+    notes = setup.notes + accumulation_note(case.plan.method.accumulate) + pipeline_notes(case.plan)
     return Step(function=function, arguments=(state, Batch(tokens, tokens)), notes=notes)
 
 

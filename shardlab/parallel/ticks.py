@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from shardlab.model.transformer import Params
 from shardlab.parallel.stage import LAYERS, Factors, StageModel
-from shardlab.spec.tick_table import Branch, Column, Edges, TickTable
+from shardlab.spec.tick_table import Branch, Column, Edges, TickTable, Transfer
 
 Place = Callable[[str, jax.Array], jax.Array]
 
@@ -58,7 +58,7 @@ class Made(NamedTuple):
 
 
 class Arrived(NamedTuple):
-    """What the neighbours sent at the end of the last tick [B, L, E]; zeros from whom sends nothing."""
+    """What the neighbours sent at the end of the last tick [B, L, E]; the table says what is to be kept."""
 
     x: jax.Array
     cotangent: jax.Array
@@ -206,10 +206,7 @@ class Executor:
 
     def _exchange(self, out: jax.Array, tick: jax.Array) -> Arrived:
         """Pass what this tick made to the neighbours."""
-        moves = [
-            lambda x, t=t: Arrived(_permute(x, self.axis, t.forward), _permute(x, self.axis, t.backward))
-            for t in self.table.transfers
-        ]
+        moves = [lambda x, t=t: _moved(x, self.axis, t) for t in self.table.transfers]
         with jax.named_scope("pipeline"):
             if len(moves) == 1:
                 return moves[0](out)
@@ -304,6 +301,14 @@ def _keep(buffer: jax.Array, value: jax.Array, slot: jax.Array, *index: jax.Arra
     """`_write`, unless the slot is -1: then nothing has arrived."""
     at = (jnp.maximum(slot, 0), *index)
     return _write(buffer, jnp.where(slot >= 0, value, _read(buffer, *at)), *at)
+
+
+def _moved(x: jax.Array, axis: str, transfer: Transfer) -> Arrived:
+    """In one permute where nobody sends or gets twice: what arrives is then one thing or the other."""
+    if transfer.is_permutation:
+        arrived = _permute(x, axis, transfer.forward + transfer.backward)
+        return Arrived(arrived, arrived)
+    return Arrived(_permute(x, axis, transfer.forward), _permute(x, axis, transfer.backward))
 
 
 def _permute(x: jax.Array, axis: str, edges: Edges) -> jax.Array:

@@ -45,6 +45,25 @@ def num_microbatches(plan: Plan) -> int:
     return plan.method.microbatches or plan.method.accumulate
 
 
+def pipeline_notes(plan: Plan) -> tuple[str, ...]:
+    """What the report says about the plan's pipeline."""
+    if stage_axis(plan) is None:
+        return ()
+    schedule, name = schedule_of(plan), plan.method.pipeline
+    found = [f"{name}: {len(schedule.rows)} ticks, {schedule.bubble} of all stages' ticks idle (bubble)"]
+    batch = plan.activations.get("batch", ())
+    sharded = [axis for axis in batch if any(axis in names for names in plan.params.values())]
+    if sharded:
+        how_often = f"for each of {schedule.microbatches} microbatches"
+        found.append(f"weights are gathered, and gradients reduced, over {' and '.join(sharded)} {how_often}")
+    if name == "interleaved":
+        found.append(
+            "interleaved: stages pass values in a ring and so keep in step, and a tick lasts as long as its "
+            "longest item; 1f1b and zb-h1 do not wait so"
+        )
+    return tuple(found)
+
+
 def obstacles(plan: Plan, layers: int, workload: str) -> dict[str, str]:
     """Why the plan's pipeline cannot be: reason -> the nearest that can. Empty when it can."""
     axis, method = stage_axis(plan), plan.method

@@ -87,6 +87,10 @@ def interleaved(stages: int, microbatches: int, virtual: int) -> Schedule:
 
     The order on each stage is Megatron-LM's (`forward_backward_pipelining_with_interleaving`): groups of p
     microbatches through one chunk after the other; (p - s - 1)·2 + (v - 1)·p forwards before the first pair.
+
+    A loop over ticks does not gain what the bubble promises. Stages that exchange at the end of a tick wait
+    for each other, and around the ring that the chunks make all keep in step: a pair of ticks takes 2·T_B.
+    1F1B's stages are a chain, each a little later than its neighbour, and take T_F + T_B.
     """
     total = microbatches * virtual
 

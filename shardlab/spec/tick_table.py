@@ -16,7 +16,7 @@ Edges = tuple[tuple[int, int], ...]  # (from stage, to stage)
 Column = tuple[tuple[int, ...], ...]  # [tick][stage]
 
 NONE = -1
-MAX_TRANSFERS = 8  # each is code of its own in the compiled program
+MAX_TRANSFERS = 64  # each is a permute of its own in the compiled program
 
 
 class Branch(NamedTuple):
@@ -33,6 +33,12 @@ class Transfer(NamedTuple):
 
     forward: Edges
     backward: Edges
+
+    @property
+    def is_permutation(self) -> bool:
+        """Whether no stage sends to two, and none gets from two."""
+        sources, targets = zip(*edges, strict=True) if (edges := self.forward + self.backward) else ((), ())
+        return len(set(sources)) == len(sources) and len(set(targets)) == len(targets)
 
 
 NOTHING = Transfer((), ())

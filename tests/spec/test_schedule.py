@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardlab.spec.schedule import Schedule, Work, faults, in_flight, make_schedule, published_bubble
+from shardlab.spec.schedule import Schedule, Work, faults, in_flight, make_schedule, needed, published_bubble
 from shardlab.spec.stages import StageLayout, split_layers
 from shardlab.spec.tick_table import NONE, TickTable, Transfer, tick_table
 
@@ -146,6 +146,16 @@ class NamedStage:
         return "x", i, link + 1
 
 
+def passed(transfer: Transfer, made: list[Name | None]) -> list[list[Name | None]]:
+    """What each stage gets, as (activation, cotangent); through one permute both are the same."""
+    arrived: list[list[Name | None]] = [[None, None] for _ in made]
+    for lane, edges in enumerate(transfer):
+        for source, target in edges:
+            for to in (0, 1) if transfer.is_permutation else (lane,):
+                arrived[target][to] = made[source]
+    return arrived
+
+
 def run_on_names(schedule: Schedule, layout: StageLayout, table: TickTable) -> None:
     p, links = schedule.stages, schedule.links
     stages = [NamedStage(s, links, table) for s in range(p)]
@@ -162,10 +172,7 @@ def run_on_names(schedule: Schedule, layout: StageLayout, table: TickTable) -> N
                 assert branch.first == (link == 0 and work.kind != "W")
                 assert branch.last == (link == links - 1 and work.kind == "F")
                 made[s] = stages[s].do(tick, work, link)
-        arrived = [[None, None] for _ in range(p)]
-        for lane, edges in enumerate(table.transfers[table.transfer[tick]]):
-            for source, target in edges:
-                arrived[target][lane] = made[source]
+        arrived = passed(table.transfers[table.transfer[tick]], made)
     for stage in stages:
         assert not stage.pairs
         assert len(stage.stash) <= table.stash_slots
@@ -182,6 +189,37 @@ def makespan(schedule: Schedule, table: TickTable, cost: dict[str, int]) -> int:
                 free[source] = max(free[source], done[target])
                 free[target] = max(free[target], done[source])
     return max(free)
+
+
+def unhindered(schedule: Schedule, cost: dict[str, int]) -> int:
+    """When the last stage is done if each item starts once what it needs is there, and sending is free."""
+    done: dict[tuple[str, int, int], int] = {}
+    free = [0] * schedule.stages
+    for _, stage, work in schedule.items():
+        link = work.chunk * schedule.stages + stage
+        start = max([free[stage], *(done[need] for need in needed(work, link, schedule.links))])
+        done[work.kind, work.microbatch, link] = free[stage] = start + cost[work.kind]
+    return max(free)
+
+
+@pytest.mark.parametrize(
+    ("name", "virtual", "cost", "at_least", "at_most"),
+    [
+        # Recomputation makes a whole backward three forwards long, and a split one 2 + 1.
+        pytest.param("gpipe", 1, {"F": 1, "B": 3}, 1.0, 1.0, id="gpipe"),
+        pytest.param("1f1b", 1, {"F": 1, "B": 3}, 1.0, 1.0, id="1f1b"),
+        pytest.param("zb-h1", 1, {"F": 1, "B": 2, "W": 1}, 1.0, 1.01, id="zb-h1"),
+        pytest.param("interleaved", 2, {"F": 1, "B": 3}, 1.3, 1.4, id="interleaved"),
+    ],
+)
+def test_what_waiting_at_every_tick_costs(
+    name: str, virtual: int, cost: dict[str, int], at_least: float, at_most: float
+) -> None:
+    """As quick as stages that run freely, but for the interleaved schedule, whose ring keeps step."""
+    schedule = make_schedule(name, 8, 32, virtual)
+    layout = StageLayout(stages=8, virtual=virtual, counts=(1,) * 8 * virtual)
+    took = makespan(schedule, tick_table(schedule, layout), cost)
+    assert at_least <= took / unhindered(schedule, cost) <= at_most
 
 
 @pytest.mark.parametrize("stages", [2, 4, 8])
