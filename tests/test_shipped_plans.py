@@ -64,7 +64,7 @@ def test_two_counters_agree_on_a_small_tpu() -> None:
 
 
 def check_within(program: Program, proto: bytes) -> None:
-    """The counter does not read tables: any branch of a pipeline may run at any tick. So its range is wider."""
+    """The counter reads no tables: any branch of a pipeline may run at any tick, so its range is wider."""
     assert program.mesh is not None
     counted = count(proto, program.num_devices, program.mesh)
     for axes, (low, high) in moving(analyze(program).totals.by_axes).items():
