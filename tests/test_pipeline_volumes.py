@@ -1,4 +1,4 @@
-"""What a pipeline sends, over each mesh axis, against closed forms: on CPU, and ahead of time on GPU and TPU."""
+"""What a pipeline sends over each mesh axis, against closed forms: on CPU, and compiled for GPU and TPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from functools import cache
 
 import pytest
 from compiled_plans import compiled_case
+from second_counter.literature import (
+    REMAT_ALL_REDUCES,
+    REMAT_SEQUENCE_GATHERS,
+    REMAT_SEQUENCE_SCATTERS,
+    activation_all_reduce,
+)
 
 from shardlab.analysis import Analysis, analyze
 from shardlab.spec.case import make_case
@@ -24,7 +30,7 @@ TARGETS = [
     pytest.param("h100:1x8", marks=pytest.mark.gpu),
     pytest.param("v5e:2x4", marks=[pytest.mark.tpu, pytest.mark.full]),
 ]
-PLAN = """\
+BESIDE_DATA = """\
 [axes]
 data = 2
 stage = 4
@@ -36,6 +42,22 @@ batch = ["data"]
 embed = [{zero1}]
 [method]
 pipeline = "{schedule}"
+microbatches = 8
+"""
+BESIDE_TENSOR = """\
+[axes]
+stage = 4
+tensor = 2
+[params]
+stage = ["stage"]
+heads = ["tensor"]
+kv_heads = ["tensor"]
+mlp = ["tensor"]
+vocab = ["tensor"]
+[activations]
+norm_seq = [{sequence}]
+[method]
+pipeline = "1f1b"
 microbatches = 8
 """
 
@@ -85,7 +107,7 @@ def activation_bytes(on: str) -> int:
 
 @cache
 def compiled(on: str, schedule: str, zero1: bool) -> Analysis:
-    text = PLAN.format(schedule=schedule, zero1='"data"' if zero1 else "")
+    text = BESIDE_DATA.format(schedule=schedule, zero1='"data"' if zero1 else "")
     case = make_case(plan_from_text(text), MODEL, on, BATCH, SEQ)
     return analyze(compiled_case(case)[0])
 
@@ -101,9 +123,9 @@ def sent(analysis: Analysis) -> dict[str, Fraction]:
     return found
 
 
-def near(actual: Fraction, expected: Fraction) -> bool:
+def near(actual: Fraction, expected: Fraction, small: int = SMALL) -> bool:
     """Equal but for the loss and the norms."""
-    return 0 <= actual - expected <= SMALL
+    return 0 <= actual - expected <= small
 
 
 @pytest.mark.parametrize("on", TARGETS)
@@ -126,6 +148,30 @@ def test_zero1_beside_stages(on: str) -> None:
     assert near(found.pop("stage"), closed.activations + all_reduce(shard, closed.stages))
     assert near(found.pop("data"), all_reduce(closed.layers + closed.others, closed.data))
     assert found == {}
+
+
+@pytest.mark.gpu  # XLA:CPU reduces the gradients of each projection's input on their own
+@pytest.mark.parametrize("sequence", [False, pytest.param(True, marks=pytest.mark.matrix)], ids=["", "seq"])
+def test_tensor_parallel_in_stages(sequence: bool) -> None:
+    """Each stage moves its own layers' activations, once per microbatch: Megatron's all-reduces, or the
+    reduce-scatters and gathers that sequence parallelism makes of them, with full remat.
+
+    A stage in the middle is the least busy; the last adds the head's input gradient and three numbers per
+    token for the loss (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
+    """
+    plan = plan_from_text(BESIDE_TENSOR.format(sequence='"tensor"' if sequence else ""))
+    case = make_case(plan, MODEL, "h100:1x8", MICROBATCHES, SEQ)
+    low, high = analyze(compiled_case(case)[0]).totals.by_axes["tensor"]["wire_bytes"]
+    one = activation_all_reduce(1, SEQ, MODEL.embed, 2)
+    times = MICROBATCHES * MODEL.layers // 4
+    halves = REMAT_SEQUENCE_GATHERS + REMAT_SEQUENCE_SCATTERS if sequence else 2 * REMAT_ALL_REDUCES
+    assert high is not None
+    # Norms see a part of the sequence each: the gradients of a layer's two scales are summed.
+    scales = all_reduce(2 * MODEL.embed, 2) if sequence else 0
+    assert near(low, times * (halves * one / 2 + scales))
+    # With sequence parallelism the head's input was gathered and its gradient is scattered.
+    final = all_reduce(MODEL.embed, 2) if sequence else 0
+    assert near(high - low, MICROBATCHES * (one + 3 * SEQ * F32_BYTES + final))
 
 
 def test_stages_need_nothing_else_of_each_other() -> None:

@@ -250,5 +250,19 @@ def for_products(x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
 def residual(x_BxLxE: jax.Array, out_BxLxE: jax.Array, run: Runtime) -> jax.Array:
     """x + out in the residual stream; the branch is placed before it is added, so its partial sums
     reduce-scatter."""
-    axes = ("batch", "norm_seq", "embed")
-    return run.constrain(x_BxLxE + run.constrain(out_BxLxE, axes), axes)
+    return run.constrain(x_BxLxE + _from_products(out_BxLxE, run), ("batch", "norm_seq", "embed"))
+
+
+def _from_products(out_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+    """The counterpart of `for_products`. Its cotangent is placed for products once: left to the partitioner,
+    the two products that use it gather it twice where a device has one sequence."""
+
+    @jax.custom_vjp
+    def place(out: jax.Array) -> jax.Array:
+        return run.constrain(out, ("batch", "norm_seq", "embed"))
+
+    def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
+        return (for_products(cotangent, run),)
+
+    place.defvjp(lambda out: (run.constrain(out, ("batch", "norm_seq", "embed")), None), backward)
+    return place(out_BxLxE)
