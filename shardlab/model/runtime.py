@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from shardlab.model.attention import CausalAttention, reference_attention
+from shardlab.model.experts import Experts, dropless, grouped_experts
 from shardlab.spec.params import LogicalAxes
 
 # Pins an activation to where the plan wants it: (array, one logical axis per dimension) -> array.
@@ -24,6 +25,8 @@ Constrain = Callable[[jax.Array, LogicalAxes], jax.Array]
 Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+DROPLESS_ALONE = grouped_experts(dropless)
 
 Remat = Literal["none", "full", "matmuls", "offload"]
 
@@ -61,7 +64,8 @@ class Runtime:
     attention: causal attention over a whole sequence. kv_repeats: how often each KV head is repeated before
     it.
     constrain: places activations. place_weight: gathers a parameter for use, and places its gradient.
-    lookup: the token embedding. project: every product with a projection's kernel.
+    lookup: the token embedding. experts: what a layer's experts do.
+    project: every product with a projection's kernel.
     """
 
     compute_dtype: DTypeLike = jnp.bfloat16
@@ -71,6 +75,7 @@ class Runtime:
     constrain: Constrain = keep
     place_weight: Constrain = keep
     lookup: Lookup = take_rows
+    experts: Experts = DROPLESS_ALONE
     project: Callable[[jax.Array, LogicalAxes, jax.Array, int, Runtime], jax.Array] = project
 
 

@@ -14,18 +14,20 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from shardlab.errors import Infeasible
+from shardlab.model.experts import balance_loss
 from shardlab.model.layers import KeysValues
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import Params, Transformer, abstract_model, init_params, with_params
 from shardlab.parallel.embedding import mesh_lookup
+from shardlab.parallel.experts import experts_notes, mesh_experts
 from shardlab.parallel.kernels import choose_kernel, kv_repeats, mesh_attention
 from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer, optimizer_shardings
 from shardlab.parallel.pipeline import Pipeline, to_stages
 from shardlab.parallel.shardings import Shardings, microbatches, shardings_of
 from shardlab.spec.case import Case
 from shardlab.spec.params import ParamSpec
-from shardlab.spec.pipeline import num_microbatches, obstacles, pipeline_notes
+from shardlab.spec.pipeline import num_microbatches, pipeline_notes
 
 
 class TrainState(NamedTuple):
@@ -152,6 +154,7 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
             constrain=shardings.constrain,
             place_weight=shardings.place_weight,
             lookup=mesh_lookup(shardings),
+            experts=mesh_experts(case, shardings, family),
         )
 
     return _Setup(
@@ -160,14 +163,14 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
         model=abstract_model(case.model, scan_layers=case.scan_layers),
         shardings=shardings,
         runtime_on=runtime_on,
-        notes=notes,
+        notes=notes + experts_notes(case, family),
     )
 
 
 def _refuse_methods(case: Case) -> None:
     """Raise Infeasible for a method that this model does not have."""
     method = case.plan.method
-    for reason, nearest in obstacles(case.plan, case.model.layers, case.workload).items():
+    for reason, nearest in case.obstacles().items():
         raise Infeasible(reason, nearest)
     if method.context != "none":
         raise Infeasible(
@@ -230,8 +233,9 @@ def _loss_and_gradients(setup: _Setup, z_loss: float) -> LossAndGradients:
         return lambda params, batch: pipeline.loss_and_gradients(params, *batch)
 
     def loss_of(params: Params, batch: Batch) -> jax.Array:
-        logits_BxLxV = with_params(setup.model, params)(batch.tokens, setup.runtime)
-        return cross_entropy(logits_BxLxV, batch.targets, z_loss=z_loss)
+        logits_BxLxV, load = with_params(setup.model, params).logits_and_load(batch.tokens, setup.runtime)
+        loss = cross_entropy(logits_BxLxV, batch.targets, z_loss=z_loss)
+        return loss if load is None else loss + setup.case.model.balance_coefficient * balance_loss(load)
 
     count = setup.case.plan.method.accumulate
     return accumulated(jax.value_and_grad(loss_of), count, setup.shardings)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from shardlab.errors import Infeasible, Problem, UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.machine import Machine
+from shardlab.spec.experts import experts_obstacles
 from shardlab.spec.models import ModelConfig, find_model
 from shardlab.spec.params import ParamSpec, parameter_table
 from shardlab.spec.pipeline import layout_of, num_microbatches, obstacles
@@ -60,6 +61,14 @@ class Case(BaseModel):
         stages = layout_of(self.plan, self.model.layers)
         return parameter_table(self.model, scan_layers=self.scan_layers, stages=stages)
 
+    def obstacles(self) -> dict[str, str]:
+        """Why the plan's methods cannot be with this model and workload: reason -> what can."""
+        plan = self.plan
+        found = obstacles(plan, self.model.layers, self.workload)
+        return found | experts_obstacles(
+            self.model, plan.params, plan.activations, plan.method, self.workload
+        )
+
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of how the rules meet the model: replicated KV heads, straddled groups."""
         heads, kv_heads, axes = self.model.heads, self.model.kv_heads, self.plan.axes
@@ -109,7 +118,7 @@ def default_batch(plan: Plan) -> int:
 
 def check_feasible(case: Case) -> None:
     """Raises Infeasible, with every reason, when an array cannot be split as the rules say."""
-    found = obstacles(case.plan, case.model.layers, case.workload)
+    found = case.obstacles()
     for shape, axes, rules, what in () if found else _arrays(case):
         try:
             array_sharding(shape, axes, rules, case.plan.axes, what=what)

@@ -75,11 +75,24 @@ def _layer_table(config: ModelConfig) -> list[ParamSpec]:
         *_projection("attention/output", (H, D), ("heads", "head_dim"), (E,), ("embed",), config),
         *_norm("mlp_norm", config),
     ]
+    if config.num_experts:
+        return [*table, *_experts(config)]
     if config.activation == "swiglu":
         table += _projection("mlp/gate", (E,), ("embed",), (M,), ("mlp",), config)
     table += _projection("mlp/up", (E,), ("embed",), (M,), ("mlp",), config)
     table += _projection("mlp/down", (M,), ("mlp",), (E,), ("embed",), config)
     return table
+
+
+def _experts(config: ModelConfig) -> list[ParamSpec]:
+    """The router, and the kernels of all experts of a layer in one array each (SwiGLU, no biases)."""
+    X, E, M = config.num_experts, config.embed, config.mlp
+    return [
+        ParamSpec("moe/router/kernel", (E, X), ("embed", None)),
+        ParamSpec("moe/gate/kernel", (X, E, M), ("expert", "embed", "mlp")),
+        ParamSpec("moe/up/kernel", (X, E, M), ("expert", "embed", "mlp")),
+        ParamSpec("moe/down/kernel", (X, M, E), ("expert", "mlp", "embed")),
+    ]
 
 
 def _norm(path: str, config: ModelConfig) -> list[ParamSpec]:
