@@ -115,7 +115,7 @@ def balance_loss(load: Load) -> jax.Array:
     K > 1 and several layers as Hugging Face's `load_balancing_loss_func` for Mixtral. Groups are of one size.
     """
     num_experts = load.assigned.shape[-1]
-    assigned_X, probability_X = (jnp.mean(a.reshape(-1, num_experts), axis=0) for a in load)
+    assigned_X, probability_X = (jnp.mean(a, axis=tuple(range(a.ndim - 1))) for a in load)
     return num_experts * jnp.sum(assigned_X * probability_X)
 
 
@@ -176,7 +176,9 @@ def grouped_experts(dispatch: Dispatch, groups: tuple[int, int] = (1, 1)) -> Exp
             routing = route(logits_TxX, experts_per_token)
             return dispatch(tokens_TxE, routing, kernels, Exchange()), load_of(routing)
 
-        out_GxTxE, load = jax.vmap(group)(_cut(x_BxLxE, groups), _cut(logits_BxLxX, groups))
+        parts = zip(_cut(x_BxLxE, groups), _cut(logits_BxLxX, groups), strict=True)
+        found = [group(tokens_TxE, logits_TxX) for tokens_TxE, logits_TxX in parts]
+        out_GxTxE, load = jax.tree.map(lambda *a: jnp.stack(a), *found)
         return _joined(out_GxTxE, groups, x_BxLxE.shape), load
 
     return experts

@@ -252,7 +252,8 @@ class Moe(nnx.Module):
         section 2.4)."""
         with jax.named_scope("router"):
             kernel_ExX = full_weight(self.router.kernel, run)
-            logits_BxLxX = jnp.einsum("ble,ex->blx", x_BxLxE.astype(jnp.float32), kernel_ExX)
+            contracted = ((2,), (0,)), ((), ())
+            logits_BxLxX = jax.lax.dot_general(x_BxLxE.astype(jnp.float32), kernel_ExX, contracted)
         kernels = (p.kernel.get_value().astype(run.compute_dtype) for p in (self.gate, self.up, self.down))
         with jax.named_scope("experts"):
             return run.experts(x_BxLxE, logits_BxLxX, Kernels(*kernels), self.experts_per_token)
