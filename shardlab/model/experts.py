@@ -172,13 +172,12 @@ def grouped_experts(dispatch: Dispatch, groups: tuple[int, int] = (1, 1)) -> Exp
     def experts(
         x_BxLxE: jax.Array, logits_BxLxX: jax.Array, kernels: Kernels, experts_per_token: int
     ) -> tuple[jax.Array, Load]:
-        def group(tokens_TxE: jax.Array, logits_TxX: jax.Array) -> tuple[jax.Array, Load]:
+        def group(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Load]:
+            tokens_TxE, logits_TxX = part
             routing = route(logits_TxX, experts_per_token)
             return dispatch(tokens_TxE, routing, kernels, Exchange()), load_of(routing)
 
-        parts = zip(_cut(x_BxLxE, groups), _cut(logits_BxLxX, groups), strict=True)
-        found = [group(tokens_TxE, logits_TxX) for tokens_TxE, logits_TxX in parts]
-        out_GxTxE, load = jax.tree.map(lambda *a: jnp.stack(a), *found)
+        out_GxTxE, load = jax.lax.map(group, (_cut(x_BxLxE, groups), _cut(logits_BxLxX, groups)))
         return _joined(out_GxTxE, groups, x_BxLxE.shape), load
 
     return experts
