@@ -22,6 +22,7 @@ from emulated import (
     Rules,
     batch_for,
     case_of,
+    inference,
     mesh_of,
     plan,
     state_of,
@@ -85,6 +86,7 @@ GRIDS: dict[str, tuple[dict[str, int], Rules, Rules]] = {
         {"batch": ("data",), "norm_seq": ("tensor",)},
     ),
     "fsdp": ({"fsdp": 8}, FSDP, {"batch": ("fsdp",)}),
+    "experts-gathered": ({"expert": 8}, EXPERT, {"batch": ("expert",), "expert": ()}),
 }
 ALWAYS = {"data-expert", "fsdp-expert-tensor-sequence"}
 every_grid = pytest.mark.parametrize(
@@ -340,6 +342,13 @@ def test_experts_in_a_pipeline_are_refused() -> None:
     asked = on({"stage": 2}, {"stage": ("stage",)}, {}, pipeline="1f1b", microbatches=2)
     with pytest.raises(Infeasible, match="experts in a pipeline"):
         build_step(case_of(asked, MIXTURE), mesh_of(asked), target="cpu")
+
+
+@pytest.mark.parametrize("grid", ["data-expert", pytest.param("two-axes", marks=pytest.mark.full)])
+def test_inference_equals_one_device(grid: str) -> None:
+    np.testing.assert_allclose(
+        inference(of_grid(grid), MIXTURE), inference(ALONE, MIXTURE), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_padding_is_noted() -> None:
