@@ -88,10 +88,12 @@ GRIDS: dict[str, tuple[dict[str, int], Rules, Rules]] = {
     "fsdp": ({"fsdp": 8}, FSDP, {"batch": ("fsdp",)}),
     "experts-gathered": ({"expert": 8}, EXPERT, {"batch": ("expert",), "expert": ()}),
 }
-ALWAYS = {"data-expert", "fsdp-expert-tensor-sequence"}
-every_grid = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in ALWAYS else pytest.mark.full) for n in GRIDS]
-)
+
+
+def every_grid(always: str) -> pytest.MarkDecorator:
+    """The grids; only one of them in the default set."""
+    params = [pytest.param(n, marks=[] if n == always else pytest.mark.full) for n in GRIDS]
+    return pytest.mark.parametrize("name", params)
 
 
 def of_grid(name: str, **method: Any) -> Plan:
@@ -122,7 +124,7 @@ def check_equal(gradients: dict[str, np.ndarray], expected: dict[str, np.ndarray
         assert worst <= 1e-5 * np.abs(expected[path]).max(), path
 
 
-@every_grid
+@every_grid("fsdp-expert-tensor-sequence")
 def test_dropless_trains_as_one_device(name: str) -> None:
     points, gradients = trained(case_of(of_grid(name), MIXTURE))
     expected_points, expected = alone(MIXTURE)
@@ -138,7 +140,7 @@ def groups_of(plan: Plan) -> tuple[int, int]:
     return int(ways[0]), int(ways[1])
 
 
-@every_grid
+@every_grid("data-expert")
 def test_capacity_trains_as_one_device_with_the_same_groups(name: str) -> None:
     asked = of_grid(name, experts=TIGHT)
     points, gradients = trained(case_of(asked, MIXTURE))
@@ -201,7 +203,7 @@ def exchanged(ways: int, slots: int, element_bytes: int, *, remat: str = "full")
     return LAYERS * exchanges * Fraction(ways - 1, ways) * slots * EMBED * element_bytes
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.full), "full"])
 def test_capacity_moves_its_slots(remat: str) -> None:
     """16 sequences of 16 over 8 devices: 32 tokens each, 2 · 1.25 · 32 / 8 = 10 slots per expert."""
     rows = compiled(of_grid("data-expert", experts="capacity 1.25", remat=remat))
@@ -244,6 +246,25 @@ def test_what_fsdp_and_tensor_parallelism_move_beside() -> None:
     scatters = sent(rows, "reduce-scatter", "tensor", ("f32",))
     assert gathers == LAYERS * half * (3 * stream + 2 * weights)
     assert scatters == LAYERS * half * (2 * stream + weights)
+    check_absent(rows, "expert")
+
+
+def test_gradients_scatter_before_they_are_summed_over_other_groups() -> None:
+    """data 2, fsdp 2, expert 2: over data goes a half of each kernel's gradient, not all of it.
+
+    HSDP (arXiv:2304.11277, section 3.2.2): reduce-scatter inside, then all-reduce of the shards across.
+    """
+    asked = on({"data": 2, "fsdp": 2, "expert": 2}, EXPERT | FSDP, {"batch": ("data", "fsdp", "expert")})
+    rows = compiled(asked)
+    kernels = 3 * (EXPERTS // 2) * EMBED * MLP * 4
+    half = Fraction(1, 2)
+    assert sent(rows, "reduce-scatter", "fsdp", ("f32",)) == LAYERS * half * kernels
+    summed = sum(
+        row.wire_bytes * row.executions[0]
+        for row in rows
+        if row.kind == "all-reduce" and row.axes == ("data",)
+    )
+    assert summed == LAYERS * 2 * half * kernels / 2
     check_absent(rows, "expert")
 
 
