@@ -104,3 +104,20 @@ def curve(case: Case, steps: int = 5, seed: int = 0) -> Sequence[tuple[float, fl
         state, metrics = step.function(state, batch)
         points.append((float(metrics.loss), float(metrics.gradient_norm)))
     return points
+
+
+def inference(plan: Plan, model: ModelConfig) -> np.ndarray:
+    """Logits of prefill, then of one decoded token, whose cache is prefill's: [2, B, V], padding left out."""
+    prefill = step_of(case_of(plan, model, workload="prefill"))
+    decode = step_of(case_of(plan, model, workload="decode"))
+    params = {
+        path: jax.device_put(array, prefill.arguments[0][path].sharding)
+        for path, array in state_of(case_of(PLANS["one-device"], model)).params.items()
+    }
+    text = np.random.default_rng(0).integers(100, size=prefill.arguments[1].shape, dtype=np.int32)
+    first, cache = prefill.function(params, jax.device_put(text, prefill.arguments[1].sharding))
+    cache = jax.tree.map(lambda a, leaf: jax.device_put(a, leaf.sharding), cache, decode.arguments[1])
+    token = jax.device_put(text[:, -1], decode.arguments[2].sharding)
+    position = jax.device_put(jnp.int32(15), decode.arguments[3].sharding)
+    second, _ = decode.function(params, cache, token, position)
+    return np.stack([first, second])[..., : model.vocab]

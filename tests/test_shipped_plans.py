@@ -47,9 +47,12 @@ def test_the_named_plans_are_shipped() -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=target_of(n) + extent_of(n)) for n in NAMES])
 def test_two_counters_agree(name: str) -> None:
-    _, program, proto = compiled_plan(name)
+    case, program, proto = compiled_plan(name)
     assert program.refusal is None, f"{name} does not fit its own machine"
-    check(program, proto)
+    if case.plan.method.pipeline == "none":
+        check(program, proto)
+    else:
+        check_within(program, proto)
 
 
 @pytest.mark.tpu
@@ -58,6 +61,17 @@ def test_two_counters_agree_on_a_small_tpu() -> None:
     plan = load_plan(MESHES / "cpu8-data2-fsdp2-tensor2.toml")
     case = make_case(plan, model="tiny", machine="v5e:2x4", batch=8, seq=256)
     check(*compiled_case(case))
+
+
+def check_within(program: Program, proto: bytes) -> None:
+    """The counter reads no tables: any branch of a pipeline may run at any tick, so its range is wider."""
+    assert program.mesh is not None
+    counted = count(proto, program.num_devices, program.mesh)
+    for axes, (low, high) in moving(analyze(program).totals.by_axes).items():
+        least, most = counted.by_axes[axes]
+        assert high is not None
+        assert most is not None
+        assert least <= low <= high <= most
 
 
 def check(program: Program, proto: bytes) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shardlab.spec.case import Case
+from shardlab.spec.pipeline import num_microbatches
 
 MAX_TRIES = 5
 
@@ -23,7 +24,7 @@ class Try:
 def batch_unit(case: Case) -> int:
     """The least global batch (sequences) the plan can split: batch shards x accumulation x microbatches."""
     shards = math.prod(case.plan.axes[axis] for axis in case.plan.activations.get("batch", ()))
-    return shards * case.plan.method.accumulate * (case.plan.method.microbatches or 1)
+    return shards * num_microbatches(case.plan)
 
 
 def largest_batch(

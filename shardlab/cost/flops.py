@@ -164,11 +164,13 @@ def model_flops(
     backward; plus 4 · layers · heads · head_dim per pair of positions that attend, again three times that
     in training. `causal` counts half of the seq² pairs, `full` all (Megatron's convention). Prefill needs
     the head for one position per sequence. Decode is one new token per sequence that attends to `seq`
-    cached ones. batch: sequences. Source: the usual 6·N·D, as in PaLM (arXiv:2204.02311, appendix B) with
-    the causal half made explicit.
+    cached ones. Experts count as often as a token uses them, and so does their router. batch: sequences.
+    Source: the usual 6·N·D, as in PaLM (arXiv:2204.02311, appendix B) with the causal half made explicit.
     """
     qkv = config.embed * config.head_dim * (config.heads + 2 * config.kv_heads)
     mlp = (3 if config.activation == "swiglu" else 2) * config.embed * config.mlp
+    if config.num_experts:
+        mlp = config.experts_per_token * mlp + config.embed * config.num_experts
     layers = config.layers * (qkv + config.heads * config.head_dim * config.embed + mlp)
     head = config.embed * config.vocab
     attend = 4 * config.layers * config.heads * config.head_dim  # per pair: q·k and p·v

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardlab.model.attention import masked_attention
+from shardlab.model.experts import Kernels, Load
 from shardlab.model.runtime import Runtime
 from shardlab.spec.models import ModelConfig
 from shardlab.spec.params import LogicalAxes
@@ -59,10 +60,7 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array, run: Runtime) -> jax.Array:
         """x[..., *inputs] -> y[..., *outputs] in the compute type."""
-        kernel = weight(self.kernel, run)
-        n = self.num_inputs
-        contracted = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
-        y = jax.lax.dot_general(x, kernel, (contracted, ((), ())))
+        y = run.project(self.kernel.get_value(), self.kernel.logical_axes, x, self.num_inputs, run)
         return y + along(weight(self.bias, run), y) if hasattr(self, "bias") else y
 
 
@@ -80,6 +78,25 @@ def full_weight(param: nnx.Param[jax.Array], run: Runtime) -> jax.Array:
 def along(x: jax.Array, y: jax.Array) -> jax.Array:
     """x as y's last dimensions, with leading dimensions of one: says the broadcast instead of implying it."""
     return x.reshape((1,) * (y.ndim - x.ndim) + x.shape)
+
+
+class Kernel(nnx.Module):
+    """A kernel alone, for products that are no projection of a token; leading: axes before the inputs."""
+
+    def __init__(
+        self,
+        inputs: dict[str | None, int],
+        outputs: dict[str | None, int],
+        *,
+        rngs: nnx.Rngs,
+        stack: Shape = (),
+        leading: LogicalAxes = (),
+        scale: float = 1.0,
+    ) -> None:
+        """As for `Projection`; the sizes of `leading` are the last of `stack`."""
+        shape = (*stack, *inputs.values(), *outputs.values())
+        std = scale * prod(inputs.values()) ** -0.5
+        self.kernel = parameter(jax.random.normal(rngs.params(), shape) * std, (*leading, *inputs, *outputs))
 
 
 class Norm(nnx.Module):
@@ -216,6 +233,32 @@ class Mlp(nnx.Module):
             return self.down(hidden_BxLxM, run)
 
 
+class Moe(nnx.Module):
+    """A mixture of experts: a router, and the kernels of all experts in one array each (SwiGLU)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Shape = ()) -> None:
+        self.experts_per_token = config.experts_per_token
+        stack_X = (*stack, config.num_experts)
+        E: dict[str | None, int] = {"embed": config.embed}
+        M: dict[str | None, int] = {"mlp": config.mlp}
+        scale = (2 * config.layers) ** -0.5
+        self.router = Kernel(E, {None: config.num_experts}, rngs=rngs, stack=stack)
+        self.gate = Kernel(E, M, rngs=rngs, stack=stack_X, leading=("expert",))
+        self.up = Kernel(E, M, rngs=rngs, stack=stack_X, leading=("expert",))
+        self.down = Kernel(M, E, rngs=rngs, stack=stack_X, leading=("expert",), scale=scale)
+
+    def __call__(self, x_BxLxE: jax.Array, run: Runtime) -> tuple[jax.Array, Load]:
+        """Returns out_BxLxE and how tokens were spread. The router's product is in f32 (Switch,
+        section 2.4)."""
+        with jax.named_scope("router"):
+            kernel_ExX = full_weight(self.router.kernel, run)
+            contracted = ((2,), (0,)), ((), ())
+            logits_BxLxX = jax.lax.dot_general(x_BxLxE.astype(jnp.float32), kernel_ExX, contracted)
+        kernels = (p.kernel.get_value().astype(run.compute_dtype) for p in (self.gate, self.up, self.down))
+        with jax.named_scope("experts"):
+            return run.experts(x_BxLxE, logits_BxLxX, Kernels(*kernels), self.experts_per_token)
+
+
 class Layer(nnx.Module):
     """One pre-norm transformer layer. The residual stream is (batch, norm_seq, embed), products (batch, seq,
     embed)."""
@@ -224,22 +267,38 @@ class Layer(nnx.Module):
         self.attention_norm = Norm(config, stack=stack)
         self.attention = Attention(config, rngs=rngs, stack=stack)
         self.mlp_norm = Norm(config, stack=stack)
-        self.mlp = Mlp(config, rngs=rngs, stack=stack)
+        if config.num_experts:
+            self.moe = Moe(config, rngs=rngs, stack=stack)
+        else:
+            self.mlp = Mlp(config, rngs=rngs, stack=stack)
 
     def __call__(
         self, x_BxLxE: jax.Array, position_L: jax.Array, run: Runtime, cache: KeysValues | None = None
-    ) -> tuple[jax.Array, KeysValues]:
-        """Returns the residual stream x_BxLxE, and the keys and values of this layer."""
+    ) -> tuple[jax.Array, KeysValues, Load | None]:
+        """Returns the residual stream x_BxLxE, this layer's keys and values, and the load of its experts."""
         with jax.named_scope("attention_norm"):
             normed = for_products(self.attention_norm(x_BxLxE, run), run)
         with jax.named_scope("attention"):
             out_BxLxE, keys_values = self.attention(normed, position_L, run, cache)
         x_BxLxE = residual(x_BxLxE, out_BxLxE, run)
+        out_BxLxE, load = (
+            self._through_experts(x_BxLxE, run) if hasattr(self, "moe") else self._through_mlp(x_BxLxE, run)
+        )
+        return residual(x_BxLxE, out_BxLxE, run), keys_values, load
+
+    def _through_mlp(self, x_BxLxE: jax.Array, run: Runtime) -> tuple[jax.Array, None]:
         with jax.named_scope("mlp_norm"):
             normed = for_products(self.mlp_norm(x_BxLxE, run), run)
         with jax.named_scope("mlp"):
-            out_BxLxE = self.mlp(normed, run)
-        return residual(x_BxLxE, out_BxLxE, run), keys_values
+            return self.mlp(normed, run), None
+
+    def _through_experts(self, x_BxLxE: jax.Array, run: Runtime) -> tuple[jax.Array, Load]:
+        """Experts take tokens where the norm leaves them, and gather them for tensor parallelism
+        themselves."""
+        with jax.named_scope("mlp_norm"):
+            normed = run.constrain(self.mlp_norm(x_BxLxE, run), ("batch", "norm_seq", "embed"))
+        with jax.named_scope("moe"):
+            return self.moe(normed, run)
 
 
 def for_products(x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
@@ -253,5 +312,19 @@ def for_products(x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
 def residual(x_BxLxE: jax.Array, out_BxLxE: jax.Array, run: Runtime) -> jax.Array:
     """x + out in the residual stream; the branch is placed before it is added, so its partial sums
     reduce-scatter."""
-    axes = ("batch", "norm_seq", "embed")
-    return run.constrain(x_BxLxE + run.constrain(out_BxLxE, axes), axes)
+    return run.constrain(x_BxLxE + _from_products(out_BxLxE, run), ("batch", "norm_seq", "embed"))
+
+
+def _from_products(out_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+    """The counterpart of `for_products`. Its cotangent is placed for products once: left to the partitioner,
+    the two products that use it gather it twice where a device has one sequence."""
+
+    @jax.custom_vjp
+    def place(out: jax.Array) -> jax.Array:
+        return run.constrain(out, ("batch", "norm_seq", "embed"))
+
+    def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
+        return (for_products(cotangent, run),)
+
+    place.defvjp(lambda out: (run.constrain(out, ("batch", "norm_seq", "embed")), None), backward)
+    return place(out_BxLxE)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from shardlab.model.attention import CausalAttention, reference_attention
+from shardlab.model.experts import Experts, dropless, grouped_experts
 from shardlab.spec.params import LogicalAxes
 
 # Pins an activation to where the plan wants it: (array, one logical axis per dimension) -> array.
@@ -24,6 +25,8 @@ Constrain = Callable[[jax.Array, LogicalAxes], jax.Array]
 Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+DROPLESS_ALONE = grouped_experts(dropless)
 
 Remat = Literal["none", "full", "matmuls", "offload"]
 
@@ -43,6 +46,16 @@ def take_rows(table_VxE: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
     return table_VxE.at[tokens_BxL].get(mode="clip")
 
 
+def project(kernel: jax.Array, axes: LogicalAxes, x: jax.Array, num_inputs: int, run: Runtime) -> jax.Array:
+    """x times a kernel over its first `num_inputs` dimensions, both in the compute type.
+
+    Cast first, so that a gather moves the small type.
+    """
+    placed = run.place_weight(kernel.astype(run.compute_dtype), axes)
+    contracted = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))
+    return jax.lax.dot_general(x, placed, (contracted, ((), ())))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
     """Compute type, rematerialisation, attention kernel and placement.
@@ -51,7 +64,8 @@ class Runtime:
     attention: causal attention over a whole sequence. kv_repeats: how often each KV head is repeated before
     it.
     constrain: places activations. place_weight: gathers a parameter for use, and places its gradient.
-    lookup: the token embedding.
+    lookup: the token embedding. experts: what a layer's experts do.
+    project: every product with a projection's kernel.
     """
 
     compute_dtype: DTypeLike = jnp.bfloat16
@@ -61,6 +75,8 @@ class Runtime:
     constrain: Constrain = keep
     place_weight: Constrain = keep
     lookup: Lookup = take_rows
+    experts: Experts = DROPLESS_ALONE
+    project: Callable[[jax.Array, LogicalAxes, jax.Array, int, Runtime], jax.Array] = project
 
 
 def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function:

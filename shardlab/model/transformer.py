@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from shardlab.model.attention import MASKED
+from shardlab.model.experts import Load
 from shardlab.model.layers import KeysValues, Layer, Norm, Projection, for_products, parameter, weight
 from shardlab.model.runtime import Runtime, checkpointed
 from shardlab.spec.models import ModelConfig
 
 # Path (`layers/attention/query/kernel`) -> array. The paths are those of `spec.params.parameter_table`.
 Params = dict[str, jax.Array]
+
+# Of layers: keys and values where the cache is wanted, the load where there are experts.
+Kept = tuple[KeysValues | None, Load | None]
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Table(nnx.Module):
@@ -45,18 +52,23 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BxL: jax.Array, run: Runtime) -> jax.Array:
         """Logits of every position."""
+        return self.logits_and_load(tokens_BxL, run)[0]
+
+    def logits_and_load(self, tokens_BxL: jax.Array, run: Runtime) -> tuple[jax.Array, Load | None]:
+        """Logits of every position, and the load of the experts of all layers [N, G, X], where there are
+        any."""
         position_L = jnp.arange(tokens_BxL.shape[1])
         table_VxE = self._table(run)
         x_BxLxE = self._embed(table_VxE, tokens_BxL, position_L, run)
-        x_BxLxE, _ = self._through_layers(x_BxLxE, position_L, run)
-        return self._logits(table_VxE, self._final(x_BxLxE, run), run)
+        x_BxLxE, (_, load) = self._through_layers(x_BxLxE, position_L, run)
+        return self._logits(table_VxE, self._final(x_BxLxE, run), run), load
 
     def prefill(self, tokens_BxL: jax.Array, run: Runtime) -> tuple[jax.Array, KeysValues]:
         """Logits of the last position [B, V], and the KV cache of the prompt [N, B, L, K, D]."""
         position_L = jnp.arange(tokens_BxL.shape[1])
         table_VxE = self._table(run)
         x_BxLxE = self._embed(table_VxE, tokens_BxL, position_L, run)
-        x_BxLxE, cache = self._through_layers(x_BxLxE, position_L, run, keep=True)
+        x_BxLxE, (cache, _) = self._through_layers(x_BxLxE, position_L, run, keep=True)
         assert cache is not None
         return self._logits(table_VxE, self._final(x_BxLxE, run)[:, -1:], run)[:, 0], cache
 
@@ -67,9 +79,17 @@ class Transformer(nnx.Module):
         position_1 = position[None]
         table_VxE = self._table(run)
         x_Bx1xE = self._embed(table_VxE, token_B[:, None], position_1, run)
-        x_Bx1xE, new_cache = self._through_layers(x_Bx1xE, position_1, run, cache=cache, keep=True)
+        x_Bx1xE, (new_cache, _) = self._through_layers(x_Bx1xE, position_1, run, cache=cache, keep=True)
         assert new_cache is not None
         return self._logits(table_VxE, self._final(x_Bx1xE, run), run)[:, 0], new_cache
+
+    def embed(self, tokens_BxL: jax.Array, run: Runtime) -> jax.Array:
+        """What the first layer gets: x_BxLxE."""
+        return self._embed(self._table(run), tokens_BxL, jnp.arange(tokens_BxL.shape[1]), run)
+
+    def logits(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+        """Of what the last layer gives: final norm and head."""
+        return self._logits(self._table(run), self._final(x_BxLxE, run), run)
 
     def _table(self, run: Runtime) -> jax.Array:
         """The token embedding, placed once: where it is also the head, its two gradients add up before one
@@ -111,16 +131,14 @@ class Transformer(nnx.Module):
         *,
         cache: KeysValues | None = None,
         keep: bool = False,
-    ) -> tuple[jax.Array, KeysValues | None]:
-        """All layers in turn. keep: also return their keys and values, stacked (the cache)."""
+    ) -> tuple[jax.Array, Kept]:
+        """All layers in turn, and what they leave, stacked. keep: their keys and values (the cache) too."""
         graph, state = nnx.split(self.layers if self.scan_layers else self.layers[0])
 
-        def layer(
-            x: jax.Array, inputs: tuple[nnx.State, KeysValues | None]
-        ) -> tuple[jax.Array, KeysValues | None]:
+        def layer(x: jax.Array, inputs: tuple[nnx.State, KeysValues | None]) -> tuple[jax.Array, Kept]:
             module = nnx.merge(graph, inputs[0])
-            x, keys_values = module(x, position_L, run, inputs[1])
-            return x, keys_values if keep else None
+            x, keys_values, load = module(x, position_L, run, inputs[1])
+            return x, (keys_values if keep else None, load)
 
         body = checkpointed(layer, run.remat, in_scan=self.scan_layers)
         with jax.named_scope("layers"):
@@ -130,9 +148,9 @@ class Transformer(nnx.Module):
             for index, module in enumerate(self.layers):
                 entry = jax.tree.map(lambda a, i=index: a[i], cache)
                 with jax.named_scope(str(index)):
-                    x_BxLxE, keys_values = body(x_BxLxE, (nnx.split(module)[1], entry))
-                kept.append(keys_values)
-            return x_BxLxE, jax.tree.map(lambda *a: jnp.stack(a), *kept) if keep else None
+                    x_BxLxE, left = body(x_BxLxE, (nnx.split(module)[1], entry))
+                kept.append(left)
+            return x_BxLxE, jax.tree.map(lambda *a: jnp.stack(a), *kept)
 
 
 def abstract_model(config: ModelConfig, *, scan_layers: bool = True) -> Transformer:
@@ -151,9 +169,9 @@ def init_params(config: ModelConfig, key: jax.Array, *, scan_layers: bool = True
     return to_params(Transformer(config, rngs=nnx.Rngs(params=key), scan_layers=scan_layers))
 
 
-def with_params(abstract: Transformer, params: Mapping[str, jax.Array]) -> Transformer:
-    """The model of `abstract` (see `abstract_model`) with these arrays. Raises KeyError when one is
-    missing."""
+def with_params(abstract: Module, params: Mapping[str, jax.Array]) -> Module:
+    """The model of `abstract` (see `abstract_model`), or a part of it, with these arrays. Raises KeyError
+    when one is missing."""
     graph, state = nnx.split(abstract)
     flat = [
         (path, variable.replace(params["/".join(map(str, path))]))

@@ -41,7 +41,11 @@ def mesh_lookup(shardings: Shardings) -> Lookup:
             tokens_spec[0], stream_spec[1] if scatter else tokens_spec[1], table_spec[1]
         )
         mapped = jax.shard_map(
-            local, mesh=shardings.mesh, in_specs=(table_spec, tokens_spec), out_specs=out_spec
+            local,
+            mesh=shardings.mesh,
+            axis_names=shardings.free_axes,
+            in_specs=(table_spec, tokens_spec),
+            out_specs=out_spec,
         )
         return mapped(table_VxE, tokens_BxL)
 

@@ -90,6 +90,7 @@ def mesh_attention(kernel: Kernel, shardings: Shardings) -> CausalAttention:
         return jax.shard_map(
             PER_DEVICE[kernel],
             mesh=shardings.mesh,
+            axis_names=shardings.free_axes,
             in_specs=(q_spec, kv_spec, kv_spec),
             out_specs=q_spec,
             check_vma=False,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shardlab.model.runtime import GATHERED_WEIGHT
 from shardlab.spec.params import LogicalAxes, ParamSpec
@@ -30,11 +30,17 @@ class Shardings:
     one rule table each.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     params: Rules
     optimizer: Rules
     compute: Rules
     activations: Rules
+
+    @property
+    def free_axes(self) -> set[str]:
+        """The mesh axes that no enclosing shard_map has taken: those that a shard_map in here may take."""
+        types = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        return {str(name) for name, kind in types if kind != AxisType.Manual}
 
     def param(self, spec: ParamSpec) -> NamedSharding:
         """Of a stored parameter."""
@@ -104,6 +110,13 @@ def shardings_of(plan: Plan, mesh: Mesh) -> Shardings:
     return Shardings(
         mesh=mesh, params=plan.params, optimizer=optimizer, compute=compute, activations=activations
     )
+
+
+def microbatches(tokens_BxL: jax.Array, count: int, shardings: Shardings) -> jax.Array:
+    """[B, L] -> [count, B / count, L]; each device's sequences stay where they are."""
+    B, L = tokens_BxL.shape
+    micro = tokens_BxL.reshape(B // count, count, L).swapaxes(0, 1)
+    return shardings.constrain(micro, (None, "batch", "seq"))
 
 
 def _gather(

@@ -14,16 +14,20 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from shardlab.errors import Infeasible
+from shardlab.model.experts import balance_loss
 from shardlab.model.layers import KeysValues
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import Params, Transformer, abstract_model, init_params, with_params
 from shardlab.parallel.embedding import mesh_lookup
+from shardlab.parallel.experts import experts_notes, mesh_experts
 from shardlab.parallel.kernels import choose_kernel, kv_repeats, mesh_attention
 from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer, optimizer_shardings
-from shardlab.parallel.shardings import Shardings, shardings_of
+from shardlab.parallel.pipeline import Pipeline, to_stages
+from shardlab.parallel.shardings import Shardings, microbatches, shardings_of
 from shardlab.spec.case import Case
-from shardlab.spec.params import ParamSpec, parameter_table
+from shardlab.spec.params import ParamSpec
+from shardlab.spec.pipeline import num_microbatches, pipeline_notes
 
 
 class TrainState(NamedTuple):
@@ -71,8 +75,13 @@ class _Setup:
     table: tuple[ParamSpec, ...]
     model: Transformer
     shardings: Shardings
-    runtime: Runtime
+    runtime_on: Callable[[Shardings], Runtime]
     notes: tuple[str, ...]
+
+    @property
+    def runtime(self) -> Runtime:
+        """How the model runs on the whole mesh."""
+        return self.runtime_on(self.shardings)
 
     def abstract_params(self, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
         """Every parameter's shape, type and sharding."""
@@ -111,12 +120,12 @@ def build_step(
 
 def init_state(case: Case, mesh: Mesh, seed: int, *, optimizer: OptimizerConfig | None = None) -> TrainState:
     """A fresh training state, created where it lives. The same seed gives the same numbers on every mesh."""
-    table = parameter_table(case.model, scan_layers=case.scan_layers)
+    table = case.parameters()
     shardings = shardings_of(case.plan, mesh)
     tx = make_optimizer(optimizer or OptimizerConfig(), table)
 
     def create(key: jax.Array) -> TrainState:
-        params = init_params(case.model, key, scan_layers=case.scan_layers)
+        params = to_stages(init_params(case.model, key, scan_layers=case.scan_layers), case)
         return TrainState(params, tx.init(params))
 
     abstract = jax.eval_shape(create, jax.random.key(0))
@@ -135,41 +144,41 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
     kernel, notes = choose_kernel(case, family)
     if compute_dtype != jnp.bfloat16 and kernel == "cudnn":
         kernel, notes = "reference", ("attention: reference instead of cudnn, because it needs bf16",)
-    runtime = Runtime(
-        compute_dtype=compute_dtype,
-        remat=case.plan.method.remat,
-        attention=mesh_attention(kernel, shardings),
-        kv_repeats=kv_repeats(case),
-        constrain=shardings.constrain,
-        place_weight=shardings.place_weight,
-        lookup=mesh_lookup(shardings),
-    )
+
+    def runtime_on(shardings: Shardings) -> Runtime:
+        return Runtime(
+            compute_dtype=compute_dtype,
+            remat=case.plan.method.remat,
+            attention=mesh_attention(kernel, shardings),
+            kv_repeats=kv_repeats(case),
+            constrain=shardings.constrain,
+            place_weight=shardings.place_weight,
+            lookup=mesh_lookup(shardings),
+            experts=mesh_experts(case, shardings, family),
+        )
+
     return _Setup(
         case=case,
-        table=parameter_table(case.model, scan_layers=case.scan_layers),
+        table=case.parameters(),
         model=abstract_model(case.model, scan_layers=case.scan_layers),
         shardings=shardings,
-        runtime=runtime,
-        notes=notes,
+        runtime_on=runtime_on,
+        notes=notes + experts_notes(case, family),
     )
 
 
 def _refuse_methods(case: Case) -> None:
     """Raise Infeasible for a method that this model does not have."""
     method = case.plan.method
-    if method.pipeline != "none":
-        raise Infeasible(
-            f"pipeline = {method.pipeline!r}: this model has no pipeline", "use pipeline = 'none'"
-        )
+    for reason, nearest in case.obstacles().items():
+        raise Infeasible(reason, nearest)
     if method.context != "none":
         raise Infeasible(
             f"context = {method.context!r}: this model has no context parallelism", "use context = 'none'"
         )
-    if case.workload == "train" and case.batch % method.accumulate:
-        raise Infeasible(
-            f"batch {case.batch} over {method.accumulate} microbatches",
-            f"use a multiple of {method.accumulate}",
-        )
+    count = num_microbatches(case.plan)
+    if case.workload == "train" and case.batch % count:
+        raise Infeasible(f"batch {case.batch} over {count} microbatches", f"use a multiple of {count}")
     if case.model.positions == "learned" and case.seq > case.model.context:
         raise Infeasible(
             f"seq {case.seq} is longer than {case.model.name}'s {case.model.context} learned positions",
@@ -182,11 +191,7 @@ def _train_step(setup: _Setup, config: OptimizerConfig, z_loss: float) -> Step:
     tx = make_optimizer(config, setup.table)
     gradient_shardings = {p.path: shardings.optimizer_state(p) for p in setup.table}
 
-    def loss_of(params: Params, batch: Batch) -> jax.Array:
-        logits_BxLxV = with_params(setup.model, params)(batch.tokens, setup.runtime)
-        return cross_entropy(logits_BxLxV, batch.targets, z_loss=z_loss)
-
-    loss_and_gradients = accumulated(jax.value_and_grad(loss_of), case.plan.method.accumulate, shardings)
+    loss_and_gradients = _loss_and_gradients(setup, z_loss)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, gradients = loss_and_gradients(state.params, batch)
@@ -208,11 +213,32 @@ def _train_step(setup: _Setup, config: OptimizerConfig, z_loss: float) -> Step:
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     function = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, shardings.replicated()))
     tokens = setup.abstract_tokens()
-    notes = setup.notes + accumulation_note(case.plan.method.accumulate)
+    notes = setup.notes + accumulation_note(case.plan.method.accumulate) + pipeline_notes(case.plan)
     return Step(function=function, arguments=(state, Batch(tokens, tokens)), notes=notes)
 
 
 LossAndGradients = Callable[[Params, Batch], tuple[jax.Array, Params]]
+
+
+def _loss_and_gradients(setup: _Setup, z_loss: float) -> LossAndGradients:
+    """Through the pipeline that the plan asks for, or by differentiating the whole model."""
+    if setup.case.plan.method.pipeline != "none":
+        pipeline = Pipeline(
+            case=setup.case,
+            model=setup.model,
+            shardings=setup.shardings,
+            runtime_on=setup.runtime_on,
+            z_loss=z_loss,
+        )
+        return lambda params, batch: pipeline.loss_and_gradients(params, *batch)
+
+    def loss_of(params: Params, batch: Batch) -> jax.Array:
+        logits_BxLxV, load = with_params(setup.model, params).logits_and_load(batch.tokens, setup.runtime)
+        loss = cross_entropy(logits_BxLxV, batch.targets, z_loss=z_loss)
+        return loss if load is None else loss + setup.case.model.balance_coefficient * balance_loss(load)
+
+    count = setup.case.plan.method.accumulate
+    return accumulated(jax.value_and_grad(loss_of), count, setup.shardings)
 
 
 def accumulated(loss_and_gradients: LossAndGradients, count: int, shardings: Shardings) -> LossAndGradients:
@@ -220,18 +246,12 @@ def accumulated(loss_and_gradients: LossAndGradients, count: int, shardings: Sha
     if count == 1:
         return loss_and_gradients
 
-    def split(tokens_BxL: jax.Array) -> jax.Array:
-        """[B, L] -> [count, B / count, L] with each device's sequences staying where they are."""
-        B, L = tokens_BxL.shape
-        micro = tokens_BxL.reshape(B // count, count, L).swapaxes(0, 1)
-        return shardings.constrain(micro, (None, "batch", "seq"))
-
     def accumulate(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
         def add(total: tuple[jax.Array, Params], micro: Batch) -> tuple[tuple[jax.Array, Params], None]:
             return jax.tree.map(jnp.add, total, loss_and_gradients(params, micro)), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zero, Batch(*map(split, batch)))
+        total, _ = jax.lax.scan(add, zero, Batch(*(microbatches(a, count, shardings) for a in batch)))
         return jax.tree.map(lambda x: x / count, total)
 
     return accumulate

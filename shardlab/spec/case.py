@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from shardlab.errors import Infeasible, Problem, UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.machine import Machine
+from shardlab.spec.experts import experts_obstacles
 from shardlab.spec.models import ModelConfig, find_model
-from shardlab.spec.params import parameter_table
+from shardlab.spec.params import ParamSpec, parameter_table
+from shardlab.spec.pipeline import layout_of, num_microbatches, obstacles
 from shardlab.spec.plan import Plan
 from shardlab.spec.plan_checks import grid_size
 from shardlab.spec.sharding import (
@@ -53,6 +55,19 @@ class Case(BaseModel):
     def load_machine(self) -> Machine:
         """The machine as a record."""
         return load_machine(self.machine)
+
+    def parameters(self) -> tuple[ParamSpec, ...]:
+        """Every parameter as the step holds it: in a pipeline, layers lie on stages."""
+        stages = layout_of(self.plan, self.model.layers)
+        return parameter_table(self.model, scan_layers=self.scan_layers, stages=stages)
+
+    def obstacles(self) -> dict[str, str]:
+        """Why the plan's methods cannot be with this model and workload: reason -> what can."""
+        plan = self.plan
+        found = obstacles(plan, self.model.layers, self.workload)
+        return found | experts_obstacles(
+            self.model, plan.params, plan.activations, plan.method, self.workload
+        )
 
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of how the rules meet the model: replicated KV heads, straddled groups."""
@@ -98,13 +113,13 @@ def make_case(
 
 def default_batch(plan: Plan) -> int:
     """One sequence per batch shard and microbatch, in sequences."""
-    return num_ways(plan.activations.get("batch", ()), plan.axes) * plan.method.accumulate
+    return num_ways(plan.activations.get("batch", ()), plan.axes) * num_microbatches(plan)
 
 
 def check_feasible(case: Case) -> None:
     """Raises Infeasible, with every reason, when an array cannot be split as the rules say."""
-    found: dict[str, str] = {}
-    for shape, axes, rules, what in _arrays(case):
+    found = case.obstacles()
+    for shape, axes, rules, what in () if found else _arrays(case):
         try:
             array_sharding(shape, axes, rules, case.plan.axes, what=what)
         except Infeasible as error:
@@ -116,10 +131,10 @@ def check_feasible(case: Case) -> None:
 
 
 def _check_sizes(case: Case, found: dict[str, str]) -> None:
-    accumulate, context = case.plan.method.accumulate, case.model.context
-    if case.workload == "train" and case.batch % accumulate:
-        near = -(-case.batch // accumulate) * accumulate
-        found[f"{case.batch} sequences in {accumulate} microbatches"] = f"nearest batch that divides: {near}"
+    count, context = num_microbatches(case.plan), case.model.context
+    if case.workload == "train" and case.batch % count:
+        near = -(-case.batch // count) * count
+        found[f"{case.batch} sequences in {count} microbatches"] = f"nearest batch that divides: {near}"
     if case.seq > context and case.model.positions == "learned":
         reason = f"{case.seq} tokens with {context} learned positions ({case.model.name})"
         found[reason] = f"seq at most {context}"
@@ -131,7 +146,7 @@ _Array = tuple[tuple[int, ...], tuple[str | None, ...], Mapping[str, tuple[str, 
 def _arrays(case: Case) -> Iterator[_Array]:
     """Every array that the rules split: parameters, their optimizer state, the key activations."""
     train = case.workload == "train"
-    for spec in parameter_table(case.model, scan_layers=case.scan_layers):
+    for spec in case.parameters():
         yield spec.shape, spec.axes, case.plan.params, spec.path
         if train:
             yield (
@@ -157,7 +172,7 @@ def _activations(workload: Workload) -> Iterator[tuple[str, tuple[str | None, ..
 
 def _extents(case: Case) -> dict[str, int]:
     """How long each logical axis of the activations is, in one microbatch."""
-    model, steps = case.model, case.plan.method.accumulate if case.workload == "train" else 1
+    model, steps = case.model, num_microbatches(case.plan) if case.workload == "train" else 1
     return {
         # What does not divide is reported as a batch that does not divide into microbatches.
         "batch": case.batch // steps if case.batch % steps == 0 else case.batch * steps,

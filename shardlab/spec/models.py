@@ -18,6 +18,8 @@ class ModelConfig:
     """A decoder-only transformer. Sizes are counts of elements; `vocab` is the real one, `padded_vocab` is
     stored.
 
+    num_experts: of a mixture of experts, 0 for a dense model; `mlp` is then the width of each expert, and
+    every token goes to `experts_per_token` of them. balance_coefficient: what the load-balance loss counts.
     Source of each named configuration: see `MODELS`.
     """
 
@@ -37,6 +39,9 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     tied_embeddings: bool = False
     bias: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    balance_coefficient: float = 0.0
 
     @property
     def padded_vocab(self) -> int:
@@ -105,6 +110,23 @@ _NAMED = (
     _llama3("llama3-8b", layers=32, embed=4_096, heads=32, mlp=14_336),
     _llama3("llama3-70b", layers=80, embed=8_192, heads=64, mlp=28_672),
     _llama3("llama3-405b", layers=126, embed=16_384, heads=128, mlp=53_248),
+    # Mixtral of experts, arXiv:2401.04088 table 1; theta, epsilon and the coefficient from
+    # mistralai/Mixtral-8x7B-v0.1 config.json.
+    ModelConfig(
+        name="mixtral-8x7b",
+        layers=32,
+        embed=4_096,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        mlp=14_336,
+        vocab=32_000,
+        context=32_768,
+        rope_theta=1_000_000.0,
+        num_experts=8,
+        experts_per_token=2,
+        balance_coefficient=0.02,
+    ),
 )
 
 MODELS: Mapping[str, ModelConfig] = MappingProxyType({config.name: config for config in _NAMED})
@@ -122,7 +144,7 @@ def num_params(config: ModelConfig, *, padded: bool = False) -> int:
     """Number of parameters, counted from the dimensions; with `padded` those of the stored (padded)
     vocabulary.
 
-    Equal to the published counts: GPT-2 124,439,808; Llama 3 8B 8,030,261,248.
+    Equal to the published counts: GPT-2 124,439,808; Llama 3 8B 8,030,261,248; Mixtral 8x7B 46,702,792,704.
     """
     vocab = config.padded_vocab if padded else config.vocab
     tables = vocab * config.embed * (1 if config.tied_embeddings else 2)
@@ -135,10 +157,12 @@ def _norm_params(config: ModelConfig) -> int:
 
 
 def _layer_params(config: ModelConfig) -> int:
-    """One layer: two norms, query, key, value and output projections, and the MLP."""
+    """One layer: two norms, query, key, value and output projections, and the MLP or the experts and their
+    router."""
     query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     attention = config.embed * (2 * query + 2 * kv)
     inward = 2 if config.activation == "swiglu" else 1  # gate and up, or up alone
-    mlp = (inward + 1) * config.embed * config.mlp
+    mlp = (inward + 1) * config.embed * config.mlp * (config.num_experts or 1)
     biases = (query + 2 * kv + config.embed) + (inward * config.mlp + config.embed) if config.bias else 0
-    return 2 * _norm_params(config) + attention + mlp + biases
+    router = config.embed * config.num_experts
+    return 2 * _norm_params(config) + attention + router + mlp + biases

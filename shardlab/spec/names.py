@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from shardlab.spec.experts import expert_axes
 from shardlab.spec.plan import Plan, Rules
+
+SCHEDULES = {
+    "none": "no schedule",
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved": "interleaved 1F1B",
+    "zb-h1": "ZB-H1",
+}
 
 
 def strategy_names(plan: Plan) -> tuple[str, ...]:
@@ -13,7 +22,7 @@ def strategy_names(plan: Plan) -> tuple[str, ...]:
 
     Mesh axes of size 1 do nothing and name nothing; an axis that no rule uses repeats the work, and is named
     so. Definitions: FSDP, arXiv:2304.11277 (HSDP is its hybrid sharding); ZeRO-1, arXiv:1910.02054; tensor
-    parallel, arXiv:1909.08053; sequence parallel, arXiv:2205.05198.
+    parallel, arXiv:1909.08053; sequence parallel, arXiv:2205.05198; pipelines: see `spec/schedule.py`.
     """
     if plan.num_devices == 1:
         return ("single device",)
@@ -23,8 +32,7 @@ def strategy_names(plan: Plan) -> tuple[str, ...]:
 def _data_names(plan: Plan) -> Iterable[str]:
     """What the batch axes do: an axis that splits weights too is FSDP, one that does not is data parallel."""
     batch = _live(plan, plan.activations.get("batch", ()))
-    dense = {axis: split for axis, split in plan.params.items() if axis != "expert"}
-    weights, states = _used(dense), _used(plan.optimizer)
+    weights, states = _used(_without_experts(plan)), _used(plan.optimizer)
     sharded = [axis for axis in batch if axis in weights]
     replicated = [axis for axis in batch if axis not in weights]
     if sharded and replicated:
@@ -40,9 +48,8 @@ def _data_names(plan: Plan) -> Iterable[str]:
 def _model_names(plan: Plan) -> Iterable[str]:
     """What the other axes do to weights and to the sequence."""
     batch = plan.activations.get("batch", ())
-    experts = plan.params.get("expert", ())
-    layers = (*plan.params.get("stage", ()), *plan.params.get("layers", ()))
-    tensor = [a for a in _used(plan.params) if a not in batch and a not in experts and a not in layers]
+    layers, stages = plan.params.get("layers", ()), plan.params.get("stage", ())
+    tensor = [a for a in _used(_without_experts(plan)) if a not in (*batch, *layers, *stages)]
     sequence = _live(plan, plan.activations.get("seq", ()))
     norms = _live(plan, plan.activations.get("norm_seq", ()))
     if _live(plan, tensor):
@@ -51,10 +58,12 @@ def _model_names(plan: Plan) -> Iterable[str]:
         yield "sequence parallel (Megatron)"
     if sequence:
         yield "context parallel"
-    if _live(plan, experts):
+    if _live(plan, expert_axes(plan.params, plan.activations)):
         yield "expert parallel"
     if any(axis not in batch for axis in _live(plan, layers)):
         yield "layers sharded"
+    if _live(plan, stages):
+        yield f"pipeline parallel ({SCHEDULES[plan.method.pipeline]})"
 
 
 def _other_names(plan: Plan) -> Iterable[str]:
@@ -66,6 +75,13 @@ def _other_names(plan: Plan) -> Iterable[str]:
             continue
         what = "activations split" if axis in activations else "optimizer state split"
         yield f"{what if axis in activations or axis in states else 'replicated'} over {axis}"
+
+
+def _without_experts(plan: Plan) -> Rules:
+    """The rules of parameters, of experts only those mesh axes over which they are gathered for use."""
+    owned = expert_axes(plan.params, plan.activations)
+    gathered = tuple(axis for axis in plan.params.get("expert", ()) if axis not in owned)
+    return {**plan.params, "expert": gathered}
 
 
 def _live(plan: Plan, axes: Iterable[str]) -> list[str]:

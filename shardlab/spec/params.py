@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from shardlab.spec.models import ModelConfig
+from shardlab.spec.stages import StageLayout
 
 LogicalAxes = tuple[str | None, ...]
 
@@ -31,13 +32,22 @@ class ParamSpec:
         return prod(self.shape)
 
 
-def parameter_table(config: ModelConfig, *, scan_layers: bool = True) -> tuple[ParamSpec, ...]:
+def parameter_table(
+    config: ModelConfig, *, scan_layers: bool = True, stages: StageLayout | None = None
+) -> tuple[ParamSpec, ...]:
     """Every parameter of `config`, in the order of the forward pass.
 
     scan_layers: each layer parameter is one stack with a leading `layers` axis; else one array per layer.
+    stages: of a pipeline; each layer parameter is one stack [stages, slots, …], and scan_layers does not
+    count.
     """
     layer = _layer_table(config)
-    if scan_layers:
+    if stages is not None:
+        stack = (stages.stages, stages.slots)
+        layers = [
+            ParamSpec(f"layers/{p.path}", (*stack, *p.shape), ("stage", "layers", *p.axes)) for p in layer
+        ]
+    elif scan_layers:
         layers = [
             ParamSpec(f"layers/{p.path}", (config.layers, *p.shape), ("layers", *p.axes)) for p in layer
         ]
@@ -65,11 +75,24 @@ def _layer_table(config: ModelConfig) -> list[ParamSpec]:
         *_projection("attention/output", (H, D), ("heads", "head_dim"), (E,), ("embed",), config),
         *_norm("mlp_norm", config),
     ]
+    if config.num_experts:
+        return [*table, *_experts(config)]
     if config.activation == "swiglu":
         table += _projection("mlp/gate", (E,), ("embed",), (M,), ("mlp",), config)
     table += _projection("mlp/up", (E,), ("embed",), (M,), ("mlp",), config)
     table += _projection("mlp/down", (M,), ("mlp",), (E,), ("embed",), config)
     return table
+
+
+def _experts(config: ModelConfig) -> list[ParamSpec]:
+    """The router, and the kernels of all experts of a layer in one array each (SwiGLU, no biases)."""
+    X, E, M = config.num_experts, config.embed, config.mlp
+    return [
+        ParamSpec("moe/router/kernel", (E, X), ("embed", None)),
+        ParamSpec("moe/gate/kernel", (X, E, M), ("expert", "embed", "mlp")),
+        ParamSpec("moe/up/kernel", (X, E, M), ("expert", "embed", "mlp")),
+        ParamSpec("moe/down/kernel", (X, M, E), ("expert", "mlp", "embed")),
+    ]
 
 
 def _norm(path: str, config: ModelConfig) -> list[ParamSpec]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from shardlab.errors import Problem, UserError
 from shardlab.hardware.toml_file import read_text
 from shardlab.spec import plan_checks as checks
+from shardlab.spec.experts import experts_problems
 from shardlab.spec.plan_checks import ACTIVATION_AXES, PARAM_AXES
 from shardlab.spec.plan_file import PlanText, read_flags_file, read_plan_text
 from shardlab.spec.plan_schema import Check, Method, PlanTable, RuleLists, read_table
@@ -121,6 +122,8 @@ def _problems(plan: Plan, table: PlanTable, text: PlanText) -> list[Problem]:
     problems += checks.double_use_problems(plan.params, plan.activations, plan.optimizer, where)
     problems += checks.blocks_problems(table, where)
     problems += checks.method_problems(plan.method, where)
+    problems += checks.pipeline_problems(plan.params, plan.activations, plan.method, where)
+    problems += experts_problems(plan.params, plan.activations, plan.method, where)
     problems += checks.flags_problems(plan.flags, where)
     return problems + checks.check_problems(plan.check, where)
 

@@ -135,23 +135,75 @@ def method_problems(method: Method, where: Where) -> list[Problem]:
     """What is not built yet, and numbers that mean nothing."""
     problems = [
         Problem(where(("method", key)), f"{quoted(value)} is not built yet", f"use {usable}")
-        for key, value, usable in (
-            ("pipeline", method.pipeline, '"none"'),
-            ("context", method.context, '"none"'),
-            ("experts", method.experts, '"dropless"'),
-        )
+        for key, value, usable in (("context", method.context, '"none"'),)
         if value != usable.strip('"')
     ]
     if method.remat == "offload":
         fix = 'use "none", "full" or "matmuls"'
         problems.append(Problem(where(("method", "remat")), "'offload' is not built yet", fix))
-    for key in ("microbatches", "virtual_stages"):
-        if getattr(method, key) is not None:
-            what = "belongs to a pipeline, which is not built yet"
-            problems.append(Problem(where(("method", key)), what, f"remove {key}, or use accumulate"))
     if method.accumulate < 1:
         what = f"{method.accumulate} microbatches"
         problems.append(Problem(where(("method", "accumulate")), what, "use 1 or more"))
+    return problems
+
+
+def pipeline_problems(params: Rules, activations: Rules, method: Method, where: Where) -> list[Problem]:
+    """Stages and a schedule go together, and say each thing once. Which models can have them comes later."""
+    problems: list[tuple[KeyPath, str, str]] = []
+    split = tuple(params.get("stage", ()))
+    if method.pipeline == "none":
+        problems += [
+            (("method", key), "belongs to a pipeline, and pipeline is none", f"remove {key}, or say pipeline")
+            for key in ("microbatches", "virtual_stages")
+            if getattr(method, key) is not None
+        ]
+        if split:
+            problems.append(
+                (("params", "stage"), "stages without a pipeline", 'say pipeline = "1f1b", or remove stage')
+            )
+    else:
+        if len(split) != 1:
+            problems.append(
+                (
+                    ("method", "pipeline"),
+                    f"{len(split)} mesh axes for its stages",
+                    'write stage = ["stage"] in [params]',
+                )
+            )
+        if params.get("layers"):
+            problems.append((("params", "layers"), "layers lie on the stages of the pipeline", "remove it"))
+        problems += _pipeline_method_problems(method)
+        problems += [
+            (("activations", axis), f"splits activations over the stages ({name})", f"take {name!r} out")
+            for axis, names in activations.items()
+            for name in names
+            if name in split
+        ]
+    return [Problem(where(key), what, fix) for key, what, fix in problems]
+
+
+def _pipeline_method_problems(method: Method) -> list[tuple[KeyPath, str, str]]:
+    """What `[method]` cannot say beside a pipeline."""
+    problems: list[tuple[KeyPath, str, str]] = []
+    if method.accumulate > 1:
+        problems.append(
+            (
+                ("method", "accumulate"),
+                "a pipeline accumulates over its microbatches",
+                "say microbatches alone",
+            )
+        )
+    if method.remat != "full":
+        what = f"{quoted(method.remat)} with a pipeline, which keeps the inputs of layers and nothing else"
+        problems.append((("method", "remat"), what, 'use "full"'))
+    if method.virtual_stages is not None and method.pipeline != "interleaved":
+        fix = 'remove it, or use pipeline = "interleaved"'
+        problems.append((("method", "virtual_stages"), f"{method.pipeline} has one chunk per stage", fix))
+    problems += [
+        (("method", key), f"{value}", "use 1 or more")
+        for key in ("microbatches", "virtual_stages")
+        if (value := getattr(method, key)) is not None and value < 1
+    ]
     return problems
 
 

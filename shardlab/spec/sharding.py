@@ -41,7 +41,14 @@ ACTIVATION_ARRAYS: Mapping[str, tuple[str | None, ...]] = {
 # Only a decode workload has it.
 CACHE_ARRAY: tuple[str | None, ...] = ("batch", "cache", "kv_heads", None)
 
-_NOUNS = {"heads": "heads", "kv_heads": "KV heads", "batch": "sequences", "seq": "tokens", "layers": "layers"}
+_NOUNS = {
+    "heads": "heads",
+    "kv_heads": "KV heads",
+    "batch": "sequences",
+    "seq": "tokens",
+    "layers": "layers",
+    "expert": "experts",
+}
 
 
 def array_sharding(

@@ -4,7 +4,7 @@ import pytest
 
 from shardlab.cost.flops import Flops, hardware_flops, model_flops
 from shardlab.hlo.reader import parse
-from shardlab.spec.models import ModelConfig
+from shardlab.spec.models import ModelConfig, find_model
 
 N = 64  # every matrix is N x N
 PRODUCT = 2 * N**3
@@ -187,6 +187,16 @@ def test_llama_70b_step_of_the_design():
     products, attention = 6 * 69_501_714_432 * 512, 6 * 80 * 8192 * 4096 * 512
     assert model_flops(LLAMA_70B, 64, 4096, "train") == 512 * (products + attention)
     assert (f"{products:.3g}", f"{attention:.3g}") == ("2.14e+14", "8.25e+12")
+
+
+def test_of_experts_those_of_a_token_count():
+    # Mixtral 8x7B: q, k, v, o, router, two of eight experts; the head. 12.9e9 active parameters with the
+    # embedding, as arXiv:2401.04088 says (13 B).
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 8 * 4096 + 2 * 3 * 4096 * 14_336
+    weights = 32 * layer + 4096 * 32_000
+    assert weights + 4096 * 32_000 == pytest.approx(12.9e9, rel=0.01)
+    flops = model_flops(find_model("mixtral-8x7b"), 1, 1000, "train", "full")
+    assert flops == 1000 * (6 * weights + 12 * 32 * 4096 * 1000)
 
 
 def test_model_flops_of_inference():

@@ -1,4 +1,4 @@
-"""Our transformer against Hugging Face's Llama and GPT-2: logits, loss and every gradient, in f32.
+"""Our transformer against Hugging Face's Llama, Mixtral and GPT-2: logits, loss and every gradient, in f32.
 
 The golden files come from tests/golden/hf/make_golden.py. What each deliberate mistake is caught by:
 
@@ -6,6 +6,7 @@ The golden files come from tests/golden/hf/make_golden.py. What each deliberate 
 - a wrong epsilon: llama_gqa (1e-2) for RMSNorm, gpt2 for LayerNorm
 - a wrong grouping of query heads on KV heads: llama_gqa only (llama_default has one KV head per query head)
 - exact GELU instead of the tanh form: gpt2
+- expert weights that are not made to sum to one, and a load-balance loss per layer: mixtral
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from shardlab.model.attention import CausalAttention, reference_attention
+from shardlab.model.experts import Load, Routing, balance_loss, route
 from shardlab.model.layers import rotate
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
@@ -26,6 +28,8 @@ from shardlab.spec.models import ModelConfig
 from shardlab.spec.params import parameter_table
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "hf"
+
+balanced = balance_loss
 
 # Largest difference over largest value: f32 carries 6e-8; products of depth a few hundred leave 1e-5 with
 # room.
@@ -46,6 +50,16 @@ LLAMA = ModelConfig(
 CONFIGS = {
     "llama_default": LLAMA,
     "llama_gqa": replace(LLAMA, name="llama-gqa", kv_heads=2, norm_epsilon=1e-2, rope_theta=100.0),
+    "mixtral": replace(
+        LLAMA,
+        name="mixtral",
+        kv_heads=2,
+        norm_epsilon=1e-5,
+        rope_theta=1e6,
+        num_experts=4,
+        experts_per_token=2,
+        balance_coefficient=0.5,
+    ),
     "gpt2": ModelConfig(
         name="gpt2",
         layers=2,
@@ -74,6 +88,13 @@ LLAMA_NAMES = {
     "mlp/gate/kernel": "mlp.gate_proj.weight",
     "mlp/up/kernel": "mlp.up_proj.weight",
     "mlp/down/kernel": "mlp.down_proj.weight",
+}
+# Hugging Face: [expert, out, in], gate and up in one array.
+MIXTRAL_NAMES = {
+    "moe/router/kernel": "mlp.gate.weight",
+    "moe/gate/kernel": "mlp.experts.gate_up_proj",
+    "moe/up/kernel": "mlp.experts.gate_up_proj",
+    "moe/down/kernel": "mlp.experts.down_proj",
 }
 GPT2_NAMES = {
     "attention_norm": "ln_1",
@@ -112,6 +133,10 @@ def _one(arrays: Mapping[str, np.ndarray], path: str, shape: tuple[int, ...]) ->
         array = array.T if path.startswith("head") else array
         return np.pad(array, [(0, size - had) for size, had in zip(shape, array.shape, strict=True)])
     _, index, name = path.split("/", 2)
+    if name in MIXTRAL_NAMES:
+        array = arrays[f"model.layers.{index}.{MIXTRAL_NAMES[name]}"].swapaxes(-1, -2)
+        gate_and_up = name in ("moe/gate/kernel", "moe/up/kernel")
+        return np.split(array, 2, axis=-1)[name == "moe/up/kernel"] if gate_and_up else array
     if family == "llama":
         array = arrays[f"model.layers.{index}.{LLAMA_NAMES[name]}"]
         return (
@@ -151,8 +176,9 @@ class Outcome:
 
         def loss_and_logits(params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             run = Runtime(compute_dtype=jnp.float32, attention=attention)
-            logits = with_params(model, params)(jnp.asarray(arrays["tokens"]), run)
-            return cross_entropy(logits, jnp.asarray(arrays["targets"])), logits
+            logits, load = with_params(model, params).logits_and_load(jnp.asarray(arrays["tokens"]), run)
+            loss = cross_entropy(logits, jnp.asarray(arrays["targets"]))
+            return loss if load is None else loss + config.balance_coefficient * balance_loss(load), logits
 
         (loss, logits), gradients = jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))(params)
         self.loss = difference(loss, arrays["loss"])
@@ -231,3 +257,24 @@ def test_exact_gelu_does_not_match(monkeypatch: pytest.MonkeyPatch) -> None:
     gelu = jax.nn.gelu
     monkeypatch.setattr("jax.nn.gelu", lambda x, approximate: gelu(x, approximate=False))
     assert Outcome("gpt2").logits > 10 * TOLERANCE
+
+
+def unweighted(logits: jax.Array, experts_per_token: int) -> Routing:
+    """Wrong: the experts' probabilities as they are."""
+    right = route(logits, experts_per_token)
+    return right._replace(weights=jnp.take_along_axis(right.probabilities, right.experts, axis=-1))
+
+
+def test_weights_that_do_not_sum_to_one_do_not_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardlab.model.experts.route", unweighted)
+    assert Outcome("mixtral").logits > 100 * TOLERANCE
+
+
+def loss_per_layer(load: Load) -> jax.Array:
+    """Another convention (Switch's): every layer's product, then their mean."""
+    return jax.vmap(balanced)(load).mean()
+
+
+def test_another_load_balance_loss_does_not_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.balance_loss", loss_per_layer)
+    assert Outcome("mixtral").loss > 10 * TOLERANCE

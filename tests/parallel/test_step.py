@@ -6,15 +6,25 @@ from dataclasses import replace
 from functools import cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulated import GROUPED, PLANS, SMALL, batch_for, case_of, curve, mesh_of, plan, state_of, step_of
+from emulated import (
+    GROUPED,
+    PLANS,
+    SMALL,
+    batch_for,
+    case_of,
+    curve,
+    inference,
+    mesh_of,
+    plan,
+    state_of,
+    step_of,
+)
 
 from shardlab.errors import Infeasible
 from shardlab.parallel.step import build_step
 from shardlab.spec.models import ModelConfig
-from shardlab.spec.plan import Plan
 
 MANY = [name for name in PLANS if name != "one-device"]
 
@@ -133,35 +143,18 @@ def test_operations_carry_the_path_of_their_layer() -> None:
 @pytest.mark.parametrize("name", ["tensor-sequence", "data-fsdp-tensor"])
 def test_inference_on_a_mesh_equals_one_device(name: str) -> None:
     """Logits of prefill, then of one decoded token, whose cache is prefill's."""
-    np.testing.assert_allclose(inference(PLANS[name]), on_one_device(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(inference(PLANS[name], GROUPED), on_one_device(), rtol=1e-4, atol=1e-5)
 
 
 @cache
 def on_one_device() -> np.ndarray:
-    return inference(PLANS["one-device"])
-
-
-def inference(plan: Plan) -> np.ndarray:
-    """(prefill, decode) logits [2, B, V], padding left out."""
-    prefill = step_of(case_of(plan, GROUPED, workload="prefill"))
-    decode = step_of(case_of(plan, GROUPED, workload="decode"))
-    params = {
-        path: jax.device_put(array, prefill.arguments[0][path].sharding)
-        for path, array in state_of(case_of(PLANS["one-device"], GROUPED)).params.items()
-    }
-    text = np.random.default_rng(0).integers(100, size=prefill.arguments[1].shape, dtype=np.int32)
-    first, cache = prefill.function(params, jax.device_put(text, prefill.arguments[1].sharding))
-    cache = jax.tree.map(lambda a, leaf: jax.device_put(a, leaf.sharding), cache, decode.arguments[1])
-    token = jax.device_put(text[:, -1], decode.arguments[2].sharding)
-    position = jax.device_put(jnp.int32(15), decode.arguments[3].sharding)
-    second, _ = decode.function(params, cache, token, position)
-    return np.stack([first, second])[..., : GROUPED.vocab]
+    return inference(PLANS["one-device"], GROUPED)
 
 
 @pytest.mark.parametrize(
     ("method", "model", "reason"),
     [
-        pytest.param({"pipeline": "1f1b", "microbatches": 2}, SMALL, "pipeline", id="pipeline"),
+        pytest.param({"pipeline": "1f1b", "microbatches": 2}, SMALL, "without stages", id="pipeline"),
         pytest.param({"context": "ring"}, SMALL, "context", id="context"),
         pytest.param({"attention": "cudnn"}, SMALL, "cudnn does not run on cpu", id="attention"),
         pytest.param(

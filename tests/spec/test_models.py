@@ -16,6 +16,7 @@ PUBLISHED = {
     "llama3-8b": 8_030_261_248,  # meta-llama/Meta-Llama-3-8B, safetensors index
     "llama3-70b": 70_553_706_496,  # meta-llama/Meta-Llama-3-70B
     "llama3-405b": 405_853_388_800,  # meta-llama/Llama-3.1-405B
+    "mixtral-8x7b": 46_702_792_704,  # mistralai/Mixtral-8x7B-v0.1
 }
 
 
@@ -54,7 +55,7 @@ def test_llama3_is_not_llama2() -> None:
 
 
 def test_an_unknown_model_lists_the_known_ones() -> None:
-    known = "tiny, gpt2-124m, gpt2-1.5b, llama3-8b, llama3-70b, llama3-405b"
+    known = "tiny, gpt2-124m, gpt2-1.5b, llama3-8b, llama3-70b, llama3-405b, mixtral-8x7b"
     with pytest.raises(UserError) as caught:
         find_model("Llama3-7b")
     fix = f"did you mean 'llama3-70b'? known models: {known}"

@@ -33,8 +33,18 @@ CASES = [
     ("context", "[axes]\nc = 8\n[activations]\nseq = ['c']", ["context parallel"]),
     (
         "expert",
-        "[axes]\ne = 8\n[params]\nexpert = ['e']\n[activations]\nbatch = ['e']\nexpert = []",
+        "[axes]\ne = 8\n[params]\nexpert = ['e']\n[activations]\nbatch = ['e']",
         ["data parallel", "expert parallel"],
+    ),
+    (
+        "experts gathered for use",
+        "[axes]\ne = 8\n[params]\nexpert = ['e']\n[activations]\nbatch = ['e']\nexpert = []",
+        ["FSDP"],
+    ),
+    (
+        "experts where attention is split by heads",
+        "[axes]\nt = 8\n[params]\nexpert = ['t']\nheads = ['t']\n[activations]\nnorm_seq = ['t']",
+        ["tensor parallel", "sequence parallel (Megatron)", "expert parallel"],
     ),
     (
         "an axis of one names nothing",

@@ -1,5 +1,5 @@
-"""Makes the golden files beside it: tiny random Llama and GPT-2 models of Hugging Face, with logits and
-gradients.
+"""Makes the golden files beside it: tiny random Llama, Mixtral and GPT-2 models of Hugging Face, with
+logits and gradients.
 
 Run in an environment with torch and transformers (versions used: torch 2.13, transformers 5):
 
@@ -12,13 +12,21 @@ parameter
 too, so
 that none of them can be forgotten. llama_gqa has 4 query heads on 2 KV heads, epsilon 1e-2 and RoPE theta
 100.
+mixtral has 4 experts, 2 for each token; its loss holds 0.5 times the load-balance loss.
 """
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 BATCH, LENGTH, VOCAB = 2, 12, 50
 
@@ -38,6 +46,26 @@ def llama(**changes: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**fields, **changes}))
 
 
+def mixtral() -> MixtralForCausalLM:
+    """A two-layer Mixtral of four experts with its load-balance loss."""
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=32,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            output_router_logits=True,
+            router_aux_loss_coef=0.5,
+        )
+    )
+
+
 def gpt2() -> GPT2LMHeadModel:
     """A two-layer GPT-2 without dropout."""
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -55,8 +83,11 @@ def golden(model: torch.nn.Module) -> dict[str, np.ndarray]:
         parameter.data = noise + 1.0 if is_scale and name.endswith("weight") else noise
     tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    logits = model.eval()(inputs).logits
+    outputs = model.eval()(inputs)
+    logits = outputs.logits
     loss = torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB), targets.reshape(-1))
+    if isinstance(model, MixtralForCausalLM):
+        loss = loss + model.router_aux_loss_coef * outputs.aux_loss
     loss.backward()
     arrays = {"tokens": inputs, "targets": targets, "logits": logits.detach(), "loss": loss.detach()}
     for name, parameter in model.named_parameters():
@@ -72,6 +103,7 @@ def main() -> None:
         "llama_gqa": llama(num_key_value_heads=2, rms_norm_eps=1e-2, **rope),
         "llama_default": llama(),
         "gpt2": gpt2(),
+        "mixtral": mixtral(),
     }
     for name, model in models.items():
         np.savez_compressed(Path(__file__).parent / f"{name}.npz", **golden(model))

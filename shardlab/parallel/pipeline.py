@@ -1,0 +1,217 @@
+"""A pipeline on a mesh: stages in a `shard_map` over the stage axis, then one reduction of the gradients.
+
+The map is manual over the stage axis and over the batch axes that split no parameter (data parallelism): so
+gradients stay unreduced sums until the last tick and are reduced once per step. The other axes are left to
+the partitioner: tensor parallelism, and FSDP, which gathers weights for every microbatch and reduces their
+gradients as often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from shardlab.model.runtime import Runtime
+from shardlab.model.transformer import Params, Transformer
+from shardlab.parallel.shardings import Shardings, microbatches
+from shardlab.parallel.stage import LAYERS, StageModel
+from shardlab.parallel.ticks import Executor
+from shardlab.spec.case import Case
+from shardlab.spec.params import ParamSpec
+from shardlab.spec.pipeline import layout_of, schedule_of, stage_axis
+from shardlab.spec.plan import Rules
+from shardlab.spec.stages import StageLayout
+from shardlab.spec.tick_table import tick_table
+
+STREAM = ("batch", "norm_seq", "embed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """A case's pipeline on the mesh of `shardings`. runtime_on: how the model runs under given shardings."""
+
+    case: Case
+    model: Transformer
+    shardings: Shardings
+    runtime_on: Callable[[Shardings], Runtime]
+    z_loss: float
+
+    @property
+    def axis(self) -> str:
+        """The mesh axis of the stages."""
+        axis = stage_axis(self.case.plan)
+        assert axis is not None
+        return axis
+
+    @property
+    def layout(self) -> StageLayout:
+        """How the layers lie on the stages."""
+        layout = layout_of(self.case.plan, self.case.model.layers)
+        assert layout is not None
+        return layout
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """The batch axes that split no parameter."""
+        plan = self.case.plan
+        used = {name for names in plan.params.values() for name in names}
+        return tuple(name for name in plan.activations.get("batch", ()) if name not in used)
+
+    @property
+    def data_ways(self) -> int:
+        """Over how many parts of the batch gradients are reduced at the end."""
+        return prod(self.shardings.mesh.shape[name] for name in self.data)
+
+    def loss_and_gradients(
+        self, params: Params, tokens_BxL: jax.Array, targets_BxL: jax.Array
+    ) -> tuple[jax.Array, Params]:
+        """Mean loss over the batch, and its gradients, f32, where the optimizer state is."""
+        count = schedule_of(self.case.plan).microbatches
+        micro = [microbatches(a, count, self.shardings) for a in (tokens_BxL, targets_BxL)]
+        losses, partial = self._mapped()(params, *micro)
+        specs = {p.path: p for p in self.case.parameters()}
+        with jax.named_scope("pipeline"):
+            gradients = {path: self._reduced(parts, specs[path]) for path, parts in partial.items()}
+            return losses.sum() / self.data_ways, gradients
+
+    def _mapped(self) -> Callable[..., tuple[jax.Array, Params]]:
+        """(params, tokens, targets) -> losses [parts] and unreduced gradients [parts, …].
+
+        Parts are the devices along `data`, and along the stages too for what belongs to no layer.
+        """
+        P = PartitionSpec
+        manual, tokens = (self.axis, *self.data), PartitionSpec(None, self.data or None)
+        in_layer = {p.path: p.path.startswith(LAYERS) for p in self.case.parameters()}
+
+        def run(params: Params, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, Params]:
+            loss, gradients = self._executor(params, tokens, targets).run()
+            parts = {path: a[None, None] if in_layer[path] else a[None] for path, a in gradients.items()}
+            return loss[None], parts
+
+        return jax.shard_map(
+            run,
+            mesh=self.shardings.mesh,
+            axis_names=set(manual),
+            in_specs=({path: P(self.axis) if yes else P() for path, yes in in_layer.items()}, tokens, tokens),
+            out_specs=(
+                P(manual),
+                {
+                    path: P(self.data or None, self.axis) if yes else P(manual)
+                    for path, yes in in_layer.items()
+                },
+            ),
+            check_vma=False,
+        )
+
+    def _executor(self, params: Params, tokens: jax.Array, targets: jax.Array) -> Executor:
+        """Inside the map: one stage's program."""
+        inside = _without(self.shardings, {self.axis, *self.data})
+        axes = {p.path: p.axes for p in self.case.parameters()}
+
+        def place(name: str, array: jax.Array) -> jax.Array:
+            if name not in axes:
+                return inside.constrain(array, (*(None,) * (array.ndim - len(STREAM)), *STREAM))
+            spec = ParamSpec(name, array.shape, axes[name][-array.ndim :])
+            return jax.lax.with_sharding_constraint(array, inside.optimizer_state(spec))
+
+        run = replace(self.runtime_on(inside), remat="full")
+        return Executor(
+            stage=StageModel(model=self.model, run=run, z_loss=self.z_loss),
+            table=tick_table(schedule_of(self.case.plan), self.layout),
+            axis=self.axis,
+            chunk_slots=self.layout.chunk_slots,
+            layers={path: a.squeeze(0) for path, a in params.items() if path.startswith(LAYERS)},
+            outer={path: a for path, a in params.items() if not path.startswith(LAYERS)},
+            tokens=tokens,
+            targets=targets,
+            place=place,
+        )
+
+    def _reduced(self, parts: jax.Array, spec: ParamSpec) -> jax.Array:
+        """parts [parts, *shape] -> their sum over `data_ways`, where the optimizer state is.
+
+        Reduce-scattered over the axes that split the optimizer state, where they are the minor ones of their
+        dimension; all-reduced over the others.
+        """
+        over = self.data if spec.path.startswith(LAYERS) else (self.axis, *self.data)
+        if not over:
+            return parts.squeeze(0)
+        wanted = _names(self.shardings.optimizer_state(spec).spec, len(spec.shape))
+        held = [tuple(n for n in names if n not in over) for names in wanted]
+        scattered = {
+            dim: names[len(kept) :]
+            for dim, (names, kept) in enumerate(zip(wanted, held, strict=True))
+            if len(names) > len(kept) and names[: len(kept)] == kept
+        }
+        left = tuple(n for n in over if not any(n in names for names in scattered.values()))
+
+        def reduce(part: jax.Array) -> jax.Array:
+            total = part.squeeze(0)
+            for dim, names in scattered.items():
+                total = jax.lax.psum_scatter(total, names, scatter_dimension=dim, tiled=True)
+            return (jax.lax.psum(total, left) if left else total) / self.data_ways
+
+        return jax.shard_map(
+            reduce,
+            mesh=self.shardings.mesh,
+            in_specs=PartitionSpec(over, *(names or None for names in held)),
+            out_specs=PartitionSpec(
+                *((wanted[dim] if dim in scattered else names) or None for dim, names in enumerate(held))
+            ),
+            check_vma=False,
+        )(parts)
+
+
+def _names(spec: PartitionSpec, ndim: int) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension."""
+    named = [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
+    return named + [()] * (ndim - len(named))
+
+
+def _without(shardings: Shardings, taken: set[str]) -> Shardings:
+    """The shardings inside a map that is manual over `taken`: over the other axes alone."""
+
+    def rest(rules: Rules) -> Rules:
+        return {axis: tuple(n for n in names if n not in taken) for axis, names in rules.items()}
+
+    return Shardings(
+        mesh=jax.sharding.get_abstract_mesh(),
+        params=rest(shardings.params),
+        optimizer=rest(shardings.optimizer),
+        compute=rest(shardings.compute),
+        activations=rest(shardings.activations),
+    )
+
+
+def to_stages(params: Params, case: Case) -> Params:
+    """Layer parameters [layers, …] as a pipeline holds them, [stages, slots, …]; unused slots are zero."""
+    layout = layout_of(case.plan, case.model.layers)
+    if layout is None:
+        return params
+    index = jnp.array([[-1 if layer is None else layer for layer in row] for row in layout.layers()])
+
+    def stack(array: jax.Array) -> jax.Array:
+        held = (index >= 0).reshape(*index.shape, *(1,) * (array.ndim - 1))
+        return jnp.where(held, array[index], jnp.zeros((), array.dtype))
+
+    return {path: stack(a) if path.startswith(LAYERS) else a for path, a in params.items()}
+
+
+def from_stages(params: Params, case: Case) -> Params:
+    """The inverse of `to_stages`: [stages, slots, …] as [layers, …]."""
+    layout = layout_of(case.plan, case.model.layers)
+    if layout is None:
+        return params
+    places = sorted(
+        (layer, stage, slot)
+        for stage, row in enumerate(layout.layers())
+        for slot, layer in enumerate(row)
+        if layer is not None
+    )
+    _, stages, slots = (jnp.array(column) for column in zip(*places, strict=True))
+    return {path: a[stages, slots] if path.startswith(LAYERS) else a for path, a in params.items()}

@@ -1,0 +1,272 @@
+"""Pipelines on eight emulated devices: every schedule trains as one device, in the memory it promises."""
+
+import re
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from emulated import (
+    FSDP,
+    SMALL,
+    TENSOR,
+    Rules,
+    batch_for,
+    case_of,
+    mesh_of,
+    plan,
+    state_of,
+    step_of,
+)
+
+from shardlab.errors import Infeasible
+from shardlab.parallel.pipeline import from_stages, to_stages
+from shardlab.parallel.step import build_step
+from shardlab.spec.case import Case, make_case
+from shardlab.spec.models import ModelConfig
+from shardlab.spec.pipeline import schedule_of
+from shardlab.spec.plan import Plan
+from shardlab.spec.schedule import published_bubble
+
+STAGE: Rules = {"stage": ("stage",)}
+DATA: Rules = {"batch": ("data",)}
+SIX = replace(SMALL, layers=6)  # not a multiple of four stages
+GPT2 = replace(
+    SMALL,
+    name="gpt2",
+    layers=4,
+    norm="layernorm",
+    activation="gelu",
+    positions="learned",
+    tied_embeddings=True,
+    bias=True,
+)
+ALONE: Plan = plan({"data": 1}, {}, DATA)
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "gpipe": {"pipeline": "gpipe", "microbatches": 4},
+    "1f1b": {"pipeline": "1f1b", "microbatches": 8},
+    "interleaved": {"pipeline": "interleaved", "microbatches": 4, "virtual_stages": 2},
+    "zb-h1": {"pipeline": "zb-h1", "microbatches": 4},
+}
+GRIDS: dict[str, tuple[dict[str, int], Rules, Rules, Rules | None]] = {
+    "stages": ({"stage": 2}, STAGE, {}, None),
+    "data": ({"stage": 4, "data": 2}, STAGE, DATA, None),
+    "data-zero1": ({"data": 2, "stage": 2}, STAGE, DATA, {"embed": ("data",)}),
+    "tensor": ({"stage": 2, "tensor": 4}, STAGE | TENSOR, {}, None),
+    "fsdp": ({"stage": 2, "fsdp": 4}, STAGE | FSDP, {"batch": ("fsdp",)}, None),
+    "zero1-tensor-sequence": (
+        {"data": 2, "stage": 2, "tensor": 2},
+        STAGE | TENSOR,
+        {**DATA, "norm_seq": ("tensor",)},
+        {"embed": ("data",)},
+    ),
+    "fsdp-tensor": (
+        {"stage": 2, "fsdp": 2, "tensor": 2},
+        STAGE | FSDP | TENSOR,
+        {"batch": ("fsdp",), "norm_seq": ("tensor",)},
+        None,
+    ),
+    "hybrid-zero1": (
+        {"data": 2, "stage": 2, "fsdp": 2},
+        STAGE | FSDP,
+        {"batch": ("data", "fsdp")},
+        {"embed": ("fsdp", "data")},
+    ),
+}
+ALWAYS = {
+    ("gpipe", "fsdp-tensor"),
+    ("1f1b", "data"),
+    ("1f1b", "zero1-tensor-sequence"),
+    ("interleaved", "data-zero1"),
+    ("zb-h1", "hybrid-zero1"),
+}
+
+
+def piped(schedule: str, grid: str, **method: Any) -> Plan:
+    axes, params, activations, optimizer = GRIDS[grid]
+    return plan(axes, params, activations, optimizer, **{**SCHEDULES[schedule], **method})
+
+
+def trained(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(loss, gradient norm) of five steps, and Adam's first moments after the first of them: the clipped
+    gradients times 1 - b1."""
+    step, state = step_of(case), state_of(case)
+    batch, points, first = batch_for(step, case), [], {}
+    for _ in range(5):
+        state, metrics = step.function(state, batch)
+        points.append((float(metrics.loss), float(metrics.gradient_norm)))
+        first = first or {path: np.array(a) for path, a in state.optimizer[1][0].mu.items()}
+    return np.array(points), {path: np.asarray(a) for path, a in from_stages(first, case).items()}
+
+
+@cache
+def alone(model: ModelConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    return trained(case_of(ALONE, model))
+
+
+def check_equal(case: Case) -> None:
+    """Loss and every gradient as on one device, and five optimizer steps stay together."""
+    points, gradients = trained(case)
+    expected_points, expected = alone(case.model)
+    np.testing.assert_allclose(points, expected_points, rtol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for path, gradient in gradients.items():
+        worst = np.abs(gradient - expected[path]).max()
+        # Attention does not depend on a bias of all keys: its gradient is rounding, of the size of queries'.
+        scale = expected[path.replace("key/bias", "query/bias")]
+        assert worst <= 1e-5 * np.abs(scale).max(), path
+
+
+@pytest.mark.parametrize(
+    ("schedule", "grid"),
+    [
+        pytest.param(s, g, id=f"{s}-{g}", marks=[] if (s, g) in ALWAYS else pytest.mark.full)
+        for s in SCHEDULES
+        for g in GRIDS
+        if not (s == "interleaved" and g == "data")  # eight chunks of six layers
+    ],
+)
+def test_every_schedule_trains_as_one_device(schedule: str, grid: str) -> None:
+    check_equal(case_of(piped(schedule, grid), SIX))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("zb-h1", marks=pytest.mark.full)])
+def test_tied_embeddings_and_biases_train_as_on_one_device(schedule: str) -> None:
+    """The table's gradient has a part from the first stage and one from the last."""
+    check_equal(case_of(piped(schedule, "data"), GPT2))
+
+
+@pytest.mark.full
+def test_fewer_microbatches_than_stages_train_too() -> None:
+    check_equal(case_of(piped("1f1b", "data", microbatches=2), SIX))
+
+
+def test_parameters_go_to_stages_and_back() -> None:
+    case = case_of(piped("interleaved", "stages"), replace(SMALL, layers=7))
+    params = {"layers/x": jax.numpy.arange(1, 15).reshape(7, 2), "head": jax.numpy.ones(3)}
+    stacked = to_stages(params, case)
+    # Links of 2, 2, 2 and 1 layers; chunk c of stage s is link 2 c + s.
+    assert stacked["layers/x"][:, :, 0].tolist() == [[1, 3, 9, 11], [5, 7, 13, 0]]
+    back = from_stages(stacked, case)
+    assert all((back[path] == params[path]).all() for path in params)
+
+
+def compiled(schedule: str, microbatches: int) -> Any:
+    """A step on two stages, two sequences per microbatch."""
+    asked = piped(schedule, "stages", microbatches=microbatches)
+    step = step_of(case_of(asked, SMALL, batch=2 * microbatches, seq=32))
+    return step.function.lower(*step.arguments).compile()
+
+
+@pytest.mark.parametrize("counts", [(2, 16), pytest.param((2, 4, 8, 16), marks=pytest.mark.full)])
+def test_temporary_memory_over_microbatches(counts: tuple[int, ...]) -> None:
+    """p, 2p, 4p, 8p microbatches. GPipe stashes every microbatch on a stage; 1F1B only p.
+
+    Beside the stash there is, per microbatch, its share of tokens, targets and the table of ticks.
+    """
+    temp = {
+        name: [compiled(name, m).memory_analysis().temp_size_in_bytes for m in counts]
+        for name in ("gpipe", "1f1b")
+    }
+    x = 2 * 32 * SMALL.embed * 4  # bytes of one microbatch's activation, B · L · E in f32
+    # One layer per stage: its input and, on the last stage, the gradient of its output.
+    small = 2_048
+    for i in range(1, len(counts)):
+        more = counts[i] - counts[i - 1]
+        assert temp["gpipe"][i] - temp["gpipe"][i - 1] >= 2 * x * more
+        assert temp["1f1b"][i] - temp["1f1b"][i - 1] < small * more
+    assert temp["1f1b"][-1] < temp["gpipe"][-1]
+
+
+def test_the_stash_is_never_copied() -> None:
+    """A buffer written in and outside of branches would be copied whole at every tick."""
+    text = compiled("1f1b", 4).as_text()
+    stash = f"f32[2,1,2,32,{SMALL.embed}]"
+    assert stash in text
+    assert not re.search(rf"= {re.escape(stash)}\S* copy\(", text)
+
+
+def test_only_neighbours_pass_activations_and_only_at_the_end_of_a_tick() -> None:
+    """In the branches, which stages take at different times, nothing may need another stage.
+
+    Groups of the permuting kinds span all devices in XLA's runtimes: one of them in a branch would hang.
+    """
+    case = case_of(piped("1f1b", "zero1-tensor-sequence"), SIX)
+    step = step_of(case)
+    text = step.function.lower(*step.arguments).compile().as_text()
+    permutes = [line for line in text.splitlines() if " collective-permute(" in line]
+    assert permutes
+    assert all("/pipeline/" in line for line in permutes)
+    assert " all-to-all(" not in text
+
+
+def test_the_bubble_of_the_executed_table() -> None:
+    asked = piped("1f1b", "data")
+    assert schedule_of(asked).bubble == published_bubble("1f1b", 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("axes", "method", "workload", "reason", "nearest"),
+    [
+        pytest.param(
+            {"stage": 8}, SCHEDULES["1f1b"], "train", "6 layers over 8 stages", "at most 6", id="stages"
+        ),
+        pytest.param(
+            {"stage": 4},
+            SCHEDULES["interleaved"],
+            "train",
+            "6 layers over 4 stages of 2 virtual stages",
+            "at most 6 stages and virtual stages",
+            id="virtual-stages",
+        ),
+        pytest.param(
+            {"stage": 2},
+            {"pipeline": "gpipe"},
+            "train",
+            "without microbatches",
+            "microbatches = 2 or more",
+            id="no-microbatches",
+        ),
+        pytest.param(
+            {"stage": 2},
+            {**SCHEDULES["interleaved"], "microbatches": 5},
+            "train",
+            "5 microbatches interleaved over 2 stages",
+            "4 or 6",
+            id="uneven-groups",
+        ),
+        pytest.param(
+            {"stage": 2},
+            {"pipeline": "interleaved", "microbatches": 4},
+            "train",
+            "one chunk per stage",
+            "virtual_stages = 2",
+            id="no-virtual-stages",
+        ),
+        pytest.param({"stage": 2}, SCHEDULES["1f1b"], "decode", "for decode", "pipelines train", id="decode"),
+        pytest.param(
+            {"stage": 2},
+            {"pipeline": "1f1b", "microbatches": 3},
+            "train",
+            "16 sequences in 3 microbatches",
+            "18",
+            id="batch",
+        ),
+    ],
+)
+def test_what_cannot_be_is_answered_with_the_nearest(
+    axes: dict[str, int], method: dict[str, Any], workload: Any, reason: str, nearest: str
+) -> None:
+    asked = plan(axes, STAGE, {}, **method)
+    with pytest.raises(Infeasible) as caught:
+        make_case(asked, SIX, f"cpu:{axes['stage']}", 16, 16, workload)
+    assert reason in caught.value.reason
+    assert nearest in caught.value.nearest
+
+
+def test_the_step_refuses_what_the_case_did_not_check() -> None:
+    asked = plan({"stage": 8}, STAGE, {}, **SCHEDULES["1f1b"])
+    with pytest.raises(Infeasible, match="6 layers over 8 stages"):
+        build_step(case_of(asked, SIX), mesh_of(asked), target="cpu")

@@ -1,0 +1,182 @@
+"""What a pipeline sends over each mesh axis, against closed forms: on CPU, and compiled for GPU and TPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cache
+
+import pytest
+from compiled_plans import compiled_case
+from second_counter.literature import (
+    REMAT_ALL_REDUCES,
+    REMAT_SEQUENCE_GATHERS,
+    REMAT_SEQUENCE_SCATTERS,
+    activation_all_reduce,
+)
+
+from shardlab.analysis import Analysis, analyze
+from shardlab.spec.case import make_case
+from shardlab.spec.models import find_model
+from shardlab.spec.params import parameter_table
+from shardlab.spec.plan import plan_from_text
+
+F32_BYTES = 4
+MODEL = replace(find_model("tiny"), name="tiny-8", layers=8)
+BATCH, SEQ, MICROBATCHES = 16, 128, 8
+SMALL = 2_048  # bytes per step: the loss, and the norm of the gradients
+TARGETS = [
+    "cpu:8",
+    pytest.param("h100:1x8", marks=pytest.mark.gpu),
+    pytest.param("v5e:2x4", marks=[pytest.mark.tpu, pytest.mark.full]),
+]
+BESIDE_DATA = """\
+[axes]
+data = 2
+stage = 4
+[params]
+stage = ["stage"]
+[activations]
+batch = ["data"]
+[optimizer]
+embed = [{zero1}]
+[method]
+pipeline = "{schedule}"
+microbatches = 8
+"""
+BESIDE_TENSOR = """\
+[axes]
+stage = 4
+tensor = 2
+[params]
+stage = ["stage"]
+heads = ["tensor"]
+kv_heads = ["tensor"]
+mlp = ["tensor"]
+vocab = ["tensor"]
+[activations]
+norm_seq = [{sequence}]
+[method]
+pipeline = "1f1b"
+microbatches = 8
+"""
+
+
+@dataclass(frozen=True)
+class Closed:
+    """Bytes that the busiest device sends per step.
+
+    Stages pass one activation or one cotangent per tick: a stage in the middle one of the two at each of the
+    2 (m + p - 1) ticks of GPipe and 1F1B (Narayanan et al. 2021, arXiv:2104.04473, section 2.2.1; what it
+    sends while idle is not needed, but a permute without it would be another program). Data parallel groups
+    all-reduce the gradients of a stage's layers once per step, 2 (d - 1) / d of their bytes (section 3.3.1);
+    ZeRO-1 reduce-scatters and gathers instead, (d - 1) / d each (arXiv:1910.02054, section 7.2.1). What
+    belongs to no layer is on every stage, and its gradient is summed over the stages too.
+    """
+
+    stages: int
+    data: int
+    activation_bytes: int
+
+    @property
+    def activations(self) -> Fraction:
+        """Over the stages."""
+        one = Fraction(BATCH * SEQ * MODEL.embed, MICROBATCHES * self.data) * self.activation_bytes
+        return 2 * (MICROBATCHES + self.stages - 1) * one
+
+    @property
+    def layers(self) -> int:
+        """Parameters of one stage's layers."""
+        return sum(p.size for p in parameter_table(MODEL) if p.path.startswith("layers/")) // self.stages
+
+    @property
+    def others(self) -> int:
+        """Parameters that belong to no layer."""
+        return sum(p.size for p in parameter_table(MODEL) if not p.path.startswith("layers/"))
+
+
+def all_reduce(params: int, ways: int) -> Fraction:
+    """Of so many f32 gradients; a reduce-scatter and an all-gather together send as much."""
+    return Fraction(2 * (ways - 1), ways) * params * F32_BYTES
+
+
+def activation_bytes(on: str) -> int:
+    """Of one element: bf16, which XLA:CPU widens to f32."""
+    return 4 if on.startswith("cpu") else 2
+
+
+@cache
+def compiled(on: str, schedule: str, zero1: bool) -> Analysis:
+    text = BESIDE_DATA.format(schedule=schedule, zero1='"data"' if zero1 else "")
+    case = make_case(plan_from_text(text), MODEL, on, BATCH, SEQ)
+    return analyze(compiled_case(case)[0])
+
+
+def sent(analysis: Analysis) -> dict[str, Fraction]:
+    """Exact bytes by axes; what is small is left out."""
+    found = {}
+    for axes, figures in analysis.totals.by_axes.items():
+        low, high = figures["wire_bytes"]
+        assert low == high, axes
+        if low > SMALL:
+            found[axes] = low
+    return found
+
+
+def near(actual: Fraction, expected: Fraction, small: int = SMALL) -> bool:
+    """Equal but for the loss and the norms."""
+    return 0 <= actual - expected <= small
+
+
+@pytest.mark.parametrize("on", TARGETS)
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("gpipe", marks=pytest.mark.full)])
+def test_data_parallel_stages(on: str, schedule: str) -> None:
+    closed = Closed(stages=4, data=2, activation_bytes=activation_bytes(on))
+    found = sent(compiled(on, schedule, False))
+    assert near(found.pop("stage"), closed.activations)
+    assert near(found.pop("data"), all_reduce(closed.layers, closed.data))
+    assert near(found.pop("data+stage"), all_reduce(closed.others, closed.data * closed.stages))
+    assert found == {}
+
+
+@pytest.mark.parametrize("on", TARGETS[:2])  # XLA:TPU all-reduces the embedding and the head, and slices
+def test_zero1_beside_stages(on: str) -> None:
+    """Every array has an embed dimension that the data axis splits: its gradient is reduced there first."""
+    closed = Closed(stages=4, data=2, activation_bytes=activation_bytes(on))
+    found = sent(compiled(on, "1f1b", True))
+    shard = closed.others // closed.data
+    assert near(found.pop("stage"), closed.activations + all_reduce(shard, closed.stages))
+    assert near(found.pop("data"), all_reduce(closed.layers + closed.others, closed.data))
+    assert found == {}
+
+
+@pytest.mark.gpu  # XLA:CPU reduces the gradients of each projection's input on their own
+@pytest.mark.parametrize("sequence", [False, pytest.param(True, marks=pytest.mark.matrix)], ids=["", "seq"])
+def test_tensor_parallel_in_stages(sequence: bool) -> None:
+    """Each stage moves its own layers' activations, once per microbatch: Megatron's all-reduces, or the
+    reduce-scatters and gathers that sequence parallelism makes of them, with full remat.
+
+    A stage in the middle is the least busy; the last adds the head's input gradient and three numbers per
+    token for the loss (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
+    """
+    plan = plan_from_text(BESIDE_TENSOR.format(sequence='"tensor"' if sequence else ""))
+    case = make_case(plan, MODEL, "h100:1x8", MICROBATCHES, SEQ)
+    low, high = analyze(compiled_case(case)[0]).totals.by_axes["tensor"]["wire_bytes"]
+    one = activation_all_reduce(1, SEQ, MODEL.embed, 2)
+    times = MICROBATCHES * MODEL.layers // 4
+    halves = REMAT_SEQUENCE_GATHERS + REMAT_SEQUENCE_SCATTERS if sequence else 2 * REMAT_ALL_REDUCES
+    assert high is not None
+    # Norms see a part of the sequence each: the gradients of a layer's two scales are summed.
+    scales = all_reduce(2 * MODEL.embed, 2) if sequence else 0
+    assert near(low, times * (halves * one / 2 + scales))
+    # With sequence parallelism the head's input was gathered and its gradient is scattered.
+    final = all_reduce(MODEL.embed, 2) if sequence else 0
+    assert near(high - low, MICROBATCHES * (one + 3 * SEQ * F32_BYTES + final))
+
+
+def test_stages_need_nothing_else_of_each_other() -> None:
+    """No weight, gradient of a layer or optimizer state passes between stages: permutes of activations, and
+    once per step the gradients of what belongs to no layer, and scalars."""
+    rows = [row for row in compiled("cpu:8", "1f1b", False).collectives if "stage" in (row.axes or ())]
+    assert {row.kind for row in rows} == {"collective-permute", "all-reduce"}
+    assert all(row.executions == (1, 1) for row in rows if row.kind == "all-reduce")
