@@ -139,7 +139,8 @@ def test_data_parallel_stages(on: str, schedule: str) -> None:
     assert found == {}
 
 
-@pytest.mark.parametrize("on", TARGETS[:2])  # XLA:TPU all-reduces the embedding and the head, and slices
+# Not on TPU: there XLA all-reduces the gradients of the embedding and the head, and slices.
+@pytest.mark.parametrize("on", ["cpu:8", pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.full])])
 def test_zero1_beside_stages(on: str) -> None:
     """Every array has an embed dimension that the data axis splits: its gradient is reduced there first."""
     closed = Closed(stages=4, data=2, activation_bytes=activation_bytes(on))
@@ -151,7 +152,9 @@ def test_zero1_beside_stages(on: str) -> None:
 
 
 @pytest.mark.gpu  # XLA:CPU reduces the gradients of each projection's input on their own
-@pytest.mark.parametrize("sequence", [False, pytest.param(True, marks=pytest.mark.matrix)], ids=["", "seq"])
+@pytest.mark.parametrize(
+    "sequence", [pytest.param(False, marks=pytest.mark.full, id="whole"), pytest.param(True, id="sequence")]
+)
 def test_tensor_parallel_in_stages(sequence: bool) -> None:
     """Each stage moves its own layers' activations, once per microbatch: Megatron's all-reduces, or the
     reduce-scatters and gathers that sequence parallelism makes of them, with full remat.

@@ -153,6 +153,7 @@ def test_parameters_go_to_stages_and_back() -> None:
     assert all((back[path] == params[path]).all() for path in params)
 
 
+@cache
 def compiled(schedule: str, microbatches: int) -> Any:
     """A step on two stages, two sequences per microbatch."""
     asked = piped(schedule, "stages", microbatches=microbatches)
@@ -182,7 +183,7 @@ def test_temporary_memory_over_microbatches(counts: tuple[int, ...]) -> None:
 
 def test_the_stash_is_never_copied() -> None:
     """A buffer written in and outside of branches would be copied whole at every tick."""
-    text = compiled("1f1b", 4).as_text()
+    text = compiled("1f1b", 16).as_text()
     stash = f"f32[2,1,2,32,{SMALL.embed}]"
     assert stash in text
     assert not re.search(rf"= {re.escape(stash)}\S* copy\(", text)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardlab.spec.schedule import Schedule, Work, faults, in_flight, make_schedule, needed, published_bubble
@@ -23,6 +23,7 @@ def asked(draw: st.DrawFn) -> tuple[str, int, int, int]:
     return name, stages, draw(st.integers(stages, 5 * stages)), 1
 
 
+@settings(max_examples=50, deadline=None)
 @given(asked())
 def test_every_item_is_done_once_and_the_bubble_is_the_published_one(case: tuple[str, int, int, int]) -> None:
     schedule = make_schedule(*case)
@@ -30,11 +31,13 @@ def test_every_item_is_done_once_and_the_bubble_is_the_published_one(case: tuple
     assert schedule.bubble == published_bubble(*case)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(["gpipe", "1f1b", "zb-h1"]), st.integers(1, 8), st.integers(1, 8))
 def test_fewer_microbatches_than_stages_are_scheduled_too(name: str, stages: int, microbatches: int) -> None:
     assert faults(make_schedule(name, stages, microbatches)) == []
 
 
+@settings(max_examples=50, deadline=None)
 @given(asked())
 def test_no_stage_keeps_more_than_the_schedule_promises(case: tuple[str, int, int, int]) -> None:
     """GPipe all microbatches; 1F1B p - s; interleaved what Megatron-LM warms up with, and one."""
@@ -48,6 +51,7 @@ def test_no_stage_keeps_more_than_the_schedule_promises(case: tuple[str, int, in
     assert list(in_flight(make_schedule(*case))) == promised[name]
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(2, 9), st.integers(1, 4))
 def test_zero_bubble_keeps_p_factors_at_most(stages: int, groups: int) -> None:
     schedule = make_schedule("zb-h1", stages, stages * groups)
@@ -77,6 +81,7 @@ def test_faults_are_found(tick: int, stage: int, work: Work | None, fault: str) 
     assert any(fault in sentence for sentence in found)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 16))
 def test_layers_are_split_evenly_and_the_ends_go_short(layers: int, links: int) -> None:
     counts = split_layers(max(layers, links), links)
@@ -90,6 +95,7 @@ def test_llama_405b_goes_short_at_both_ends() -> None:
     assert split_layers(126, 16) == (7, *(8,) * 14, 7)
 
 
+@settings(max_examples=50, deadline=None)
 @given(asked(), st.integers(0, 7))
 def test_the_table_moves_every_value_to_where_it_is_read(case: tuple[str, int, int, int], more: int) -> None:
     """The table run on names in place of arrays: each item finds what its own neighbours made for it."""
