@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from shardlab.errors import Infeasible, Problem, UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.machine import Machine
+from shardlab.spec.context import context_obstacles, ulysses_kv_note
 from shardlab.spec.models import ModelConfig, find_model
 from shardlab.spec.params import ParamSpec, parameter_table
 from shardlab.spec.pipeline import layout_of, num_microbatches, obstacles
@@ -66,6 +67,7 @@ class Case(BaseModel):
         found = (
             replicated_kv_heads(kv_heads, self.plan.params, axes),
             split_groups(heads, kv_heads, self.plan.params, axes),
+            ulysses_kv_note(self.plan, self.model),
         )
         return tuple(note for note in found if note is not None)
 
@@ -87,7 +89,7 @@ def make_case(
     the nearest value that works, when a dimension cannot be split as the rules say.
     """
     config, spec = _resolved(plan, model, machine)
-    length = _given("--seq", seq, min(plan.check.seq or MAX_DEFAULT_SEQ, config.context))
+    length = _given("--seq", seq, _default_seq(plan, config))
     sequences = _given("--batch", batch, plan.check.batch or default_batch(plan))
     case = Case(
         plan=plan,
@@ -102,6 +104,13 @@ def make_case(
     return case
 
 
+def _default_seq(plan: Plan, model: ModelConfig) -> int:
+    """What `[check]` says for its own model, which may be longer than that was trained with."""
+    if plan.check.seq is not None and plan.check.model == model.name:
+        return plan.check.seq
+    return min(plan.check.seq or MAX_DEFAULT_SEQ, model.context)
+
+
 def default_batch(plan: Plan) -> int:
     """One sequence per batch shard and microbatch, in sequences."""
     return num_ways(plan.activations.get("batch", ()), plan.axes) * num_microbatches(plan)
@@ -110,6 +119,7 @@ def default_batch(plan: Plan) -> int:
 def check_feasible(case: Case) -> None:
     """Raises Infeasible, with every reason, when an array cannot be split as the rules say."""
     found = obstacles(case.plan, case.model.layers, case.workload)
+    found |= context_obstacles(case.plan, case.model, case.seq, case.workload)
     for shape, axes, rules, what in () if found else _arrays(case):
         try:
             array_sharding(shape, axes, rules, case.plan.axes, what=what)
