@@ -176,9 +176,7 @@ def _forward(tiles: Tiles, pairs: Pairs) -> tuple[jax.Array, tuple[Tiles, Pairs,
     return done.out_TxBxKxGxtxD.astype(q.dtype), (tiles, pairs, done)
 
 
-def _backward(
-    saved: tuple[Tiles, Pairs, Finished], d_out_TxBxKxGxtxD: jax.Array
-) -> tuple[Tiles, None]:
+def _backward(saved: tuple[Tiles, Pairs, Finished], d_out_TxBxKxGxtxD: jax.Array) -> tuple[Tiles, None]:
     tiles, pairs, done = saved
     total = gradients(tiles, pairs, cotangent_of(d_out_TxBxKxGxtxD, done))
     return as_type(total, tiles), None
