@@ -75,7 +75,7 @@ class Runtime:
     lookup: Lookup = take_rows
     project: Callable[[jax.Array, LogicalAxes, jax.Array, int, Runtime], jax.Array] = project
 
-    def positions_L(self, length: int) -> jax.Array:
+    def positions_of(self, length: int) -> jax.Array:
         """The position of each of a sequence's tokens, int32 [L]."""
         return jnp.arange(length) if self.positions is None else self.positions(length)
 

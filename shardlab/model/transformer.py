@@ -48,7 +48,7 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BxL: jax.Array, run: Runtime) -> jax.Array:
         """Logits of every position."""
-        position_L = run.positions_L(tokens_BxL.shape[1])
+        position_L = run.positions_of(tokens_BxL.shape[1])
         table_VxE = self._table(run)
         x_BxLxE = self._embed(table_VxE, tokens_BxL, position_L, run)
         x_BxLxE, _ = self._through_layers(x_BxLxE, position_L, run)
@@ -56,7 +56,7 @@ class Transformer(nnx.Module):
 
     def prefill(self, tokens_BxL: jax.Array, run: Runtime) -> tuple[jax.Array, KeysValues]:
         """Logits of the last position [B, V], and the KV cache of the prompt [N, B, L, K, D]."""
-        position_L = run.positions_L(tokens_BxL.shape[1])
+        position_L = run.positions_of(tokens_BxL.shape[1])
         table_VxE = self._table(run)
         x_BxLxE = self._embed(table_VxE, tokens_BxL, position_L, run)
         x_BxLxE, cache = self._through_layers(x_BxLxE, position_L, run, keep=True)
@@ -76,7 +76,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BxL: jax.Array, run: Runtime) -> jax.Array:
         """What the first layer gets: x_BxLxE."""
-        return self._embed(self._table(run), tokens_BxL, run.positions_L(tokens_BxL.shape[1]), run)
+        return self._embed(self._table(run), tokens_BxL, run.positions_of(tokens_BxL.shape[1]), run)
 
     def logits(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
         """Of what the last layer gives: final norm and head."""

@@ -6,9 +6,10 @@
 - ulysses: all-to-alls swap a split sequence for split heads and back (DeepSpeed-Ulysses, arXiv:2309.14509).
 - ring+ulysses: a ring of groups that each do Ulysses inside (USP, arXiv:2405.07719).
 
-Tokens of the first two lie in zig-zag order: a device holds an early and a late chunk, and so every device has
-the same number of tile pairs to compute at every hop. Batches arrive in that order (`in_step_order`), rotary
-positions follow it (`positions_of`), and the loss is a mean, which no order changes: nothing is resharded.
+With a ring or a gather tokens lie in zig-zag order: a device holds an early and a late chunk, and so every
+device has the same number of tile pairs to compute, at every hop. Batches arrive in that order
+(`in_step_order`), positions follow it (`positions_of`), and the loss is a mean, which no order changes:
+nothing is resharded.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from shardlab.model.attention import CausalAttention
 from shardlab.parallel.shardings import Shardings
 from shardlab.parallel.tiles import (
     Finished,
+    Meetings,
     Pairs,
     Partial,
     Tiles,
@@ -33,6 +35,7 @@ from shardlab.parallel.tiles import (
     finish,
     from_tiles,
     gradients,
+    joined,
     nothing_seen,
     rectangle,
     tile_size,
@@ -119,15 +122,15 @@ def gathered_attention(axis: str, ways: int) -> CausalAttention:
 
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         tiles = tiles_of(q, k, v, tile_size(q.shape[1] // 2))
-        half = tiles.keys_TxBxKxtxD.shape[0] // 2
+        half = tiles.keys.shape[0] // 2
         keys, values = (jax.lax.all_gather(a, axis, tiled=True) for a in tiles[1:])
-        pairs = gathered_pairs(half, ways, jax.lax.axis_index(axis))
-        return from_tiles(tiled_attention(Tiles(tiles[0], keys, values), pairs))
+        meetings = gathered_meetings(half, ways, jax.lax.axis_index(axis))
+        return from_tiles(tiled_attention(Tiles(tiles[0], keys, values), meetings))
 
     return attention
 
 
-def gathered_pairs(half: int, ways: int, rank: jax.Array) -> Pairs:
+def gathered_meetings(half: int, ways: int, rank: jax.Array) -> Meetings:
     """What the queries of device `rank` see of all keys, both in zig-zag order; half: tiles per chunk.
 
     rank + (2 · ways - 1 - rank) whole chunks and two diagonal ones: the same number on every device.
@@ -137,15 +140,16 @@ def gathered_pairs(half: int, ways: int, rank: jax.Array) -> Pairs:
     early = chunk < rank
     seen = jnp.where(early, chunk, chunk - rank)
     slot = jnp.where(seen < ways, 2 * seen, 2 * (2 * ways - 1 - seen) + 1)
-    full = Pairs(jnp.where(early, query, half + query), slot * half + key, jnp.zeros(chunk.shape, bool))
-    own = triangle(half)
-    diagonals = [
-        Pairs(side * half + own.query, (2 * rank + side) * half + own.key, own.diagonal) for side in (0, 1)
+    full = Pairs(jnp.where(early, query, half + query), slot * half + key)
+    diagonal, below = triangle(half)
+    own = [
+        [Pairs(side * half + one.query, (2 * rank + side) * half + one.key) for side in (0, 1)]
+        for one in (diagonal, below)
     ]
-    return _joined(*diagonals, full)
+    return Meetings(joined(*own[0]), joined(*own[1], full))
 
 
-def hop_pairs(half: int, earlier: jax.Array) -> Pairs:
+def hop_meetings(half: int, earlier: jax.Array) -> Meetings:
     """What zig-zag queries see of another device's keys. earlier: that device is before this one in the ring.
 
     Late queries always see early keys. Beyond that all queries see an earlier device's early keys, and late
@@ -153,14 +157,11 @@ def hop_pairs(half: int, earlier: jax.Array) -> Pairs:
     """
     always = rectangle(half, half)
     shift = jnp.where(earlier, 0, half)
-    return _joined(
+    pairs = joined(
         always._replace(query=half + always.query),
         always._replace(query=shift + always.query, key=shift + always.key),
     )
-
-
-def _joined(*parts: Pairs) -> Pairs:
-    return Pairs(*(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return Meetings(rectangle(0, 1), pairs)
 
 
 KeysValues = tuple[jax.Array, jax.Array]
@@ -183,7 +184,7 @@ def ring_attention(axis: str, ways: int) -> CausalAttention:
 
     def forward(tiles: Tiles) -> tuple[jax.Array, tuple[Tiles, Finished]]:
         done = finish(_ring_forward(tiles, send, ways, jax.lax.axis_index(axis)))
-        return done.out_TxBxKxGxtxD.astype(tiles.queries_TxBxKxGxtxD.dtype), (tiles, done)
+        return done.out.astype(tiles.queries.dtype), (tiles, done)
 
     def backward(saved: tuple[Tiles, Finished], d_out: jax.Array) -> tuple[Tiles]:
         tiles, done = saved
@@ -205,7 +206,7 @@ def _ring_forward(
     seen = attend(tiles, triangle(num_tiles), nothing_seen(queries))
 
     def meet(hop: jax.Array | int, held: KeysValues, seen: Partial) -> Partial:
-        return attend(Tiles(queries, *held), hop_pairs(num_tiles // 2, rank >= hop), seen)
+        return attend(Tiles(queries, *held), hop_meetings(num_tiles // 2, rank >= hop), seen)
 
     def one(hop: jax.Array, carry: tuple[KeysValues, Partial]) -> tuple[KeysValues, Partial]:
         held, seen = carry
@@ -231,8 +232,8 @@ def _ring_backward(
     at_home = gradients(tiles, triangle(num_tiles), cotangent)
 
     def meet(hop: jax.Array | int, held: KeysValues, d_q: jax.Array) -> tuple[jax.Array, KeysValues]:
-        pairs = hop_pairs(num_tiles // 2, rank >= hop)
-        found = gradients(Tiles(queries, *held), pairs, cotangent, d_q)
+        meetings = hop_meetings(num_tiles // 2, rank >= hop)
+        found = gradients(Tiles(queries, *held), meetings, cotangent, d_q)
         return found[0], (found[1], found[2])
 
     def one(

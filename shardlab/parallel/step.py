@@ -18,8 +18,8 @@ from shardlab.model.layers import KeysValues
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import Params, Transformer, abstract_model, init_params, with_params
-from shardlab.parallel.embedding import mesh_lookup
 from shardlab.parallel.context import order_notes, positions_of
+from shardlab.parallel.embedding import mesh_lookup
 from shardlab.parallel.kernels import attention_on, choose_kernel, kv_repeats
 from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer, optimizer_shardings
 from shardlab.parallel.pipeline import Pipeline, to_stages

@@ -2,10 +2,11 @@
 
 Memory is linear in the sequence: of the scores one tile pair exists at a time, forward and backward (Milakov
 and Gimelshein, arXiv:1805.02867; FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2). Which pairs meet
-is data, so one loop serves a causal triangle, a hop of a ring, and a share of gathered keys, and what the mask
-hides is not computed.
+is data, so one loop serves a causal triangle, a hop of a ring, and a share of gathered keys, and of what the
+mask hides only the upper halves of the diagonal's tiles are computed.
 
-Shapes: T tiles of t tokens; K KV heads, each with G query heads; q_TxBxKxGxtxD, k_TxBxKxtxD.
+Shapes: T tiles of t tokens; K KV heads, each with G query heads. Queries and what is like them
+[T, B, K, G, t, D], keys and values [T, B, K, t, D], one number per query [T, B, K, G, t].
 """
 
 from __future__ import annotations
@@ -21,34 +22,43 @@ MAX_TILE = 512
 
 
 class Pairs(NamedTuple):
-    """Which tile of queries meets which tile of keys, int32 [P]; diagonal: causal inside the tile, bool [P]."""
+    """Which tile of queries meets which tile of keys, int32 [P]."""
 
     query: jax.Array
     key: jax.Array
-    diagonal: jax.Array
+
+
+class Meetings(NamedTuple):
+    """All pairs of an attention. diagonal: of the same positions, causal inside; full: each wholly visible.
+
+    Apart, because a mask that depends on the pair is one that XLA computes for all pairs before the loop.
+    """
+
+    diagonal: Pairs
+    full: Pairs
 
 
 class Partial(NamedTuple):
     """Online softmax over the keys seen so far, f32: row maximum, sum of weights, weighted values."""
 
-    maximum_TxBxKxGxt: jax.Array
-    total_TxBxKxGxt: jax.Array
-    values_TxBxKxGxtxD: jax.Array
+    maximum: jax.Array
+    total: jax.Array
+    values: jax.Array
 
 
 class Tiles(NamedTuple):
     """Queries, keys and values in tiles."""
 
-    queries_TxBxKxGxtxD: jax.Array
-    keys_TxBxKxtxD: jax.Array
-    values_TxBxKxtxD: jax.Array
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
 
 
 class Finished(NamedTuple):
     """Attention's result: out in f32, and the log of the sum of exponentials of each row."""
 
-    out_TxBxKxGxtxD: jax.Array
-    logsumexp_TxBxKxGxt: jax.Array
+    out: jax.Array
+    logsumexp: jax.Array
 
 
 def tile_size(length: int) -> int:
@@ -76,16 +86,21 @@ def tiles_of(q_BxLxHxD: jax.Array, k_BxSxKxD: jax.Array, v_BxSxKxD: jax.Array, t
     return Tiles(to_tiles(q_BxLxHxD, K, tile), keys, values)
 
 
-def triangle(tiles: int) -> Pairs:
-    """Every pair that a causal mask shows of `tiles` x `tiles`."""
-    query, key = jnp.tril_indices(tiles)
-    return Pairs(query.astype(jnp.int32), key.astype(jnp.int32), query == key)
+def triangle(tiles: int) -> Meetings:
+    """What a causal mask shows of `tiles` x `tiles`."""
+    query, key = (a.astype(jnp.int32) for a in jnp.tril_indices(tiles, -1))
+    same = jnp.arange(tiles, dtype=jnp.int32)
+    return Meetings(Pairs(same, same), Pairs(query, key))
 
 
 def rectangle(queries: int, keys: int) -> Pairs:
-    """Every pair, each fully visible."""
-    query, key = jnp.divmod(jnp.arange(queries * keys, dtype=jnp.int32), keys)
-    return Pairs(query, key, jnp.zeros(queries * keys, bool))
+    """Every pair."""
+    return Pairs(*jnp.divmod(jnp.arange(queries * keys, dtype=jnp.int32), keys))
+
+
+def joined(*parts: Pairs) -> Pairs:
+    """One after the other."""
+    return Pairs(*(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def nothing_seen(q_TxBxKxGxtxD: jax.Array) -> Partial:
@@ -98,60 +113,70 @@ def nothing_seen(q_TxBxKxGxtxD: jax.Array) -> Partial:
     )
 
 
-def attend(tiles: Tiles, pairs: Pairs, seen: Partial) -> Partial:
-    """`seen` and the keys of `pairs`. The first pair of a row must show it a key."""
+def attend(tiles: Tiles, meetings: Meetings, seen: Partial) -> Partial:
+    """`seen` and the keys that are met."""
+    seen = _attend(tiles, meetings.diagonal, seen, causal=True)
+    return _attend(tiles, meetings.full, seen, causal=False)
+
+
+def _attend(tiles: Tiles, pairs: Pairs, seen: Partial, *, causal: bool) -> Partial:
 
     def meet(seen: Partial, pair: Pairs) -> tuple[Partial, None]:
         q, k, v = _pick(tiles, pair)
         old = Partial(*(_at(a, pair.query) for a in seen))
-        scores = _scores(q, k, pair.diagonal)
-        maximum = jnp.maximum(old.maximum_TxBxKxGxt, scores.max(-1))
+        scores = _scores(q, k, causal)
+        maximum = jnp.maximum(old.maximum, scores.max(-1))
         weights = jnp.exp(scores - maximum[..., None])
-        shrink = jnp.exp(old.maximum_TxBxKxGxt - maximum)
+        shrink = jnp.exp(old.maximum - maximum)
         values = jnp.einsum(
             "bkgts,bksd->bkgtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
         )
         new = Partial(
             maximum,
-            old.total_TxBxKxGxt * shrink + weights.sum(-1),
-            old.values_TxBxKxGxtxD * shrink[..., None] + values,
+            old.total * shrink + weights.sum(-1),
+            old.values * shrink[..., None] + values,
         )
         return Partial(*(_put(a, b, pair.query) for a, b in zip(seen, new, strict=True))), None
 
-    return jax.lax.scan(meet, seen, pairs)[0]
+    return jax.lax.scan(meet, seen, pairs)[0] if pairs.query.size else seen
 
 
 def finish(seen: Partial) -> Finished:
     """Normalise once every key has been seen."""
-    out = seen.values_TxBxKxGxtxD / seen.total_TxBxKxGxt[..., None]
-    return Finished(out, seen.maximum_TxBxKxGxt + jnp.log(seen.total_TxBxKxGxt))
+    out = seen.values / seen.total[..., None]
+    return Finished(out, seen.maximum + jnp.log(seen.total))
 
 
 class Cotangent(NamedTuple):
     """What the backward pass of every pair needs: the gradient of out, and per row its product with out."""
 
-    out_TxBxKxGxtxD: jax.Array
-    product_TxBxKxGxt: jax.Array
-    logsumexp_TxBxKxGxt: jax.Array
+    out: jax.Array
+    product: jax.Array
+    logsumexp: jax.Array
 
 
-def cotangent_of(out_TxBxKxGxtxD: jax.Array, done: Finished) -> Cotangent:
+def cotangent_of(d_out: jax.Array, done: Finished) -> Cotangent:
     """From the gradient of out; products in f32."""
-    product = jnp.einsum(
-        "nbkgtd,nbkgtd->nbkgt", out_TxBxKxGxtxD, done.out_TxBxKxGxtxD, preferred_element_type=jnp.float32
-    )
-    return Cotangent(out_TxBxKxGxtxD, product, done.logsumexp_TxBxKxGxt)
+    product = jnp.einsum("nbkgtd,nbkgtd->nbkgt", d_out, done.out, preferred_element_type=jnp.float32)
+    return Cotangent(d_out, product, done.logsumexp)
 
 
-def gradients(tiles: Tiles, pairs: Pairs, cotangent: Cotangent, start_q: jax.Array | None = None) -> Tiles:
-    """The pairs' share of the gradients, f32; that of the queries is added to `start_q`."""
+def gradients(
+    tiles: Tiles, meetings: Meetings, cotangent: Cotangent, start_q: jax.Array | None = None
+) -> Tiles:
+    """The meetings' share of the gradients, f32; that of the queries is added to `start_q`."""
     zero = Tiles(*(jnp.zeros(a.shape, jnp.float32) for a in tiles))
-    start = zero if start_q is None else zero._replace(queries_TxBxKxGxtxD=start_q)
+    start = zero if start_q is None else zero._replace(queries=start_q)
+    start = _gradients(tiles, meetings.diagonal, cotangent, start, causal=True)
+    return _gradients(tiles, meetings.full, cotangent, start, causal=False)
+
+
+def _gradients(tiles: Tiles, pairs: Pairs, cotangent: Cotangent, start: Tiles, *, causal: bool) -> Tiles:
 
     def meet(total: Tiles, pair: Pairs) -> tuple[Tiles, None]:
         q, k, v = _pick(tiles, pair)
         d_out, product, logsumexp = (_at(a, pair.query) for a in cotangent)
-        weights = jnp.exp(_scores(q, k, pair.diagonal) - logsumexp[..., None])
+        weights = jnp.exp(_scores(q, k, causal) - logsumexp[..., None])
         d_weights = _f32("bkgtd,bksd->bkgts", d_out, v)
         d_scores = (weights * (d_weights - product[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
         d_q = _f32("bkgts,bksd->bkgtd", d_scores, k)
@@ -161,24 +186,24 @@ def gradients(tiles: Tiles, pairs: Pairs, cotangent: Cotangent, start_q: jax.Arr
         new = (_put(a, _at(a, i) + b, i) for a, b, i in zip(total, (d_q, d_k, d_v), places, strict=True))
         return Tiles(*new), None
 
-    return jax.lax.scan(meet, start, pairs)[0]
+    return jax.lax.scan(meet, start, pairs)[0] if pairs.query.size else start
 
 
 @jax.custom_vjp
-def tiled_attention(tiles: Tiles, pairs: Pairs) -> jax.Array:
-    """Attention of `pairs`: out [T, B, K, G, t, D] in the queries' type."""
-    return _forward(tiles, pairs)[0]
+def tiled_attention(tiles: Tiles, meetings: Meetings) -> jax.Array:
+    """Attention: out [T, B, K, G, t, D] in the queries' type."""
+    return _forward(tiles, meetings)[0]
 
 
-def _forward(tiles: Tiles, pairs: Pairs) -> tuple[jax.Array, tuple[Tiles, Pairs, Finished]]:
-    q = tiles.queries_TxBxKxGxtxD
-    done = finish(attend(tiles, pairs, nothing_seen(q)))
-    return done.out_TxBxKxGxtxD.astype(q.dtype), (tiles, pairs, done)
+def _forward(tiles: Tiles, meetings: Meetings) -> tuple[jax.Array, tuple[Tiles, Meetings, Finished]]:
+    q = tiles.queries
+    done = finish(attend(tiles, meetings, nothing_seen(q)))
+    return done.out.astype(q.dtype), (tiles, meetings, done)
 
 
-def _backward(saved: tuple[Tiles, Pairs, Finished], d_out_TxBxKxGxtxD: jax.Array) -> tuple[Tiles, None]:
-    tiles, pairs, done = saved
-    total = gradients(tiles, pairs, cotangent_of(d_out_TxBxKxGxtxD, done))
+def _backward(saved: tuple[Tiles, Meetings, Finished], d_out_TxBxKxGxtxD: jax.Array) -> tuple[Tiles, None]:
+    tiles, meetings, done = saved
+    total = gradients(tiles, meetings, cotangent_of(d_out_TxBxKxGxtxD, done))
     return as_type(total, tiles), None
 
 
@@ -188,7 +213,7 @@ tiled_attention.defvjp(_forward, _backward)
 def blockwise_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array) -> jax.Array:
     """Causal attention of whole sequences on one device, memory linear in L."""
     tiles = tiles_of(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, tile_size(q_BxLxHxD.shape[1]))
-    return from_tiles(tiled_attention(tiles, triangle(tiles.keys_TxBxKxtxD.shape[0])))
+    return from_tiles(tiled_attention(tiles, triangle(tiles.keys.shape[0])))
 
 
 def as_type(total: Tiles, like: Tiles) -> Tiles:
@@ -196,11 +221,13 @@ def as_type(total: Tiles, like: Tiles) -> Tiles:
     return Tiles(*(a.astype(b.dtype) for a, b in zip(total, like, strict=True)))
 
 
-def _scores(q_BxKxGxtxD: jax.Array, k_BxKxsxD: jax.Array, diagonal: jax.Array) -> jax.Array:
-    """q·kᵀ / √D in f32, above the diagonal masked where the tile is the diagonal's."""
+def _scores(q_BxKxGxtxD: jax.Array, k_BxKxsxD: jax.Array, causal: bool) -> jax.Array:
+    """q·kᵀ / √D in f32; causal: masked above the diagonal."""
     scores = _f32("bkgtd,bksd->bkgts", q_BxKxGxtxD, k_BxKxsxD) * q_BxKxGxtxD.shape[-1] ** -0.5
+    if not causal:
+        return scores
     place = jnp.arange(scores.shape[-1])
-    visible = (place[:, None] >= place[None, :]) | ~diagonal
+    visible = place[:, None] >= place[None, :]
     return jnp.where(visible[None, None, None], scores, MASKED)
 
 

@@ -16,7 +16,6 @@ from shardlab.spec.plan_checks import CONTEXT_AXES
 from shardlab.spec.sharding import nearest_divisor, num_ways
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextAxes:
     """tokens: over which the sequence stays split during attention. heads: over which heads are, instead."""

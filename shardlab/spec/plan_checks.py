@@ -135,9 +135,7 @@ def method_problems(method: Method, where: Where) -> list[Problem]:
     """What is not built yet, and numbers that mean nothing."""
     problems = [
         Problem(where(("method", key)), f"{quoted(value)} is not built yet", f"use {usable}")
-        for key, value, usable in (
-            ("experts", method.experts, '"dropless"'),
-        )
+        for key, value, usable in (("experts", method.experts, '"dropless"'),)
         if value != usable.strip('"')
     ]
     if method.remat == "offload":
