@@ -56,7 +56,6 @@ TWO_AXES: dict[str, Grid] = {
     ),
 }
 ALWAYS = {
-    ("ring", "8"),
     ("ring", "2-data2-tensor2-sequence"),
     ("all-gather", "4-fsdp2"),
     ("ulysses", "4-tensor2"),
