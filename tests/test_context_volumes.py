@@ -196,7 +196,7 @@ def test_nothing_else_moves(on: str, kind: str, axes: Axes, allowed: set[str]) -
 
 @pytest.mark.gpu
 def test_hops_travel_while_tiles_are_computed() -> None:
-    """In the loops over hops (forward, run again, backward) the loop over tiles stands between start and end."""
+    """In the loops over hops (forward, again, backward) the loop over tiles stands between start and end."""
     lines = program("h100:1x8", "ring", RING8, "full").hlo_text.splitlines()
     starts = {
         place: match[1]
