@@ -212,11 +212,14 @@ def train(case: Case, text: np.ndarray, report: Report) -> Any:
     """Run --steps steps and return the compiled step."""
     import jax
 
+    from shardlab.parallel.context import in_step_order
+
     state, step, compiled = build(case)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, step.arguments[1])
     started_s = time.perf_counter()
     for number in range(1, STEPS.value + 1):
-        batch: Batch = jax.device_put(type(shardings)(*batch_at(text, case, SEED.value, number)), shardings)
+        arrays = (in_step_order(a, case.plan) for a in batch_at(text, case, SEED.value, number))
+        batch: Batch = jax.device_put(type(shardings)(*arrays), shardings)
         state, metrics = compiled(state, batch)
         loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
         now_s = time.perf_counter()

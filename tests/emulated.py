@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from shardlab.parallel.context import in_step_order
 from shardlab.parallel.optimizer import OptimizerConfig
 from shardlab.parallel.step import Batch, Step, TrainState, build_step, init_state
 from shardlab.spec.case import Case
@@ -90,7 +91,7 @@ def batch_for(step: Step, case: Case) -> Batch:
     starts = np.random.default_rng(0).integers(case.model.vocab, size=(case.batch, 1))
     text = ((starts + np.arange(case.seq + 1)[None]) % case.model.vocab).astype(np.int32)
     return jax.tree.map(
-        lambda array, leaf: jax.device_put(array, leaf.sharding),
+        lambda array, leaf: jax.device_put(in_step_order(array, case.plan), leaf.sharding),
         Batch(text[:, :-1], text[:, 1:]),
         step.arguments[1],
     )

@@ -63,6 +63,7 @@ class Runtime:
     compute_dtype: of activations and matrix products; parameters stay in their own type (f32 in training).
     attention: causal attention over a whole sequence. kv_repeats: how often each KV head is repeated before
     it.
+    positions: length -> the position of each token, where tokens do not lie in their natural order.
     constrain: places activations. place_weight: gathers a parameter for use, and places its gradient.
     lookup: the token embedding. experts: what a layer's experts do.
     project: every product with a projection's kernel.
@@ -72,11 +73,16 @@ class Runtime:
     remat: Remat = "full"
     attention: CausalAttention = reference_attention
     kv_repeats: int = 1
+    positions: Callable[[int], jax.Array] | None = None
     constrain: Constrain = keep
     place_weight: Constrain = keep
     lookup: Lookup = take_rows
     experts: Experts = DROPLESS_ALONE
     project: Callable[[jax.Array, LogicalAxes, jax.Array, int, Runtime], jax.Array] = project
+
+    def positions_of(self, length: int) -> jax.Array:
+        """The position of each of a sequence's tokens, int32 [L]."""
+        return jnp.arange(length) if self.positions is None else self.positions(length)
 
 
 def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function:

@@ -57,7 +57,7 @@ class Transformer(nnx.Module):
     def logits_and_load(self, tokens_BxL: jax.Array, run: Runtime) -> tuple[jax.Array, Load | None]:
         """Logits of every position, and the load of the experts of all layers [N, G, X], where there are
         any."""
-        position_L = jnp.arange(tokens_BxL.shape[1])
+        position_L = run.positions_of(tokens_BxL.shape[1])
         table_VxE = self._table(run)
         x_BxLxE = self._embed(table_VxE, tokens_BxL, position_L, run)
         x_BxLxE, (_, load) = self._through_layers(x_BxLxE, position_L, run)
@@ -65,7 +65,7 @@ class Transformer(nnx.Module):
 
     def prefill(self, tokens_BxL: jax.Array, run: Runtime) -> tuple[jax.Array, KeysValues]:
         """Logits of the last position [B, V], and the KV cache of the prompt [N, B, L, K, D]."""
-        position_L = jnp.arange(tokens_BxL.shape[1])
+        position_L = run.positions_of(tokens_BxL.shape[1])
         table_VxE = self._table(run)
         x_BxLxE = self._embed(table_VxE, tokens_BxL, position_L, run)
         x_BxLxE, (cache, _) = self._through_layers(x_BxLxE, position_L, run, keep=True)
@@ -85,7 +85,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BxL: jax.Array, run: Runtime) -> jax.Array:
         """What the first layer gets: x_BxLxE."""
-        return self._embed(self._table(run), tokens_BxL, jnp.arange(tokens_BxL.shape[1]), run)
+        return self._embed(self._table(run), tokens_BxL, run.positions_of(tokens_BxL.shape[1]), run)
 
     def logits(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
         """Of what the last layer gives: final norm and head."""
@@ -115,8 +115,11 @@ class Transformer(nnx.Module):
             x_BxLxE = run.lookup(table_VxE, tokens_BxL)
             if self.config.positions == "learned":
                 positions = weight(self.positions.table, run)
-                length = position_L.shape[0]
-                x_BxLxE = x_BxLxE + jax.lax.dynamic_slice_in_dim(positions, position_L[0], length)[None]
+                if run.positions is None:
+                    rows = jax.lax.dynamic_slice_in_dim(positions, position_L[0], position_L.shape[0])
+                else:
+                    rows = positions.at[position_L].get(mode="clip")
+                x_BxLxE = x_BxLxE + rows[None]
             return run.constrain(x_BxLxE, ("batch", "norm_seq", "embed"))
 
     def _final(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:

@@ -16,14 +16,23 @@ from shardlab.model.attention import (
     reference_attention,
     splash_attention,
 )
+from shardlab.parallel.context import context_attention
 from shardlab.parallel.shardings import Shardings
+from shardlab.parallel.tiles import blockwise_attention
 from shardlab.spec.case import Case
+from shardlab.spec.context import ulysses_ways
+from shardlab.spec.plan import Plan
 from shardlab.spec.sharding import num_ways
 
-Kernel = Literal["reference", "cudnn", "splash"]
+Kernel = Literal["reference", "blockwise", "cudnn", "splash"]
 
 FUSED_FOR = {"gpu": "cudnn", "tpu": "splash", "cpu": "reference"}
-PER_DEVICE: dict[str, CausalAttention] = {"cudnn": cudnn_attention, "splash": splash_attention}
+PER_DEVICE: dict[str, CausalAttention] = {
+    "reference": reference_attention,
+    "blockwise": blockwise_attention,
+    "cudnn": cudnn_attention,
+    "splash": splash_attention,
+}
 
 
 def choose_kernel(case: Case, target: str) -> tuple[Kernel, tuple[str, ...]]:
@@ -32,23 +41,27 @@ def choose_kernel(case: Case, target: str) -> tuple[Kernel, tuple[str, ...]]:
     `auto` is the target's fused kernel; where that does not suit the shapes it is the reference, with a note.
     Raises Infeasible when the plan asks by name for a kernel that the target or the shapes cannot have.
     """
-    asked = case.plan.method.attention
+    asked, context = case.plan.method.attention, case.plan.method.context
     kernel = FUSED_FOR[target] if asked == "auto" else asked
     reason = _unsuited(kernel, case, target)
     if reason is None:
-        return kernel, ()  # type: ignore[return-value]
+        unfused = "blockwise" if context != "none" and asked == "auto" and kernel == "reference" else kernel
+        return unfused, ()  # type: ignore[return-value]
     if asked != "auto":
         raise Infeasible(f"attention = {asked!r}: {reason}", "use attention = 'auto'")
-    return "reference", (f"attention: reference instead of {kernel}, because {reason}",)
+    instead: Kernel = "reference" if context == "none" else "blockwise"
+    return instead, (f"attention: {instead} instead of {kernel}, because {reason}",)
 
 
 def _unsuited(kernel: str, case: Case, target: str) -> str | None:
     """Why this kernel cannot run this case, None when it can."""
+    if case.plan.method.context not in ("none", "ulysses"):
+        return f"context = {case.plan.method.context!r} merges blocks of keys by itself"
     if kernel == "reference":
         return None
     if kernel != FUSED_FOR[target]:
         return f"{kernel} does not run on {target}"
-    if case.plan.activations.get("seq"):
+    if case.plan.activations.get("seq") and case.plan.method.context == "none":
         return (
             f"{kernel} needs whole sequences and seq is split over {', '.join(case.plan.activations['seq'])}"
         )
@@ -65,7 +78,7 @@ def kv_repeats(case: Case) -> int:
     1 when the devices divide the KV heads; devices / KV heads when it is the other way round; else all query
     heads.
     """
-    ways = num_ways(case.plan.activations.get("heads", ()), case.plan.axes)
+    ways = num_ways(case.plan.activations.get("heads", ()), case.plan.axes) * ulysses_ways(case.plan)
     kv_heads = case.model.kv_heads
     if kv_heads % ways == 0:
         return 1
@@ -97,3 +110,10 @@ def mesh_attention(kernel: Kernel, shardings: Shardings) -> CausalAttention:
         )(q, k, v)
 
     return reference if kernel == "reference" else fused
+
+
+def attention_on(plan: Plan, kernel: Kernel, shardings: Shardings) -> CausalAttention:
+    """The plan's attention over the whole mesh: context parallel where it asks for that."""
+    if plan.method.context == "none":
+        return mesh_attention(kernel, shardings)
+    return context_attention(plan, PER_DEVICE[kernel], shardings)

@@ -99,9 +99,12 @@ def shardings_of(plan: Plan, mesh: Mesh) -> Shardings:
 
     A weight in use keeps the mesh axes that its activations of the same logical axis have (tensor
     parallelism) and is
-    gathered over the others (FSDP). norm_seq follows seq unless the plan says otherwise.
+    gathered over the others (FSDP). norm_seq follows seq unless the plan says otherwise, kv_seq does in
+    context parallelism.
     """
-    activations = {"norm_seq": plan.activations.get("seq", ()), **plan.activations}
+    split = plan.activations.get("seq", ())
+    keys = split if plan.method.context != "none" else ()
+    activations = {"norm_seq": split, "kv_seq": keys, **plan.activations}
     compute = {
         axis: tuple(name for name in names if name in activations.get(axis, ()))
         for axis, names in plan.params.items()

@@ -110,7 +110,7 @@ class StageModel:
 
     def _layer(self, run: Runtime, params: Params, x_BxLxE: jax.Array) -> jax.Array:
         layer = with_params(self.model.layers, params)
-        return layer(x_BxLxE, jnp.arange(x_BxLxE.shape[1]), run)[0]
+        return layer(x_BxLxE, run.positions_of(x_BxLxE.shape[1]), run)[0]
 
     def _recomputing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Under the plan's remat policy; between a forward and its backward only the input is kept anyway."""

@@ -19,9 +19,10 @@ from shardlab.model.layers import KeysValues
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import Params, Transformer, abstract_model, init_params, with_params
+from shardlab.parallel.context import order_notes, positions_of
 from shardlab.parallel.embedding import mesh_lookup
 from shardlab.parallel.experts import experts_notes, mesh_experts
-from shardlab.parallel.kernels import choose_kernel, kv_repeats, mesh_attention
+from shardlab.parallel.kernels import attention_on, choose_kernel, kv_repeats
 from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer, optimizer_shardings
 from shardlab.parallel.pipeline import Pipeline, to_stages
 from shardlab.parallel.shardings import Shardings, microbatches, shardings_of
@@ -149,7 +150,8 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
         return Runtime(
             compute_dtype=compute_dtype,
             remat=case.plan.method.remat,
-            attention=mesh_attention(kernel, shardings),
+            attention=attention_on(case.plan, kernel, shardings),
+            positions=positions_of(case.plan),
             kv_repeats=kv_repeats(case),
             constrain=shardings.constrain,
             place_weight=shardings.place_weight,
@@ -163,19 +165,14 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
         model=abstract_model(case.model, scan_layers=case.scan_layers),
         shardings=shardings,
         runtime_on=runtime_on,
-        notes=notes + experts_notes(case, family),
+        notes=notes + experts_notes(case, family) + order_notes(case.plan),
     )
 
 
 def _refuse_methods(case: Case) -> None:
     """Raise Infeasible for a method that this model does not have."""
-    method = case.plan.method
     for reason, nearest in case.obstacles().items():
         raise Infeasible(reason, nearest)
-    if method.context != "none":
-        raise Infeasible(
-            f"context = {method.context!r}: this model has no context parallelism", "use context = 'none'"
-        )
     count = num_microbatches(case.plan)
     if case.workload == "train" and case.batch % count:
         raise Infeasible(f"batch {case.batch} over {count} microbatches", f"use a multiple of {count}")

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from shardlab.errors import Infeasible, Problem, UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.machine import Machine
+from shardlab.spec.context import context_obstacles, ulysses_kv_note
 from shardlab.spec.experts import experts_obstacles
 from shardlab.spec.models import ModelConfig, find_model
 from shardlab.spec.params import ParamSpec, parameter_table
@@ -65,9 +66,8 @@ class Case(BaseModel):
         """Why the plan's methods cannot be with this model and workload: reason -> what can."""
         plan = self.plan
         found = obstacles(plan, self.model.layers, self.workload)
-        return found | experts_obstacles(
-            self.model, plan.params, plan.activations, plan.method, self.workload
-        )
+        found |= experts_obstacles(self.model, plan.params, plan.activations, plan.method, self.workload)
+        return found | context_obstacles(plan, self.model, self.seq, self.workload)
 
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of how the rules meet the model: replicated KV heads, straddled groups."""
@@ -75,6 +75,7 @@ class Case(BaseModel):
         found = (
             replicated_kv_heads(kv_heads, self.plan.params, axes),
             split_groups(heads, kv_heads, self.plan.params, axes),
+            ulysses_kv_note(self.plan, self.model),
         )
         return tuple(note for note in found if note is not None)
 
@@ -96,7 +97,7 @@ def make_case(
     the nearest value that works, when a dimension cannot be split as the rules say.
     """
     config, spec = _resolved(plan, model, machine)
-    length = _given("--seq", seq, min(plan.check.seq or MAX_DEFAULT_SEQ, config.context))
+    length = _given("--seq", seq, _default_seq(plan, config))
     sequences = _given("--batch", batch, plan.check.batch or default_batch(plan))
     case = Case(
         plan=plan,
@@ -109,6 +110,13 @@ def make_case(
     )
     check_feasible(case)
     return case
+
+
+def _default_seq(plan: Plan, model: ModelConfig) -> int:
+    """What `[check]` says for its own model, which may be longer than that was trained with."""
+    if plan.check.seq is not None and plan.check.model == model.name:
+        return plan.check.seq
+    return min(plan.check.seq or MAX_DEFAULT_SEQ, model.context)
 
 
 def default_batch(plan: Plan) -> int:

@@ -16,6 +16,15 @@ SCHEDULES = {
 }
 
 
+CONTEXTS = {
+    "none": "context parallel",
+    "all-gather": "context parallel (all-gather)",
+    "ring": "context parallel (ring)",
+    "ulysses": "context parallel (Ulysses)",
+    "ring+ulysses": "context parallel (ring x Ulysses)",
+}
+
+
 def strategy_names(plan: Plan) -> tuple[str, ...]:
     """The strategies that the rules amount to, such as ("FSDP", "tensor parallel", "sequence parallel
     (Megatron)").
@@ -30,10 +39,15 @@ def strategy_names(plan: Plan) -> tuple[str, ...]:
 
 
 def _data_names(plan: Plan) -> Iterable[str]:
-    """What the batch axes do: an axis that splits weights too is FSDP, one that does not is data parallel."""
+    """What the batch axes do: an axis that splits weights too is FSDP, one that does not is data parallel.
+
+    An axis that splits the sequence holds other tokens on every device: what it does to weights has the same
+    names.
+    """
     batch = _live(plan, plan.activations.get("batch", ()))
+    tokens = _live(plan, plan.activations.get("seq", ()))
     weights, states = _used(_without_experts(plan)), _used(plan.optimizer)
-    sharded = [axis for axis in batch if axis in weights]
+    sharded = [axis for axis in (*batch, *tokens) if axis in weights]
     replicated = [axis for axis in batch if axis not in weights]
     if sharded and replicated:
         yield "HSDP"
@@ -41,6 +55,7 @@ def _data_names(plan: Plan) -> Iterable[str]:
         yield "FSDP"
     elif replicated:
         yield "data parallel"
+    replicated += [axis for axis in tokens if axis not in weights]
     if any(axis in states and axis not in plan.params.get("expert", ()) for axis in replicated):
         yield "ZeRO-1"
 
@@ -49,15 +64,16 @@ def _model_names(plan: Plan) -> Iterable[str]:
     """What the other axes do to weights and to the sequence."""
     batch = plan.activations.get("batch", ())
     layers, stages = plan.params.get("layers", ()), plan.params.get("stage", ())
-    tensor = [a for a in _used(_without_experts(plan)) if a not in (*batch, *layers, *stages)]
     sequence = _live(plan, plan.activations.get("seq", ()))
+    others = (*batch, *layers, *stages, *sequence)
+    tensor = [a for a in _used(_without_experts(plan)) if a not in others]
     norms = _live(plan, plan.activations.get("norm_seq", ()))
     if _live(plan, tensor):
         yield "tensor parallel"
     if any(axis in tensor for axis in norms):
         yield "sequence parallel (Megatron)"
     if sequence:
-        yield "context parallel"
+        yield CONTEXTS[plan.method.context]
     if _live(plan, expert_axes(plan.params, plan.activations)):
         yield "expert parallel"
     if any(axis not in batch for axis in _live(plan, layers)):

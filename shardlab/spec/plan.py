@@ -89,6 +89,8 @@ def _filled_in(table: PlanTable, name: str, path: str, on: str | None, flags: tu
     follow = {axis: params[axis] for axis in FOLLOWS_PARAMS if axis in params}
     if "seq" in activations:
         follow["norm_seq"] = activations["seq"]
+        if table.method.context != "none":
+            follow["kv_seq"] = activations["seq"]
     return Plan(
         name=name,
         path=path,
@@ -124,6 +126,7 @@ def _problems(plan: Plan, table: PlanTable, text: PlanText) -> list[Problem]:
     problems += checks.method_problems(plan.method, where)
     problems += checks.pipeline_problems(plan.params, plan.activations, plan.method, where)
     problems += experts_problems(plan.params, plan.activations, plan.method, where)
+    problems += checks.context_problems(plan.activations, plan.method, where)
     problems += checks.flags_problems(plan.flags, where)
     return problems + checks.check_problems(plan.check, where)
 

@@ -133,11 +133,7 @@ def grid_size(axes: Mapping[str, int]) -> tuple[str, int]:
 
 def method_problems(method: Method, where: Where) -> list[Problem]:
     """What is not built yet, and numbers that mean nothing."""
-    problems = [
-        Problem(where(("method", key)), f"{quoted(value)} is not built yet", f"use {usable}")
-        for key, value, usable in (("context", method.context, '"none"'),)
-        if value != usable.strip('"')
-    ]
+    problems: list[Problem] = []
     if method.remat == "offload":
         fix = 'use "none", "full" or "matmuls"'
         problems.append(Problem(where(("method", "remat")), "'offload' is not built yet", fix))
@@ -205,6 +201,34 @@ def _pipeline_method_problems(method: Method) -> list[tuple[KeyPath, str, str]]:
         if (value := getattr(method, key)) is not None and value < 1
     ]
     return problems
+
+
+CONTEXT_AXES = {"all-gather": 1, "ring": 1, "ulysses": 1, "ring+ulysses": 2}
+
+
+def context_problems(activations: Rules, method: Method, where: Where) -> list[Problem]:
+    """Context parallelism has its mesh axes, and nothing moves its tokens elsewhere."""
+    if method.context == "none":
+        return []
+    split, wanted = tuple(activations.get("seq", ())), CONTEXT_AXES[method.context]
+    problems: list[tuple[KeyPath, str, str]] = []
+    if len(split) != wanted:
+        what = f"{quoted(method.context)} with seq over {len(split)} mesh axes"
+        fix = 'seq = ["context"]' if wanted == 1 else 'seq = ["ring", "ulysses"]'
+        problems.append((("method", "context"), what, f"write {fix} in [activations]"))
+    elif tuple(activations.get("norm_seq", split))[:wanted] != split:
+        fix = f"let it begin with {', '.join(split)}, or remove it"
+        problems.append((("activations", "norm_seq"), "moves the tokens of context parallelism", fix))
+    if tuple(activations.get("kv_seq", split)) != split:
+        what = f"keys and values do not lie as {method.context} takes them"
+        problems.append((("activations", "kv_seq"), what, "remove it"))
+    if method.attention != "auto" and method.context != "ulysses":
+        what = f"{quoted(method.attention)}, but {method.context} merges blocks of keys by itself"
+        problems.append((("method", "attention"), what, 'use "auto"'))
+    if method.pipeline != "none":
+        what = f"{quoted(method.context)} in a pipeline is not built yet"
+        problems.append((("method", "context"), what, 'use "none", or pipeline = "none"'))
+    return [Problem(where(key), what, fix) for key, what, fix in problems]
 
 
 def check_problems(check: Check, where: Where) -> list[Problem]:

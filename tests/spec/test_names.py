@@ -11,6 +11,7 @@ DATA = "[axes]\ndata = 2\n"
 FSDP = "[axes]\nfsdp = 4\n[params]\nembed = ['fsdp']\n"
 HYBRID = "[axes]\ndata = 2\nfsdp = 4\n[params]\nembed = ['fsdp']\n[activations]\nbatch = ['data', 'fsdp']\n"
 TENSOR = "heads = ['tensor']\nmlp = ['tensor']\n"
+CONTEXT = "[axes]\nc = 8\n[activations]\nseq = ['c']\n"
 CASES = [
     ("one device", "axes = {d = 1}", ["single device"]),
     ("data", DATA + "[activations]\nbatch = ['data']", ["data parallel"]),
@@ -31,6 +32,24 @@ CASES = [
         ["FSDP", "tensor parallel", "sequence parallel (Megatron)"],
     ),
     ("context", "[axes]\nc = 8\n[activations]\nseq = ['c']", ["context parallel"]),
+    ("ring", CONTEXT + "[method]\ncontext = 'ring'", ["context parallel (ring)"]),
+    ("gathered keys", CONTEXT + "[method]\ncontext = 'all-gather'", ["context parallel (all-gather)"]),
+    ("Ulysses", CONTEXT + "[method]\ncontext = 'ulysses'", ["context parallel (Ulysses)"]),
+    (
+        "ring and Ulysses",
+        "[axes]\nr = 2\nu = 4\n[activations]\nseq = ['r', 'u']\n[method]\ncontext = 'ring+ulysses'",
+        ["context parallel (ring x Ulysses)"],
+    ),
+    (
+        "weights over the ring",
+        CONTEXT + "[params]\nembed = ['c']\n[method]\ncontext = 'ring'",
+        ["FSDP", "context parallel (ring)"],
+    ),
+    (
+        "optimizer state over the ring",
+        CONTEXT + "[optimizer]\nembed = ['c']\n[method]\ncontext = 'ring'",
+        ["ZeRO-1", "context parallel (ring)"],
+    ),
     (
         "expert",
         "[axes]\ne = 8\n[params]\nexpert = ['e']\n[activations]\nbatch = ['e']",
