@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from shardlab.parallel.optimizer import OptimizerConfig
+from shardlab.parallel.pipeline import from_stages
 from shardlab.parallel.step import Batch, Step, TrainState, build_step, init_state
 from shardlab.spec.case import Case
 from shardlab.spec.models import ModelConfig
@@ -35,7 +37,13 @@ Rules = dict[str, tuple[str, ...]]
 
 
 def plan(
-    axes: dict[str, int], params: Rules, activations: Rules, optimizer: Rules | None = None, **method: Any
+    axes: dict[str, int],
+    params: Rules,
+    activations: Rules,
+    optimizer: Rules | None = None,
+    *,
+    gradients: Rules | None = None,
+    **method: Any,
 ) -> Plan:
     """A plan; heads, KV heads, mlp and vocabulary of activations follow the parameters, as in a mesh file."""
     follow = {axis: params[axis] for axis in TENSOR if axis in params}
@@ -44,6 +52,7 @@ def plan(
         axes=axes,
         params=params,
         activations={**follow, **activations},
+        gradients=gradients or {},
         optimizer={**params, **(optimizer or {})},
         method=Method(**method),
     )
@@ -104,3 +113,33 @@ def curve(case: Case, steps: int = 5, seed: int = 0) -> Sequence[tuple[float, fl
         state, metrics = step.function(state, batch)
         points.append((float(metrics.loss), float(metrics.gradient_norm)))
     return points
+
+
+def trained(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(loss, gradient norm) of five steps, and Adam's first moments after the first of them: the clipped
+    gradients times 1 - b1."""
+    step, state = step_of(case), state_of(case)
+    batch, points, first = batch_for(step, case), [], {}
+    for _ in range(5):
+        state, metrics = step.function(state, batch)
+        points.append((float(metrics.loss), float(metrics.gradient_norm)))
+        first = first or {path: np.array(a) for path, a in state.optimizer[1][0].mu.items()}
+    return np.array(points), {path: np.asarray(a) for path, a in from_stages(first, case).items()}
+
+
+@cache
+def alone(model: ModelConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    return trained(case_of(PLANS["one-device"], model))
+
+
+def check_equal(case: Case) -> None:
+    """Loss and every gradient as on one device, and five optimizer steps stay together."""
+    points, gradients = trained(case)
+    expected_points, expected = alone(case.model)
+    np.testing.assert_allclose(points, expected_points, rtol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for path, gradient in gradients.items():
+        worst = np.abs(gradient - expected[path]).max()
+        # Attention does not depend on a bias of all keys: its gradient is rounding, of the size of queries'.
+        scale = expected[path.replace("key/bias", "query/bias")]
+        assert worst <= 1e-5 * np.abs(scale).max(), path
