@@ -58,6 +58,29 @@ def plan(
     )
 
 
+def asked(axes: dict[str, int], features: str = "", **method: Any) -> Plan:
+    """A plan in which the mesh axes mean what they are called, and features what they are called.
+
+    data: the batch. fsdp: the batch and the parameters. tensor: heads, mlp, vocabulary. y: the second axis of
+    2-D tensor parallelism. stage: a pipeline's. Features: zero1, zero2 (over data), seq, vocab (that alone).
+    """
+    embed = tuple(name for name in ("y", "fsdp") if name in axes)
+    params: Rules = {"embed": embed} if embed else {}
+    if "tensor" in axes:
+        params |= {"vocab": ("tensor",)} if "vocab" in features else TENSOR
+    if "stage" in axes:
+        params |= {"stage": ("stage",)}
+    activations: Rules = {"batch": tuple(name for name in ("data", "fsdp") if name in axes)}
+    if "seq" in features:
+        activations |= {"norm_seq": ("tensor",)}
+    if "y" in axes:
+        activations |= {"embed": ("y",)}
+    states: Rules = {"embed": (*embed, "data")} if "zero" in features else {}
+    return plan(
+        axes, params, activations, states, gradients=states if "zero2" in features else None, **method
+    )
+
+
 FSDP: Rules = {"embed": ("fsdp",)}
 PLANS = {
     "one-device": plan({"data": 1}, {}, {"batch": ("data",)}),

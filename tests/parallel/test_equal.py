@@ -1,6 +1,6 @@
 """Every strategy, alone and together, trains as one device does: one table of combinations.
 
-Another strategy is a few rules in `asked` and rows in the table.
+Another strategy is a few rules in `emulated.asked` and rows in the table.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from emulated import GROUPED, SMALL, TENSOR, Rules, case_of, check_equal, plan
+from emulated import GROUPED, SMALL, asked, case_of, check_equal
 from hypothesis import given, settings
 
 from shardlab.spec.models import ModelConfig
@@ -28,29 +28,6 @@ GPT2 = replace(
     tied_embeddings=True,
     bias=True,
 )
-
-
-def asked(axes: dict[str, int], features: str = "", **method: Any) -> Plan:
-    """A plan in which the mesh axes mean what they are called, and features what they are called.
-
-    data: the batch. fsdp: the batch and the parameters. tensor: heads, mlp, vocabulary. y: the second axis of
-    2-D tensor parallelism. stage: a pipeline's. Features: zero1, zero2 (over data), seq, vocab (that alone).
-    """
-    embed = tuple(name for name in ("y", "fsdp") if name in axes)
-    params: Rules = {"embed": embed} if embed else {}
-    if "tensor" in axes:
-        params |= {"vocab": ("tensor",)} if "vocab" in features else TENSOR
-    if "stage" in axes:
-        params |= {"stage": ("stage",)}
-    activations: Rules = {"batch": tuple(name for name in ("data", "fsdp") if name in axes)}
-    if "seq" in features:
-        activations |= {"norm_seq": ("tensor",)}
-    if "y" in axes:
-        activations |= {"embed": ("y",)}
-    states: Rules = {"embed": (*embed, "data")} if "zero" in features else {}
-    return plan(
-        axes, params, activations, states, gradients=states if "zero2" in features else None, **method
-    )
 
 
 @dataclass(frozen=True)
