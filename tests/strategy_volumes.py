@@ -32,10 +32,10 @@ def together(volumes: Iterable[Volumes]) -> Volumes:
     return dict(total)  # type: ignore[arg-type]
 
 
-def data_parallel(axis: str, ways: int, params: int) -> Volumes:
-    """One all-reduce of the gradients, f32, per step: 2Ψ (ZeRO, arXiv:1910.02054, section 7.1), however many
+def data_parallel(axis: str, ways: int, gradient_bytes: int) -> Volumes:
+    """One all-reduce of the gradients per step: 2Ψ (ZeRO, arXiv:1910.02054, section 7.1), however many
     microbatches."""
-    return {(axis, "all-reduce"): all_reduce(ways, F32 * params)}
+    return {(axis, "all-reduce"): all_reduce(ways, gradient_bytes)}
 
 
 def zero1(axis: str, ways: int, params: int) -> Volumes:
@@ -54,12 +54,14 @@ def zero2(axis: str, ways: int, params: int, gradient_bytes: int, microbatches: 
     }
 
 
-def fsdp(axis: str, ways: int, layer_bytes: int, outer_bytes: int, microbatches: int) -> Volumes:
+def fsdp(
+    axis: str, ways: int, layer_bytes: int, outer_bytes: int, microbatches: int, *, outer_gathers: int
+) -> Volumes:
     """ZeRO-3, section 7.2.2: Ψ gathered forward, Ψ backward, Ψ of gradients scattered, every microbatch.
 
-    Embedding, final norm and head are gathered once and kept.
+    outer_gathers: how often embedding, final norm and head are gathered: what they gave is kept for backward.
     """
-    gathered = 2 * microbatches * layer_bytes + outer_bytes
+    gathered = 2 * microbatches * layer_bytes + outer_gathers * outer_bytes
     return {
         (axis, "all-gather"): gather(ways, gathered),
         (axis, "reduce-scatter"): microbatches * gather(ways, layer_bytes + outer_bytes),
