@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from shardlab.parallel.context import in_step_order
 from shardlab.parallel.optimizer import OptimizerConfig
+from shardlab.parallel.pipeline import from_stages
 from shardlab.parallel.step import Batch, Step, TrainState, build_step, init_state
 from shardlab.spec.case import Case
 from shardlab.spec.models import ModelConfig
@@ -36,7 +38,13 @@ Rules = dict[str, tuple[str, ...]]
 
 
 def plan(
-    axes: dict[str, int], params: Rules, activations: Rules, optimizer: Rules | None = None, **method: Any
+    axes: dict[str, int],
+    params: Rules,
+    activations: Rules,
+    optimizer: Rules | None = None,
+    *,
+    gradients: Rules | None = None,
+    **method: Any,
 ) -> Plan:
     """A plan; heads, KV heads, mlp and vocabulary of activations follow the parameters, as in a mesh file."""
     follow = {axis: params[axis] for axis in TENSOR if axis in params}
@@ -45,8 +53,32 @@ def plan(
         axes=axes,
         params=params,
         activations={**follow, **activations},
+        gradients=gradients or {},
         optimizer={**params, **(optimizer or {})},
         method=Method(**method),
+    )
+
+
+def asked(axes: dict[str, int], features: str = "", **method: Any) -> Plan:
+    """A plan in which the mesh axes mean what they are called, and features what they are called.
+
+    data: the batch. fsdp: the batch and the parameters. tensor: heads, mlp, vocabulary. y: the second axis of
+    2-D tensor parallelism. stage: a pipeline's. Features: zero1, zero2 (over data), seq, vocab (that alone).
+    """
+    embed = tuple(name for name in ("y", "fsdp") if name in axes)
+    params: Rules = {"embed": embed} if embed else {}
+    if "tensor" in axes:
+        params |= {"vocab": ("tensor",)} if "vocab" in features else TENSOR
+    if "stage" in axes:
+        params |= {"stage": ("stage",)}
+    activations: Rules = {"batch": tuple(name for name in ("data", "fsdp") if name in axes)}
+    if "seq" in features:
+        activations |= {"norm_seq": ("tensor",)}
+    if "y" in axes:
+        activations |= {"embed": ("y",)}
+    states: Rules = {"embed": (*embed, "data")} if "zero" in features else {}
+    return plan(
+        axes, params, activations, states, gradients=states if "zero2" in features else None, **method
     )
 
 
@@ -122,3 +154,33 @@ def inference(plan: Plan, model: ModelConfig) -> np.ndarray:
     position = jax.device_put(jnp.int32(15), decode.arguments[3].sharding)
     second, _ = decode.function(params, cache, token, position)
     return np.stack([first, second])[..., : model.vocab]
+
+
+def trained(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(loss, gradient norm) of five steps, and Adam's first moments after the first of them: the clipped
+    gradients times 1 - b1."""
+    step, state = step_of(case), state_of(case)
+    batch, points, first = batch_for(step, case), [], {}
+    for _ in range(5):
+        state, metrics = step.function(state, batch)
+        points.append((float(metrics.loss), float(metrics.gradient_norm)))
+        first = first or {path: np.array(a) for path, a in state.optimizer[1][0].mu.items()}
+    return np.array(points), {path: np.asarray(a) for path, a in from_stages(first, case).items()}
+
+
+@cache
+def alone(model: ModelConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    return trained(case_of(PLANS["one-device"], model))
+
+
+def check_equal(case: Case) -> None:
+    """Loss and every gradient as on one device, and five optimizer steps stay together."""
+    points, gradients = trained(case)
+    expected_points, expected = alone(case.model)
+    np.testing.assert_allclose(points, expected_points, rtol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for path, gradient in gradients.items():
+        worst = np.abs(gradient - expected[path]).max()
+        # Attention does not depend on a bias of all keys: its gradient is rounding, of the size of queries'.
+        scale = expected[path.replace("key/bias", "query/bias")]
+        assert worst <= 1e-5 * np.abs(scale).max(), path

@@ -18,13 +18,14 @@ from jax.sharding import PartitionSpec
 
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import Params, Transformer
+from shardlab.parallel.reduction import reduced, shardings_inside
 from shardlab.parallel.shardings import Shardings, microbatches
 from shardlab.parallel.stage import LAYERS, StageModel
 from shardlab.parallel.ticks import Executor
 from shardlab.spec.case import Case
+from shardlab.spec.names import reduced_once
 from shardlab.spec.params import ParamSpec
 from shardlab.spec.pipeline import layout_of, schedule_of, stage_axis
-from shardlab.spec.plan import Rules
 from shardlab.spec.stages import StageLayout
 from shardlab.spec.tick_table import tick_table
 
@@ -57,10 +58,8 @@ class Pipeline:
 
     @property
     def data(self) -> tuple[str, ...]:
-        """The batch axes that split no parameter."""
-        plan = self.case.plan
-        used = {name for names in plan.params.values() for name in names}
-        return tuple(name for name in plan.activations.get("batch", ()) if name not in used)
+        """The batch axes over which gradients are reduced once per step."""
+        return reduced_once(self.case.plan)
 
     @property
     def data_ways(self) -> int:
@@ -76,8 +75,15 @@ class Pipeline:
         losses, partial = self._mapped()(params, *micro)
         specs = {p.path: p for p in self.case.parameters()}
         with jax.named_scope("pipeline"):
-            gradients = {path: self._reduced(parts, specs[path]) for path, parts in partial.items()}
+            gradients = {
+                path: reduced(parts, specs[path], self._over(path), self.data_ways, self.shardings)
+                for path, parts in partial.items()
+            }
             return losses.sum() / self.data_ways, gradients
+
+    def _over(self, path: str) -> tuple[str, ...]:
+        """The axes over which a parameter's gradient has parts: what is in no layer has one on each stage."""
+        return self.data if path.startswith(LAYERS) else (self.axis, *self.data)
 
     def _mapped(self) -> Callable[..., tuple[jax.Array, Params]]:
         """(params, tokens, targets) -> losses [parts] and unreduced gradients [parts, …].
@@ -110,7 +116,7 @@ class Pipeline:
 
     def _executor(self, params: Params, tokens: jax.Array, targets: jax.Array) -> Executor:
         """Inside the map: one stage's program."""
-        inside = _without(self.shardings, {self.axis, *self.data})
+        inside = shardings_inside(self.shardings, {self.axis, *self.data})
         axes = {p.path: p.axes for p in self.case.parameters()}
 
         def place(name: str, array: jax.Array) -> jax.Array:
@@ -131,61 +137,6 @@ class Pipeline:
             targets=targets,
             place=place,
         )
-
-    def _reduced(self, parts: jax.Array, spec: ParamSpec) -> jax.Array:
-        """parts [parts, *shape] -> their sum over `data_ways`, where the optimizer state is.
-
-        Reduce-scattered over the axes that split the optimizer state, where they are the minor ones of their
-        dimension; all-reduced over the others.
-        """
-        over = self.data if spec.path.startswith(LAYERS) else (self.axis, *self.data)
-        if not over:
-            return parts.squeeze(0)
-        wanted = _names(self.shardings.optimizer_state(spec).spec, len(spec.shape))
-        held = [tuple(n for n in names if n not in over) for names in wanted]
-        scattered = {
-            dim: names[len(kept) :]
-            for dim, (names, kept) in enumerate(zip(wanted, held, strict=True))
-            if len(names) > len(kept) and names[: len(kept)] == kept
-        }
-        left = tuple(n for n in over if not any(n in names for names in scattered.values()))
-
-        def reduce(part: jax.Array) -> jax.Array:
-            total = part.squeeze(0)
-            for dim, names in scattered.items():
-                total = jax.lax.psum_scatter(total, names, scatter_dimension=dim, tiled=True)
-            return (jax.lax.psum(total, left) if left else total) / self.data_ways
-
-        return jax.shard_map(
-            reduce,
-            mesh=self.shardings.mesh,
-            in_specs=PartitionSpec(over, *(names or None for names in held)),
-            out_specs=PartitionSpec(
-                *((wanted[dim] if dim in scattered else names) or None for dim, names in enumerate(held))
-            ),
-            check_vma=False,
-        )(parts)
-
-
-def _names(spec: PartitionSpec, ndim: int) -> list[tuple[str, ...]]:
-    """The mesh axes of each dimension."""
-    named = [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
-    return named + [()] * (ndim - len(named))
-
-
-def _without(shardings: Shardings, taken: set[str]) -> Shardings:
-    """The shardings inside a map that is manual over `taken`: over the other axes alone."""
-
-    def rest(rules: Rules) -> Rules:
-        return {axis: tuple(n for n in names if n not in taken) for axis, names in rules.items()}
-
-    return Shardings(
-        mesh=jax.sharding.get_abstract_mesh(),
-        params=rest(shardings.params),
-        optimizer=rest(shardings.optimizer),
-        compute=rest(shardings.compute),
-        activations=rest(shardings.activations),
-    )
 
 
 def to_stages(params: Params, case: Case) -> Params:

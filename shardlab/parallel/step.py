@@ -25,8 +25,10 @@ from shardlab.parallel.experts import experts_notes, mesh_experts
 from shardlab.parallel.kernels import attention_on, choose_kernel, kv_repeats
 from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer, optimizer_shardings
 from shardlab.parallel.pipeline import Pipeline, to_stages
-from shardlab.parallel.shardings import Shardings, microbatches, shardings_of
+from shardlab.parallel.reduction import LossAndGradients, accumulated
+from shardlab.parallel.shardings import Shardings, shardings_of
 from shardlab.spec.case import Case
+from shardlab.spec.names import accumulation_notes, reduced_once
 from shardlab.spec.params import ParamSpec
 from shardlab.spec.pipeline import num_microbatches, pipeline_notes
 
@@ -191,7 +193,7 @@ def _train_step(setup: _Setup, config: OptimizerConfig, z_loss: float) -> Step:
     loss_and_gradients = _loss_and_gradients(setup, z_loss)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, gradients = loss_and_gradients(state.params, batch)
+        loss, gradients = loss_and_gradients(state.params, *batch)
         with jax.named_scope("optimizer"):
             gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
             norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradients.values()))
@@ -210,11 +212,8 @@ def _train_step(setup: _Setup, config: OptimizerConfig, z_loss: float) -> Step:
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     function = jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings, shardings.replicated()))
     tokens = setup.abstract_tokens()
-    notes = setup.notes + accumulation_note(case.plan.method.accumulate) + pipeline_notes(case.plan)
+    notes = setup.notes + accumulation_notes(case.plan) + pipeline_notes(case.plan)
     return Step(function=function, arguments=(state, Batch(tokens, tokens)), notes=notes)
-
-
-LossAndGradients = Callable[[Params, Batch], tuple[jax.Array, Params]]
 
 
 def _loss_and_gradients(setup: _Setup, z_loss: float) -> LossAndGradients:
@@ -227,41 +226,22 @@ def _loss_and_gradients(setup: _Setup, z_loss: float) -> LossAndGradients:
             runtime_on=setup.runtime_on,
             z_loss=z_loss,
         )
-        return lambda params, batch: pipeline.loss_and_gradients(params, *batch)
+        return pipeline.loss_and_gradients
 
-    def loss_of(params: Params, batch: Batch) -> jax.Array:
-        logits_BxLxV, load = with_params(setup.model, params).logits_and_load(batch.tokens, setup.runtime)
-        loss = cross_entropy(logits_BxLxV, batch.targets, z_loss=z_loss)
-        return loss if load is None else loss + setup.case.model.balance_coefficient * balance_loss(load)
+    def on(shardings: Shardings) -> LossAndGradients:
+        run = setup.runtime_on(shardings)
 
-    count = setup.case.plan.method.accumulate
-    return accumulated(jax.value_and_grad(loss_of), count, setup.shardings)
+        def loss_of(params: Params, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+            logits_BxLxV, load = with_params(setup.model, params).logits_and_load(tokens, run)
+            loss = cross_entropy(logits_BxLxV, targets, z_loss=z_loss)
+            return loss if load is None else loss + setup.case.model.balance_coefficient * balance_loss(load)
 
+        return jax.value_and_grad(loss_of)
 
-def accumulated(loss_and_gradients: LossAndGradients, count: int, shardings: Shardings) -> LossAndGradients:
-    """The mean over `count` microbatches, taken in turn; each is a slice of every device's own sequences."""
-    if count == 1:
-        return loss_and_gradients
-
-    def accumulate(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
-        def add(total: tuple[jax.Array, Params], micro: Batch) -> tuple[tuple[jax.Array, Params], None]:
-            return jax.tree.map(jnp.add, total, loss_and_gradients(params, micro)), None
-
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zero, Batch(*(microbatches(a, count, shardings) for a in batch)))
-        return jax.tree.map(lambda x: x / count, total)
-
-    return accumulate
-
-
-def accumulation_note(count: int) -> tuple[str, ...]:
-    """What the report says about gradient accumulation."""
-    if count == 1:
-        return ()
-    return (
-        f"accumulate = {count}: gradients are reduced once per microbatch, because the partitioner keeps no "
-        "unreduced sums across loop iterations",
-    )
+    plan = setup.case.plan
+    if plan.method.accumulate == 1:
+        return on(setup.shardings)
+    return accumulated(on, plan.method.accumulate, reduced_once(plan), setup.table, setup.shardings)
 
 
 def _prefill_step(setup: _Setup) -> Step:

@@ -30,12 +30,43 @@ def strategy_names(plan: Plan) -> tuple[str, ...]:
     (Megatron)").
 
     Mesh axes of size 1 do nothing and name nothing; an axis that no rule uses repeats the work, and is named
-    so. Definitions: FSDP, arXiv:2304.11277 (HSDP is its hybrid sharding); ZeRO-1, arXiv:1910.02054; tensor
-    parallel, arXiv:1909.08053; sequence parallel, arXiv:2205.05198; pipelines: see `spec/schedule.py`.
+    so. Definitions: FSDP, arXiv:2304.11277 (HSDP is its hybrid sharding); ZeRO, arXiv:1910.02054; tensor
+    parallel, arXiv:1909.08053; 2-D, arXiv:2211.05102, section 3.2.2; sequence parallel, arXiv:2205.05198;
+    pipelines: see `spec/schedule.py`.
     """
     if plan.num_devices == 1:
         return ("single device",)
     return (*_data_names(plan), *_model_names(plan), *_other_names(plan))
+
+
+def reduced_once(plan: Plan) -> tuple[str, ...]:
+    """The batch axes over which gradients are reduced once per step, after the last microbatch.
+
+    Those that split neither parameters nor the sums of gradients: over the others (FSDP, ZeRO-2) every
+    microbatch's gradients are scattered at once, which is what sharding them saves memory by.
+    """
+    kept = {*_used(plan.params), *_used(plan.gradients)}
+    return tuple(axis for axis in plan.activations.get("batch", ()) if axis not in kept)
+
+
+def reduced_each(plan: Plan) -> tuple[str, ...]:
+    """The batch axes over which gradients are reduced for every microbatch."""
+    return tuple(a for a in _live(plan, plan.activations.get("batch", ())) if a not in reduced_once(plan))
+
+
+def accumulation_notes(plan: Plan) -> tuple[str, ...]:
+    """What a report says about gradient accumulation: when gradients are reduced over which axes."""
+    count = plan.method.accumulate
+    each, once = reduced_each(plan), _live(plan, reduced_once(plan))
+    if count == 1 or not (each or once):
+        return ()
+    said = [f"once per step over {', '.join(once)}"] if once else []
+    if each:
+        said.append(
+            f"once per microbatch over {', '.join(each)}, whose sums are sharded (whole sums would need the "
+            "memory that sharding saves)"
+        )
+    return (f"accumulate = {count}: gradients are reduced {', and '.join(said)}",)
 
 
 def _data_names(plan: Plan) -> Iterable[str]:
@@ -56,8 +87,11 @@ def _data_names(plan: Plan) -> Iterable[str]:
     elif replicated:
         yield "data parallel"
     replicated += [axis for axis in tokens if axis not in weights]
-    if any(axis in states and axis not in plan.params.get("expert", ()) for axis in replicated):
-        yield "ZeRO-1"
+    split = [a for a in replicated if a in states and a not in plan.params.get("expert", ())]
+    if split:
+        yield "ZeRO-2" if any(axis in _used(plan.gradients) for axis in split) else "ZeRO-1"
+    if plan.method.accumulate > 1:
+        yield f"gradient accumulation ({plan.method.accumulate} microbatches)"
 
 
 def _model_names(plan: Plan) -> Iterable[str]:
@@ -69,7 +103,8 @@ def _model_names(plan: Plan) -> Iterable[str]:
     tensor = [a for a in _used(_without_experts(plan)) if a not in others]
     norms = _live(plan, plan.activations.get("norm_seq", ()))
     if _live(plan, tensor):
-        yield "tensor parallel"
+        both = {bool(_live(plan, [axis])) and axis in plan.activations.get("embed", ()) for axis in tensor}
+        yield "2-D tensor parallel" if len(both) == 2 else "tensor parallel"
     if any(axis in tensor for axis in norms):
         yield "sequence parallel (Megatron)"
     if sequence:

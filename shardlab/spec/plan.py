@@ -29,7 +29,8 @@ FOLLOWS_PARAMS = ("heads", "kv_heads", "mlp", "vocab", "expert")
 class Plan(BaseModel):
     """One mesh file. `axes` is ordered major to minor. `params`, `activations`, `optimizer` are complete:
     what follows from another table (heads of activations, optimizer from params, norm_seq from seq) has been
-    filled in. blocks: empty until a block family can differ.
+    filled in. gradients: where their sums are kept between microbatches; what it leaves out is as in params.
+    blocks: empty until a block family can differ.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +43,7 @@ class Plan(BaseModel):
     axes: dict[str, int]
     params: Rules = {}
     activations: Rules = {}
+    gradients: Rules = {}
     optimizer: Rules = {}
     blocks: dict[str, dict[str, Rules]] = {}
     method: Method = Method()
@@ -100,6 +102,7 @@ def _filled_in(table: PlanTable, name: str, path: str, on: str | None, flags: tu
         axes=table.axes,
         params=params,
         activations=follow | activations,
+        gradients=_tuples(table.gradients),
         optimizer=params | _tuples(table.optimizer),
         method=table.method,
         flags=flags,
@@ -122,6 +125,7 @@ def _problems(plan: Plan, table: PlanTable, text: PlanText) -> list[Problem]:
     if plan.on is not None:
         problems += checks.machine_problems(plan.on, plan.axes if grid_known else None, where)
     problems += checks.double_use_problems(plan.params, plan.activations, plan.optimizer, where)
+    problems += checks.zero_problems(plan.params, plan.gradients, plan.optimizer, where)
     problems += checks.blocks_problems(table, where)
     problems += checks.method_problems(plan.method, where)
     problems += checks.pipeline_problems(plan.params, plan.activations, plan.method, where)

@@ -45,6 +45,7 @@ def rules_problems(table: PlanTable, axes: Iterable[str], where: Where) -> list[
     tables: list[tuple[KeyPath, Rules, Sequence[str]]] = [
         (("params",), table.params, PARAM_AXES),
         (("activations",), table.activations, ACTIVATION_AXES),
+        (("gradients",), table.gradients, PARAM_AXES),
         (("optimizer",), table.optimizer, PARAM_AXES),
     ]
     problems = []
@@ -98,6 +99,36 @@ def double_use_problems(params: Rules, activations: Rules, optimizer: Rules, whe
                 if clash.first != clash.second:
                     problems.setdefault(same, clash.problem(where((*key, clash.second)), what))
     return list(problems.values())
+
+
+def zero_problems(params: Rules, gradients: Rules, optimizer: Rules, where: Where) -> list[Problem]:
+    """ZeRO shards the optimizer state first, then gradients, then parameters (arXiv:1910.02054, section 5):
+    each is split as the next, or as the one before. gradients: as written; optimizer: complete.
+    """
+    states = {name for names in optimizer.values() for name in names}
+    problems = [
+        Problem(
+            where(("optimizer", axis)),
+            f"optimizer state whole over {name!r}, which splits its parameters",
+            f"write {axis} = {_list(names)} in [optimizer], or take {name!r} out of [params]",
+        )
+        for axis, names in params.items()
+        for name in names
+        if name not in states
+    ]
+    return problems + [
+        Problem(
+            where(("gradients", axis)),
+            f"gradients are split over {_list(split)}, neither as parameters nor as optimizer state",
+            f"write {axis} = {_list(optimizer.get(axis, ()))}, or leave it out",
+        )
+        for axis, split in gradients.items()
+        if tuple(split) not in (tuple(params.get(axis, ())), tuple(optimizer.get(axis, ())))
+    ]
+
+
+def _list(names: Sequence[str]) -> str:
+    return f"[{', '.join(map(quoted, names))}]"
 
 
 def order_problems(order: str | tuple[int, ...], devices: int, where: Where) -> list[Problem]:

@@ -68,6 +68,7 @@ class PlanTable(BaseModel):
     axes: dict[str, int] = {}
     params: RuleLists = {}
     activations: RuleLists = {}
+    gradients: RuleLists = {}
     optimizer: RuleLists = {}
     blocks: dict[str, BlockTable] = {}
     method: Method = Method()
@@ -147,7 +148,7 @@ def _problem(key: KeyPath, error: Any, table: Table, where: Callable[[KeyPath], 
 
 
 def _is_rule(key: KeyPath) -> bool:
-    rules = ("params", "activations", "optimizer")
+    rules = ("params", "activations", "gradients", "optimizer")
     return (len(key) == 2 and key[0] in rules) or (len(key) == 4 and key[0] == "blocks")
 
 

@@ -6,26 +6,23 @@ from functools import cache
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 from emulated import (
     FSDP,
     SMALL,
     TENSOR,
     Rules,
-    batch_for,
     case_of,
+    check_equal,
     mesh_of,
     plan,
-    state_of,
     step_of,
 )
 
 from shardlab.errors import Infeasible
 from shardlab.parallel.pipeline import from_stages, to_stages
 from shardlab.parallel.step import build_step
-from shardlab.spec.case import Case, make_case
-from shardlab.spec.models import ModelConfig
+from shardlab.spec.case import make_case
 from shardlab.spec.pipeline import schedule_of
 from shardlab.spec.plan import Plan
 from shardlab.spec.schedule import published_bubble
@@ -43,7 +40,6 @@ GPT2 = replace(
     tied_embeddings=True,
     bias=True,
 )
-ALONE: Plan = plan({"data": 1}, {}, DATA)
 SCHEDULES: dict[str, dict[str, Any]] = {
     "gpipe": {"pipeline": "gpipe", "microbatches": 4},
     "1f1b": {"pipeline": "1f1b", "microbatches": 8},
@@ -87,36 +83,6 @@ ALWAYS = {
 def piped(schedule: str, grid: str, **method: Any) -> Plan:
     axes, params, activations, optimizer = GRIDS[grid]
     return plan(axes, params, activations, optimizer, **{**SCHEDULES[schedule], **method})
-
-
-def trained(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(loss, gradient norm) of five steps, and Adam's first moments after the first of them: the clipped
-    gradients times 1 - b1."""
-    step, state = step_of(case), state_of(case)
-    batch, points, first = batch_for(step, case), [], {}
-    for _ in range(5):
-        state, metrics = step.function(state, batch)
-        points.append((float(metrics.loss), float(metrics.gradient_norm)))
-        first = first or {path: np.array(a) for path, a in state.optimizer[1][0].mu.items()}
-    return np.array(points), {path: np.asarray(a) for path, a in from_stages(first, case).items()}
-
-
-@cache
-def alone(model: ModelConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    return trained(case_of(ALONE, model))
-
-
-def check_equal(case: Case) -> None:
-    """Loss and every gradient as on one device, and five optimizer steps stay together."""
-    points, gradients = trained(case)
-    expected_points, expected = alone(case.model)
-    np.testing.assert_allclose(points, expected_points, rtol=1e-5)
-    assert gradients.keys() == expected.keys()
-    for path, gradient in gradients.items():
-        worst = np.abs(gradient - expected[path]).max()
-        # Attention does not depend on a bias of all keys: its gradient is rounding, of the size of queries'.
-        scale = expected[path.replace("key/bias", "query/bias")]
-        assert worst <= 1e-5 * np.abs(scale).max(), path
 
 
 @pytest.mark.parametrize(

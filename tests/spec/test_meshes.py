@@ -50,10 +50,11 @@ def test_the_name_gives_the_sizes_of_the_axes(path: Path) -> None:
     count = re.match(r"(?:cpu|h100x|a100x|b200x|gb200x|rtx4090x)(\d+)", path.stem)
     assert machine.num_devices == (int(count[1]) if count else machine.num_devices)
     words = {
-        "tensor": "tensor parallel",
+        "tensor": "2-D tensor parallel" if "y" in plan.axes else "tensor parallel",
         "-seq": "sequence parallel (Megatron)",
         "hsdp": "HSDP",
         "zero1": "ZeRO-1",
+        "zero2": "ZeRO-2",
     }
     for word, strategy in words.items():
         assert word not in path.stem or strategy in strategy_names(plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardlab.spec.names import strategy_names
+from shardlab.spec.names import accumulation_notes, reduced_each, reduced_once, strategy_names
 from shardlab.spec.plan import plan_from_text
 
 DATA = "[axes]\ndata = 2\n"
@@ -19,6 +19,28 @@ CASES = [
         "zero-1",
         DATA + "[activations]\nbatch = ['data']\n[optimizer]\nembed = ['data']",
         ["data parallel", "ZeRO-1"],
+    ),
+    (
+        "zero-2",
+        DATA
+        + "[activations]\nbatch = ['data']\n[gradients]\nembed = ['data']\n[optimizer]\nembed = ['data']",
+        ["data parallel", "ZeRO-2"],
+    ),
+    (
+        "accumulation",
+        DATA + "[activations]\nbatch = ['data']\n[method]\naccumulate = 4",
+        ["data parallel", "gradient accumulation (4 microbatches)"],
+    ),
+    (
+        "2-D tensor",
+        "[axes]\nx = 4\ny = 2\n[params]\nembed = ['y']\nheads = ['x']\nmlp = ['x']\n"
+        "[activations]\nembed = ['y']",
+        ["2-D tensor parallel"],
+    ),
+    (
+        "one axis of 2-D tensor is one-dimensional",
+        "[axes]\nx = 4\ny = 1\n[params]\nembed = ['y']\nheads = ['x']\n[activations]\nembed = ['y']",
+        ["tensor parallel"],
     ),
     ("fsdp", FSDP + "[activations]\nbatch = ['fsdp']", ["FSDP"]),
     ("hsdp", HYBRID, ["HSDP"]),
@@ -76,6 +98,24 @@ CASES = [
         ["data parallel", "replicated over x"],
     ),
 ]
+
+
+ZERO2 = HYBRID + "[gradients]\nembed = ['fsdp', 'data']\n[optimizer]\nembed = ['fsdp', 'data']"
+
+
+@pytest.mark.parametrize(
+    ("text", "once", "each"),
+    [(HYBRID, ("data",), ("fsdp",)), (ZERO2, (), ("data", "fsdp")), (DATA, (), ())],
+    ids=["hsdp", "zero-2", "no batch axis"],
+)
+def test_when_gradients_are_reduced(text: str, once: tuple[str, ...], each: tuple[str, ...]) -> None:
+    plan = plan_from_text(text + "\n[method]\naccumulate = 2")
+    assert (reduced_once(plan), reduced_each(plan)) == (once, each)
+    notes = accumulation_notes(plan)
+    assert len(notes) == (1 if once or each else 0)
+    assert all(f"once per step over {', '.join(once)}" in note for note in notes if once)
+    assert all(f"once per microbatch over {', '.join(each)}" in note for note in notes if each)
+    assert accumulation_notes(plan_from_text(text)) == ()
 
 
 @pytest.mark.parametrize(("text", "names"), [(t, n) for _, t, n in CASES], ids=[name for name, _, _ in CASES])

@@ -1,0 +1,122 @@
+"""What one device sends in a training step, per mesh axis and kind of collective: closed forms.
+
+Of the strategies of data and tensor parallelism, as the literature gives them, with bandwidth-optimal
+algorithms (DESIGN section 3). Sizes are what the other axes leave a device. Nothing here reads a program.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from fractions import Fraction
+
+F32 = 4
+Volumes = dict[tuple[str, str], Fraction]  # (axes joined with +, kind) -> bytes
+
+
+def all_reduce(ways: int, size: int) -> Fraction:
+    """2 (n - 1) / n of the array's bytes."""
+    return Fraction(2 * (ways - 1), ways) * size
+
+
+def gather(ways: int, size: int) -> Fraction:
+    """(n - 1) / n of the whole array's bytes: of an all-gather, and of a reduce-scatter."""
+    return Fraction(ways - 1, ways) * size
+
+
+def together(volumes: Iterable[Volumes]) -> Volumes:
+    """Summed."""
+    total: Counter[tuple[str, str]] = Counter()
+    for volume in volumes:
+        total.update(volume)  # type: ignore[arg-type]
+    return dict(total)  # type: ignore[arg-type]
+
+
+def data_parallel(axis: str, ways: int, gradient_bytes: int) -> Volumes:
+    """One all-reduce of the gradients per step: 2Ψ (ZeRO, arXiv:1910.02054, section 7.1), however many
+    microbatches."""
+    return {(axis, "all-reduce"): all_reduce(ways, gradient_bytes)}
+
+
+def zero1(axis: str, ways: int, params: int) -> Volumes:
+    """Gradients reduce-scattered, f32, and updated parameters gathered, f32, once per step: 2Ψ (section
+    7.2.1, where gradients are partitioned too; Megatron-LM's distributed optimizer does this)."""
+    half = gather(ways, F32 * params)
+    return {(axis, "reduce-scatter"): half, (axis, "all-gather"): half}
+
+
+def zero2(axis: str, ways: int, params: int, gradient_bytes: int, microbatches: int) -> Volumes:
+    """Gradients reduce-scattered for every microbatch, Ψ each, since whole sums are not kept (section 7.2.1);
+    updated parameters gathered once. gradient_bytes: of all gradients, as computed."""
+    return {
+        (axis, "reduce-scatter"): microbatches * gather(ways, gradient_bytes),
+        (axis, "all-gather"): gather(ways, F32 * params),
+    }
+
+
+def fsdp(
+    axis: str, ways: int, layer_bytes: int, outer_bytes: int, microbatches: int, *, outer_gathers: int
+) -> Volumes:
+    """ZeRO-3, section 7.2.2: Ψ gathered forward, Ψ backward, Ψ of gradients scattered, every microbatch.
+
+    outer_gathers: how often embedding, final norm and head are gathered: what they gave is kept for backward.
+    """
+    gathered = 2 * microbatches * layer_bytes + outer_gathers * outer_bytes
+    return {
+        (axis, "all-gather"): gather(ways, gathered),
+        (axis, "reduce-scatter"): microbatches * gather(ways, layer_bytes + outer_bytes),
+    }
+
+
+def megatron(axis: str, ways: int, layers: int, stream_bytes: int, *, backward: int = 2) -> Volumes:
+    """A layer all-reduces the residual stream twice forward and twice backward (arXiv:1909.08053, section 3,
+    figure 4); the vocabulary-parallel embedding once forward, the head once backward.
+
+    backward: all-reduces of a layer's backward pass where a compiler reduces each projection's.
+    """
+    count = layers * (2 + backward) + 2
+    return {(axis, "all-reduce"): count * all_reduce(ways, stream_bytes)}
+
+
+def sequence_parallel(axis: str, ways: int, layers: int, stream_bytes: int, norm_bytes: int) -> Volumes:
+    """`megatron` with every all-reduce as a reduce-scatter and an all-gather (arXiv:2205.05198, section
+    4.2.2). Each device has the gradients of the norms' scales for its part of the sequence: one all-reduce.
+    """
+    half = (4 * layers + 2) * gather(ways, stream_bytes)
+    return {
+        (axis, "reduce-scatter"): half,
+        (axis, "all-gather"): half,
+        (axis, "all-reduce"): all_reduce(ways, norm_bytes),
+    }
+
+
+def vocabulary_loss(axis: str, ways: int, tokens: int) -> Volumes:
+    """Per token three f32 numbers: the greatest logit, Σ exp(logit), the target's logit (Megatron-LM,
+    section 3: "dramatically reduces the communication" from B·L·V to B·L)."""
+    return {(axis, "all-reduce"): 3 * all_reduce(ways, F32 * tokens)}
+
+
+def two_dimensional(
+    x: tuple[str, int],
+    y: tuple[str, int],
+    *,
+    layers: int,
+    tokens: int,
+    sizes: tuple[int, int, int, int],
+    element: int,
+    backward: int = 2,
+) -> Volumes:
+    """2-D weight-stationary (arXiv:2211.05102, section 3.2.2): weights E/y × F/x, activations E/y or F/x.
+
+    A product sums over the axis that splits what it contracts. Over x, of E/y: as `megatron`. Over y, of what
+    x splits: forward query, key, value, gate, up; backward those of output and down; the logits. Norms sum
+    over y once forward, once backward, a number per token. sizes: embed, heads · head_dim (as many KV heads),
+    mlp, vocab, whole. element: bytes of an activation.
+    """
+    embed, heads, mlp, vocab = sizes
+    (x_name, x_ways), (y_name, y_ways) = x, y
+    over_x = megatron(x_name, x_ways, layers, tokens * embed // y_ways * element, backward=backward)
+    products = layers * (4 * heads + 3 * mlp) + vocab
+    over_y = all_reduce(y_ways, tokens * products // x_ways * element)
+    norms = (4 * layers + 2) * all_reduce(y_ways, F32 * tokens)
+    return together([over_x, {(y_name, "all-reduce"): over_y + norms}])
