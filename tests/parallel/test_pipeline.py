@@ -95,7 +95,9 @@ def piped(schedule: str, grid: str, **method: Any) -> Plan:
     ],
 )
 def test_every_schedule_trains_as_one_device(schedule: str, grid: str) -> None:
-    check_equal(case_of(piped(schedule, grid), SIX))
+    # Four microbatches of 16 sequences where four devices share a batch.
+    fewer = {"microbatches": 4} if grid in ("fsdp", "hybrid-zero1") else {}
+    check_equal(case_of(piped(schedule, grid, **fewer), SIX))
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("zb-h1", marks=pytest.mark.full)])
