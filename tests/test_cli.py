@@ -236,6 +236,11 @@ def test_explain_compiles_saves_and_agrees_with_analyze(
     assert from_text["totals"]["wire_bytes"] == totals
 
 
+def _interruptible() -> None:
+    """A shell starts what it runs in the background with interrupts ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_in_a_compile_leaves_no_process_and_no_file(plan: str, tmp_path: Path) -> None:
     """A real interrupt of a real compile: exit 130 within seconds, no child, nothing half-written."""
     target = tmp_path / "out" / "step.program"
@@ -245,12 +250,11 @@ def test_ctrl_c_in_a_compile_leaves_no_process_and_no_file(plan: str, tmp_path: 
     command = [sys.executable, "-m", "shardlab", "explain", plan, "--model", "tiny", "--save", str(target)]
     environment = {**os.environ, "TMPDIR": str(scratch)}
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, preexec_fn=_interruptible
     ) as running:
         deadline = time.monotonic() + 60
         while not list(scratch.glob("shardlab-compile-*/log")) and time.monotonic() < deadline:
             time.sleep(0.02)
-        time.sleep(0.5)  # well into the compile: sent as it starts, an interrupt was lost once
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=30)
     assert running.returncode == 130
