@@ -20,6 +20,8 @@ from shardlab.spec.case import make_case
 from shardlab.spec.models import find_model
 from shardlab.spec.plan import plan_from_text
 
+pytestmark = pytest.mark.matrix
+
 F32_BYTES = 4
 MODEL = replace(find_model("tiny"), name="tiny-grouped", kv_heads=4)
 BATCH, SEQ = 2, 512

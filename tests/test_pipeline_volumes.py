@@ -21,6 +21,8 @@ from shardlab.spec.models import find_model
 from shardlab.spec.params import parameter_table
 from shardlab.spec.plan import plan_from_text
 
+pytestmark = pytest.mark.matrix
+
 F32_BYTES = 4
 MODEL = replace(find_model("tiny"), name="tiny-8", layers=8)
 BATCH, SEQ, MICROBATCHES = 16, 128, 8
