@@ -2,18 +2,26 @@
 
 from collections import Counter
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
-from emulated import GROUPED, PLANS, SMALL, TENSOR, Rules, batch_for, case_of, plan, state_of, step_of
+from emulated import (
+    GROUPED,
+    SMALL,
+    TENSOR,
+    Rules,
+    case_of,
+    check_equal,
+    plan,
+    step_of,
+)
 
 from shardlab.errors import Infeasible
 from shardlab.parallel.context import gathered_meetings, hop_meetings, in_step_order, positions_of
 from shardlab.parallel.kernels import choose_kernel
 from shardlab.parallel.tiles import Meetings, Pairs, triangle
-from shardlab.spec.case import Case, make_case
+from shardlab.spec.case import make_case
 from shardlab.spec.context import zigzag_order
 from shardlab.spec.models import ModelConfig
 from shardlab.spec.plan import Plan
@@ -70,30 +78,6 @@ def asked(kind: str, grid: str) -> Plan:
     axes, params, activations, method = GRIDS[kind][grid]
     split = ("ring", "ulysses") if "+" in kind else ("split",)
     return plan(axes, params, {"seq": split, **activations}, context=kind, **method)
-
-
-def trained(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(loss, gradient norm) of five steps, and Adam's first moments after one: gradients times 1 - b1."""
-    step, state = step_of(case), state_of(case)
-    batch, points, first = batch_for(step, case), [], {}
-    for _ in range(5):
-        state, metrics = step.function(state, batch)
-        points.append((float(metrics.loss), float(metrics.gradient_norm)))
-        first = first or {path: np.array(a) for path, a in state.optimizer[1][0].mu.items()}
-    return np.array(points), first
-
-
-@cache
-def alone(model: ModelConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    return trained(case_of(PLANS["one-device"], model))
-
-
-def check_equal(case: Case) -> None:
-    points, gradients = trained(case)
-    expected_points, expected = alone(case.model)
-    np.testing.assert_allclose(points, expected_points, rtol=1e-5)
-    for path, gradient in gradients.items():
-        assert np.abs(gradient - expected[path]).max() <= 1e-5 * np.abs(expected[path]).max(), path
 
 
 @pytest.mark.parametrize(

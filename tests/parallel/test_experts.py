@@ -27,6 +27,7 @@ from emulated import (
     plan,
     state_of,
     step_of,
+    trained,
 )
 
 from shardlab.analysis import CollectiveRow, analyze
@@ -41,7 +42,7 @@ from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import abstract_model, with_params
 from shardlab.parallel.optimizer import make_optimizer
 from shardlab.parallel.step import Batch, build_step
-from shardlab.spec.case import Case, make_case
+from shardlab.spec.case import make_case
 from shardlab.spec.models import ModelConfig
 from shardlab.spec.plan import Plan
 
@@ -98,18 +99,6 @@ def every_grid(always: str) -> pytest.MarkDecorator:
 
 def of_grid(name: str, **method: Any) -> Plan:
     return on(*GRIDS[name], **method)
-
-
-def trained(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(loss, gradient norm) of five steps, and Adam's first moments after the first of them: the clipped
-    gradients times 1 - b1."""
-    step, state = step_of(case), state_of(case)
-    batch, points, first = batch_for(step, case), [], {}
-    for _ in range(5):
-        state, metrics = step.function(state, batch)
-        points.append((float(metrics.loss), float(metrics.gradient_norm)))
-        first = first or {path: np.array(a) for path, a in state.optimizer[1][0].mu.items()}
-    return np.array(points), first
 
 
 @cache
