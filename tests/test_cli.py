@@ -236,9 +236,9 @@ def test_explain_compiles_saves_and_agrees_with_analyze(
     assert from_text["totals"]["wire_bytes"] == totals
 
 
-def _interruptible() -> None:
-    """A shell starts what it runs in the background with interrupts ignored, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# A shell starts what it runs in the background with interrupts ignored, and children inherit that. Said in the
+# child, not in a preexec_fn: that would fork this process, and jax, where a test has loaded it, warns of forks.
+_INTERRUPTIBLE = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 def test_ctrl_c_in_a_compile_leaves_no_process_and_no_file(plan: str, tmp_path: Path) -> None:
@@ -247,10 +247,11 @@ def test_ctrl_c_in_a_compile_leaves_no_process_and_no_file(plan: str, tmp_path: 
     target.parent.mkdir()
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    command = [sys.executable, "-m", "shardlab", "explain", plan, "--model", "tiny", "--save", str(target)]
+    explain = [sys.executable, "-m", "shardlab", "explain", plan, "--model", "tiny", "--save", str(target)]
+    command = [sys.executable, "-c", _INTERRUPTIBLE, *explain]
     environment = {**os.environ, "TMPDIR": str(scratch)}
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, preexec_fn=_interruptible
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     ) as running:
         deadline = time.monotonic() + 60
         while not list(scratch.glob("shardlab-compile-*/log")) and time.monotonic() < deadline:
