@@ -49,8 +49,10 @@ class ModelConfig:
         return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def _gpt2(name: str, *, layers: int, embed: int, heads: int) -> ModelConfig:
-    """GPT-2: LayerNorm with bias, tanh-GELU, learned positions, tied embeddings, mlp = 4 embed."""
+def _gpt(
+    name: str, *, layers: int, embed: int, heads: int, vocab: int = 50_257, context: int = 1_024
+) -> ModelConfig:
+    """GPT-2 and GPT-3: LayerNorm with bias, tanh-GELU, learned positions, tied embeddings, mlp = 4 embed."""
     return ModelConfig(
         name=name,
         layers=layers,
@@ -59,13 +61,55 @@ def _gpt2(name: str, *, layers: int, embed: int, heads: int) -> ModelConfig:
         kv_heads=heads,
         head_dim=embed // heads,
         mlp=4 * embed,
-        vocab=50_257,
-        context=1_024,
+        vocab=vocab,
+        context=context,
         norm="layernorm",
         activation="gelu",
         positions="learned",
         tied_embeddings=True,
         bias=True,
+    )
+
+
+def _megatron(name: str, *, layers: int, embed: int, heads: int) -> ModelConfig:
+    """Megatron's GPTs: sequences of 2,048; the vocabulary is GPT-2's, padded to 1,024 = 128 · 8-way tensor
+    parallelism."""
+    return _gpt(name, layers=layers, embed=embed, heads=heads, vocab=51_200, context=2_048)
+
+
+def _llama2(name: str, *, layers: int, embed: int, heads: int, kv_heads: int, mlp: int) -> ModelConfig:
+    """Llama 2: as Llama 3, with a vocabulary of 32,000, theta 10,000 and a context of 4,096."""
+    return ModelConfig(
+        name=name,
+        layers=layers,
+        embed=embed,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=128,
+        mlp=mlp,
+        vocab=32_000,
+        context=4_096,
+    )
+
+
+def _mixtral(
+    name: str, *, layers: int, embed: int, heads: int, mlp: int, context: int, balance: float
+) -> ModelConfig:
+    """Mixtral: Llama's layers with 8 KV heads of 128 and 8 experts, of which a token goes to 2."""
+    return ModelConfig(
+        name=name,
+        layers=layers,
+        embed=embed,
+        heads=heads,
+        kv_heads=8,
+        head_dim=128,
+        mlp=mlp,
+        vocab=32_000,
+        context=context,
+        rope_theta=1_000_000.0,
+        num_experts=8,
+        experts_per_token=2,
+        balance_coefficient=balance,
     )
 
 
@@ -101,9 +145,9 @@ _NAMED = (
     _TINY,
     # Radford et al. 2019, Table 2; karpathy/nanoGPT config (12 layers, 768, 12 heads, vocabulary 50257,
     # context 1024).
-    _gpt2("gpt2-124m", layers=12, embed=768, heads=12),
+    _gpt("gpt2-124m", layers=12, embed=768, heads=12),
     # GPT-2 XL: karpathy/llm.c (48 layers, 1600, 25 heads, 1558M).
-    _gpt2("gpt2-1.5b", layers=48, embed=1_600, heads=25),
+    _gpt("gpt2-1.5b", layers=48, embed=1_600, heads=25),
     # Llama 3, arXiv:2407.21783 Table 3 (layers, model dimension, FFN dimension, heads, KV heads, theta,
     # vocabulary); the same in AI-Hypercomputer/maxtext src/maxtext/configs/models/llama3.1-*.yml. Context of
     # pretraining: 8,192.
@@ -112,21 +156,22 @@ _NAMED = (
     _llama3("llama3-405b", layers=126, embed=16_384, heads=128, mlp=53_248),
     # Mixtral of experts, arXiv:2401.04088 table 1; theta, epsilon and the coefficient from
     # mistralai/Mixtral-8x7B-v0.1 config.json.
-    ModelConfig(
-        name="mixtral-8x7b",
-        layers=32,
-        embed=4_096,
-        heads=32,
-        kv_heads=8,
-        head_dim=128,
-        mlp=14_336,
-        vocab=32_000,
-        context=32_768,
-        rope_theta=1_000_000.0,
-        num_experts=8,
-        experts_per_token=2,
-        balance_coefficient=0.02,
-    ),
+    _mixtral("mixtral-8x7b", layers=32, embed=4_096, heads=32, mlp=14_336, context=32_768, balance=0.02),
+    # mistralai/Mixtral-8x22B-v0.1 config.json.
+    _mixtral("mixtral-8x22b", layers=56, embed=6_144, heads=48, mlp=16_384, context=65_536, balance=0.001),
+    # Llama 2, arXiv:2307.09288 table 1 and appendix A; dimensions as in AI-Hypercomputer/maxtext
+    # src/maxtext/configs/models/llama2-*.yml @e591f30cb.
+    _llama2("llama2-7b", layers=32, embed=4_096, heads=32, kv_heads=32, mlp=11_008),
+    _llama2("llama2-13b", layers=40, embed=5_120, heads=40, kv_heads=40, mlp=13_824),
+    _llama2("llama2-70b", layers=80, embed=8_192, heads=64, kv_heads=8, mlp=28_672),
+    # GPT-3, arXiv:2005.14165 table 2.1; AI-Hypercomputer/maxtext src/maxtext/configs/models/gpt3-175b.yml
+    # @e591f30cb pads the vocabulary to 50,304, as we do.
+    _gpt("gpt3-175b", layers=96, embed=12_288, heads=96, context=2_048),
+    # Korthikanti et al. 2022, arXiv:2205.05198 table 3.
+    _megatron("megatron-22b", layers=48, embed=6_144, heads=64),
+    _megatron("megatron-175b", layers=96, embed=12_288, heads=96),
+    _megatron("megatron-530b", layers=105, embed=20_480, heads=128),
+    _megatron("megatron-1t", layers=128, embed=25_600, heads=160),
 )
 
 MODELS: Mapping[str, ModelConfig] = MappingProxyType({config.name: config for config in _NAMED})

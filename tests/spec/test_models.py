@@ -17,12 +17,38 @@ PUBLISHED = {
     "llama3-70b": 70_553_706_496,  # meta-llama/Meta-Llama-3-70B
     "llama3-405b": 405_853_388_800,  # meta-llama/Llama-3.1-405B
     "mixtral-8x7b": 46_702_792_704,  # mistralai/Mixtral-8x7B-v0.1
+    "mixtral-8x22b": 140_620_634_112,  # mistralai/Mixtral-8x22B-v0.1, safetensors index
+    "llama2-7b": 6_738_415_616,  # meta-llama/Llama-2-7b-hf
+    "llama2-13b": 13_015_864_320,  # meta-llama/Llama-2-13b-hf
+    "llama2-70b": 68_976_648_192,  # meta-llama/Llama-2-70b-hf
+}
+# Billions, as printed: GPT-3 in arXiv:2005.14165 table 2.1; 174.6, 529.6 and 1008.0 in Megatron-LM,
+# arXiv:2104.04473 tables 1 and 2; 22 in arXiv:2205.05198 table 3.
+PRINTED = {
+    "gpt3-175b": "175",
+    "megatron-22b": "22",
+    "megatron-175b": "174.6",
+    "megatron-530b": "529.6",
+    "megatron-1t": "1008.0",
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_are_the_published_ones(name: str) -> None:
     assert num_params(MODELS[name]) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_parameter_counts_of_gpts_are_those_in_print(name: str) -> None:
+    digits = len(PRINTED[name].partition(".")[2])
+    assert f"{num_params(MODELS[name]) / 1e9:.{digits}f}" == PRINTED[name]
+
+
+@pytest.mark.parametrize("name", [name for name in PRINTED if name.startswith("megatron")])
+def test_megatron_counts_obey_equation_2(name: str) -> None:
+    """arXiv:2104.04473, equation 2: P = 12 L h² (1 + 13/(12 h) + (V + s)/(12 L h)); and the last norm, 2 h."""
+    L, h, V, s = (getattr(MODELS[name], field) for field in ("layers", "embed", "vocab", "context"))
+    assert num_params(MODELS[name]) == 12 * L * h**2 + 13 * L * h + (V + s) * h + 2 * h
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -55,8 +81,9 @@ def test_llama3_is_not_llama2() -> None:
 
 
 def test_an_unknown_model_lists_the_known_ones() -> None:
-    known = "tiny, gpt2-124m, gpt2-1.5b, llama3-8b, llama3-70b, llama3-405b, mixtral-8x7b"
+    known = ", ".join(MODELS)
     with pytest.raises(UserError) as caught:
         find_model("Llama3-7b")
+    assert known.startswith("tiny, gpt2-124m")
     fix = f"did you mean 'llama3-70b'? known models: {known}"
     assert str(caught.value) == f"--model: unknown model 'Llama3-7b'; {fix}"
