@@ -119,10 +119,10 @@ class Dominant:
 def dominant(rows: Iterable[CollectiveRow]) -> Dominant | None:
     """What costs most: by time where every row has one, else by wire bytes; None when nothing moves."""
     rows = tuple(rows)
-    timed = all(row.tier_s is not None for row in rows)
+    timed = all(row.time_s is not None for row in rows)
     costs: dict[tuple[str, tuple[str, ...] | None], float] = {}
     for row in rows:
-        each = max((row.tier_s or {}).values(), default=0.0) if timed else float(row.wire_bytes)
+        each = row.time_s if timed and row.time_s is not None else float(row.wire_bytes)
         key = (row.realizes or row.kind, row.axes)
         costs[key] = costs.get(key, 0.0) + each * most_executions(row)
     total = sum(costs.values())

@@ -50,6 +50,7 @@ def collective(name: str = "all-gather.1", **changes: object) -> CollectiveRow:
         fabric_bytes=Fraction(56 * GB),
         traffic={"nvlink": Fraction(7 * GB)},
         tier_s={"nvlink": 0.02},
+        time_s=0.02,
         phase="forward",
         layer="layers/mlp/gate",
         source="transformer.py:112",
@@ -112,8 +113,10 @@ def report(name: str = "fsdp8", seconds: float | None = 0.5, **changes: object) 
 
 def emulated(name: str, wire_gb: int) -> CaseReport:
     """A case on eight emulated devices that sends so many GB."""
-    sent = analysis(collective(executions=(1, 1), wire_bytes=Fraction(wire_gb * GB), tier_s=None))
-    return report(name, None, case=case(name, "cpu:8"), analysis=sent, emulated=True)
+    sent = analysis(
+        collective(executions=(1, 1), wire_bytes=Fraction(wire_gb * GB), tier_s=None, time_s=None)
+    )
+    return report(name, None, case=case(name, "cpu:8"), analysis=analysis(sent), emulated=True)
 
 
 def refused(name: str, needed_gb: int, limit_gb: int, largest_batch: int | None) -> CaseReport:

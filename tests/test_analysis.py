@@ -86,7 +86,8 @@ def test_a_machine_adds_tiers_traffic_and_time() -> None:
     (row,) = found["collectives"]
     assert found["machine"] == "h100:1x8"
     assert (row["tier"], row["traffic"]) == ("nvlink", {"nvlink": 6144})
-    assert row["time_s"] == max(row["tier_s"].values()) > 0
+    assert row["time_s"] == row["latency_s"] + max(row["tier_s"].values())
+    assert row["latency_s"] > max(row["tier_s"].values()) > 0  # 6,144 B: nearly all of it is waiting
     assert row["algorithm"]["from"] == "model"
     assert found["totals"]["traffic"] == {"nvlink": [6144, 6144]}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from bare_links import bare
 from case_reports import GB, case, refused, report
 
 from shardlab.case_report import NOT_AUTOTUNED_NOTE, CaseReport, report_case, to_json
@@ -54,7 +55,7 @@ def program(**changes: object) -> Program:
 
 
 def test_a_report_joins_memory_flops_and_time() -> None:
-    machine = load_machine("h100:1x8")
+    machine = bare("h100:1x8")
     made = report_case(case(), program(), machine)
     assert made.hardware_flops == 3 * 65_536
     assert made.cost is not None

@@ -86,10 +86,8 @@ def test_cases_of_different_batches_are_not_compared() -> None:
 
 
 def test_dominant_counts_time_over_executions() -> None:
-    gather = collective(executions=(2, 2), tier_s={"nvlink": 0.02, "infiniband": 0.05})  # 2 · max = 0.10 s
-    reduce = collective(
-        "r", kind="all-reduce", axes=("tensor",), executions=(10, 10), tier_s={"nvlink": 0.03}
-    )  # 0.3 s
+    gather = collective(executions=(2, 2), time_s=0.05)  # 0.10 s
+    reduce = collective("r", kind="all-reduce", axes=("tensor",), executions=(10, 10), time_s=0.03)  # 0.3 s
     assert dominant([gather, reduce]) == Dominant(
         kind="all-reduce", axes=("tensor",), share=pytest.approx(0.75), of="time"
     )
@@ -98,14 +96,14 @@ def test_dominant_counts_time_over_executions() -> None:
 def test_dominant_falls_back_to_bytes_when_one_time_is_unknown() -> None:
     gather = collective(executions=(1, 1), wire_bytes=Fraction(3 * GB))
     untimed = collective(
-        "r", kind="all-reduce", executions=(0, None), wire_bytes=Fraction(9 * GB), tier_s=None
+        "r", kind="all-reduce", executions=(0, None), wire_bytes=Fraction(9 * GB), time_s=None
     )
     assert dominant([gather, untimed]) == Dominant(kind="all-gather", axes=("fsdp",), share=1.0, of="bytes")
 
 
 def test_dominant_takes_the_upper_end_of_the_executions() -> None:
-    often = collective(executions=(0, 4), tier_s={"nvlink": 0.1})  # at most 4 · 0.1 s
-    once = collective("r", kind="all-reduce", executions=(1, 1), tier_s={"nvlink": 0.1})
+    often = collective(executions=(0, 4), time_s=0.1)  # at most 4 · 0.1 s
+    once = collective("r", kind="all-reduce", executions=(1, 1), time_s=0.1)
     found = dominant([often, once])
     assert found is not None
     assert (found.kind, found.share) == ("all-gather", pytest.approx(0.8))
@@ -113,7 +111,7 @@ def test_dominant_takes_the_upper_end_of_the_executions() -> None:
 
 def test_nothing_dominates_when_nothing_moves() -> None:
     assert dominant([]) is None
-    assert dominant([collective(axes=(), wire_bytes=Fraction(0), tier_s={})]) is None
+    assert dominant([collective(axes=(), wire_bytes=Fraction(0), tier_s={}, time_s=0.0)]) is None
 
 
 def test_json_is_best_first_and_emulated_rows_are_ranked_among_themselves() -> None:

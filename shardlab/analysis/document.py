@@ -53,7 +53,7 @@ def _module_json(facts: ModuleFacts) -> dict[str, Any]:
 # Members that are there only when there is something to say; all others always are.
 _OPTIONAL = {
     "axes_reason", "by_device", "logical_payload_bytes", "logical_wire_bytes", "traffic", "tier_s",
-    "algorithm", "bound", "realizes", "recompute", "time_s", "module",
+    "algorithm", "bound", "realizes", "recompute", "latency_s", "time_s", "module",
 }  # fmt: skip
 
 

@@ -32,8 +32,9 @@ class CollectiveRow:
     executions: (min, max) per step, over all devices. by_device: of each device, where devices differ and
         that is known (a pipeline's schedule); None otherwise.
     traffic: bytes each device sends per tier, None without a machine.
-    tier_s: seconds that traffic keeps each tier busy, per execution (`cost.traffic.Traffic.tier_s`); None
-        where a bandwidth is unknown. Tiers work at once: one execution takes the longest, `time_s`.
+    time_s: one execution with nothing else on the links (`cost.collective_time`); None where a bandwidth is
+        unknown. latency_s: the part of it in which the links carry nothing. tier_s: seconds that each tier's
+        links are busy; tiers work at once.
     bound: "upper" where only a bound is known. phase: forward | backward | optimizer | other.
     """
 
@@ -55,6 +56,7 @@ class CollectiveRow:
     logical_wire_bytes: Fraction | None = None
     traffic: Mapping[str, Fraction] | None = None
     tier_s: Mapping[str, float] | None = None
+    latency_s: float | None = None
     time_s: float | None = None
     algorithm: Mapping[str, str] | None = None
     bound: str | None = None

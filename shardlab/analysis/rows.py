@@ -88,6 +88,7 @@ class Rows:
             logical_wire_bytes=logical.wire_bytes if logical else None,
             traffic=traffic.tiers if traffic else None,
             tier_s=traffic.tier_s if traffic else None,
+            latency_s=traffic.latency_s if traffic else None,
             time_s=traffic.time_s if traffic else None,
             algorithm=traffic.algorithm if traffic else None,
             bound="upper" if collective.payload.upper_bound else None,

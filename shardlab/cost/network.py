@@ -4,7 +4,7 @@ A torus (TPU ICI) needs the group's coordinates: an axis that runs round a whole
 directions of its ring, one that ends inside it is a line. Rates follow the scaling book's chapters on TPUs
 and on sharded matrices (jax-ml.github.io/scaling-book): all-gather of V bytes over a bidirectional ring
 takes V / (2 links), over k rings at once V / (k · 2 links), about double without wraparound; all-to-all a
-quarter of the all-gather. No latency term.
+quarter of the all-gather. `collective_time` adds the latency.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ class CommunicationRow(Protocol):
 
     @property
     def tier_s(self) -> Mapping[str, float] | None:
-        """Seconds per tier, per execution; None when unknown."""
+        """Seconds that links of each tier are busy, per execution; None when unknown."""
+
+    @property
+    def time_s(self) -> float | None:
+        """Seconds of one execution with nothing else on the links; None when unknown."""
 
 
 class CommunicationAnalysis(Protocol):
@@ -79,8 +83,9 @@ class CommunicationAnalysis(Protocol):
 class Communication:
     """Time a step spends on communication if nothing overlaps and nothing waits.
 
-    communication_s: Σ executions · slowest tier; None when any part is unknown. tier_s: Σ executions ·
-    seconds, per tier, of what is known. dominant: the tier with the most, "" if there is none.
+    communication_s: Σ executions · time of one; None when any part is unknown. tier_s: Σ executions ·
+    seconds that links are busy, per tier, of what is known. dominant: the tier with the most, "" if there is
+    none.
     """
 
     communication_s: float | None
@@ -91,9 +96,9 @@ class Communication:
 def communication(analysis: CommunicationAnalysis, machine: Machine | None = None) -> Communication:
     """Communication time of one step, upper end of every range (both branches of a conditional count).
 
-    A row without `tier_s` (a saved analysis) is priced from its traffic at the links' rates, but not on a
-    torus, where the rate depends on coordinates that a row does not hold: then the total is unknown, as it
-    is for such a row without a machine.
+    A row without `tier_s` (a saved analysis) is priced from its traffic at the links' rates, without latency,
+    but not on a torus, where the rate depends on coordinates that a row does not hold: then the total is
+    unknown, as it is for such a row without a machine.
     """
     total: float | None = 0.0
     tiers: dict[str, float] = {}
@@ -108,7 +113,8 @@ def communication(analysis: CommunicationAnalysis, machine: Machine | None = Non
         for tier, each_s in seconds.items():
             tiers[tier] = tiers.get(tier, 0.0) + executions * each_s
         if total is not None:
-            total += executions * max(seconds.values(), default=0.0)
+            alone_s = row.time_s if row.time_s is not None else max(seconds.values(), default=0.0)
+            total += executions * alone_s
     dominant = max(tiers, key=lambda tier: tiers[tier]) if tiers else ""
     return Communication(communication_s=total, tier_s=tiers, dominant=dominant)
 
@@ -117,13 +123,13 @@ def _link_seconds(traffic: Mapping[str, Fraction] | None, machine: Machine | Non
     """Seconds per tier at each link's own rate; None where one is unknown or depends on the torus."""
     if machine is None:
         return None
-    rates = {domain.tier: domain.bytes_per_s for domain in machine.domains if domain.tier != "ici"}
+    links = {domain.tier: domain for domain in machine.domains if domain.tier != "ici"}
     seconds = {}
     for tier, sent_bytes in (traffic or {"": Fraction(0)}).items():
-        rate = rates.get(tier)
-        if rate is None:
+        link = links.get(tier)
+        if link is None or link.bytes_per_s is None:
             return None
-        seconds[tier] = float(sent_bytes) / rate
+        seconds[tier] = float(sent_bytes) / (link.bytes_per_s * link.calibration.efficiency)
     return seconds
 
 
@@ -210,6 +216,29 @@ def permute_load(pairs: Iterable[tuple[Coords, Coords]], machine: Machine) -> Fr
                     load[at, axis, direction] += halves
             here[axis] = target[axis]
     return Fraction(max(load.values(), default=0), 2)
+
+
+def hops(source: Coords, target: Coords, machine: Machine) -> int:
+    """Links on the shortest route between two chips of one slice."""
+    return sum(
+        _ways(there - here, extent, wraps)[0][1]
+        for here, there, extent, wraps in zip(source, target, machine.torus, machine.wraps, strict=True)
+        if here != there
+    )
+
+
+def gather_hops(span: TorusSpan) -> int:
+    """Links that the last piece of an all-gather crosses: half-way round each ring, along all of each line.
+
+    The scaling book's latency of a gather is this times that of one hop. A group that fills no block is a
+    chain.
+    """
+    if not span.block:
+        chips = 1
+        for dim in span.dims:
+            chips *= dim.count
+        return (chips - 1) * max(dim.stride for dim in span.dims)
+    return sum((dim.count // 2 if dim.ring else dim.count - 1) * dim.stride for dim in span.dims)
 
 
 def _ways(distance: int, extent: int, wraps: bool) -> list[tuple[int, int, int]]:

@@ -1,77 +1,75 @@
-"""What each kind of link carries for one collective: wire bytes spread over the machine's nested domains.
+"""What each kind of link carries for one collective, and how long that takes.
 
-The model (DESIGN section 3): a group that fills r_0 devices of each innermost domain, r_1 such domains of
-each next one, and so on, runs hierarchically. All-gather goes from the outermost level inwards on ever
-larger pieces, reduce-scatter back, all-reduce does both. Of the wire bytes W of one device, level i carries
-W · (r_i - 1) · Π_{j>i} r_j / (n - 1): with g devices in each of N hosts the NIC sends (N-1)/N · S/g and
-NVLink (g-1)/g · S. All-to-all goes straight to each peer: level i carries the share of peers whose
-innermost common domain is of level i. The levels' bytes add up to W.
+Bytes follow the model of `shapes` (DESIGN section 3), whatever algorithm carries them out; time follows
+`collective_time`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 
-from shardlab.cost.network import TorusSpan, all_to_all_links, gather_links, permute_load, torus_span
-from shardlab.errors import Problem, UserError
+from shardlab.cost.collective_time import CollectiveTime, collective_time
+from shardlab.cost.shapes import (
+    ALL_TO_ALL,
+    POINT_TO_POINT,
+    GroupShape,
+    Ids,
+    LevelLoad,
+    group_loads,
+    group_shapes,
+    pair_shape,
+    wire_in,
+)
 from shardlab.hardware.machine import Machine
-from shardlab.hardware.placement import torus_coords
-
-ALL_TO_ALL = frozenset({"all-to-all", "ragged-all-to-all"})
-POINT_TO_POINT = frozenset({"collective-permute", "send"})
-BROADCAST = "collective-broadcast"
-# A broadcast is a chain that crosses every level once; where a ragged exchange sends its bytes only the
-# data says.
-EVERYTHING_MAY_CROSS = frozenset({BROADCAST, "ragged-all-to-all"})
-
-Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """Per execution: bytes the busiest device sends over each tier, and how long that keeps the tier busy.
+    """Per execution: bytes the busiest device sends over each tier, and the time it takes alone.
 
-    tier: the slowest that a group spans, None when nothing is sent. tier_s: None when a bandwidth is
-    unknown. algorithm: {"name": hierarchical | ring | direct | flat | none, "from": "model"}; `flat` is an
-    upper bound.
+    tier: the slowest that a group spans, None when nothing is sent. time: None when a bandwidth is unknown.
+    algorithm: {"name": that of the time, or of the bytes without one, "from": "model"}; `flat` is an upper
+    bound.
     """
 
     tiers: Mapping[str, Fraction]
-    tier_s: Mapping[str, float] | None
+    time: CollectiveTime | None
     tier: str | None
     algorithm: Mapping[str, str]
 
     @property
+    def tier_s(self) -> Mapping[str, float] | None:
+        """Seconds that links of each tier are busy; None when unknown."""
+        return None if self.time is None else self.time.tier_s
+
+    @property
+    def latency_s(self) -> float | None:
+        """The part of `time_s` in which its links carry nothing; None when unknown."""
+        return None if self.time is None else self.time.latency_s
+
+    @property
     def time_s(self) -> float | None:
-        """Seconds of one execution: the longest of its tiers, which work at once. No latency term."""
-        return None if self.tier_s is None else max(self.tier_s.values(), default=0.0)
+        """Seconds of one execution with nothing else on the links; None when unknown."""
+        return None if self.time is None else self.time.total_s
 
 
 @dataclass(frozen=True, slots=True)
-class GroupShape:
-    """How one group lies in the nested domains; groups that are translates of each other have equal shapes.
+class _Sent:
+    """A collective as `collective_time` reads it."""
 
-    radices: r_0, r_1, … as in the module's docstring; None when the group is spread unevenly.
-    peers: by level, for the device with the most, how many peers have their innermost common domain there.
-    spans: by level, how the group lies on the torus where that level is one.
-    """
-
-    size: int
-    radices: Ids | None
-    peers: Ids
-    spans: tuple[TorusSpan | None, ...]
+    kind: str
+    payload_bytes: int
+    wire_bytes: Fraction
 
 
 @dataclass(frozen=True, slots=True)
-class _LevelLoad:
-    """Bytes of the busiest device at one level, and links it sends on at once (1 away from a torus)."""
+class _Joined:
+    """The mesh positions that it joins."""
 
-    sent_bytes: Fraction
-    links: Fraction
+    groups: tuple[Ids, ...]
+    pairs: tuple[tuple[int, int], ...]
 
 
 def traffic_of(
@@ -87,192 +85,50 @@ def traffic_of(
     """Traffic of one execution of a collective of `kind` on `machine`.
 
     payload_bytes: S of DESIGN section 3. wire_bytes: what the busiest device sends. groups, pairs: mesh
-    positions. device_ids: the device at each mesh position, None for the same number. Bandwidth only:
-    latency is not counted, so small messages take longer than `time_s`. Raises UserError when the machine
-    has fewer devices than the program.
+    positions. device_ids: the device at each mesh position, None for the same number. Raises UserError when
+    the machine has fewer devices than the program.
     """
     ids = tuple(device_ids) if device_ids is not None else None
+    joined = _Joined(tuple(map(tuple, groups)), tuple((source, target) for source, target in pairs))
+    row = _Sent(kind, payload_bytes, wire_bytes)
+    time = collective_time(row, joined, machine, ids)
     if not wire_bytes or (not groups and not pairs):
-        return Traffic(
-            tiers={}, tier_s={} if not wire_bytes else None, tier=None, algorithm=_algorithm("none")
-        )
+        return _combined([[] for _ in machine.domains], machine, "none", time)
     if kind in POINT_TO_POINT:
-        return _pair_traffic(wire_bytes, tuple(map(tuple, pairs)), machine, ids)  # type: ignore[arg-type]
-    shapes = group_shapes(tuple(map(tuple, groups)), machine, ids)
-    loads: list[list[_LevelLoad]] = [[] for _ in machine.domains]
+        lie = pair_shape(joined.pairs, machine, ids)
+        each = wire_bytes / lie.most if lie.most else Fraction(0)
+        counted = zip(lie.counts, lie.links, strict=True)
+        return _combined([[LevelLoad(each * n, link)] for n, link in counted], machine, "direct", time)
+    shapes = group_shapes(joined.groups, machine, ids)
+    largest = max((shape.size for shape in shapes), default=1)
+    loads: list[list[LevelLoad]] = [[] for _ in machine.domains]
     for shape in shapes:
-        wire = _wire_of(kind, wire_bytes, shape.size, max(other.size for other in shapes))
-        for level, load in enumerate(_group_loads(kind, payload_bytes, wire, shape, machine)):
+        wire = wire_in(kind, wire_bytes, shape.size, largest)
+        for level, load in enumerate(group_loads(kind, payload_bytes, wire, shape, machine)):
             loads[level].append(load)
-    return _combined(loads, machine, _group_algorithm(kind, shapes))
+    return _combined(loads, machine, _spread(kind, shapes), time)
 
 
-@lru_cache(maxsize=128)
-def group_shapes(groups: tuple[Ids, ...], machine: Machine, device_ids: Ids | None) -> tuple[GroupShape, ...]:
-    """The different ways in which these groups (of mesh positions) lie on the machine, but groups of one."""
-    shapes = {
-        _shape(_devices(group, machine, device_ids), machine): None for group in groups if len(group) > 1
-    }
-    return tuple(shapes)
-
-
-def _devices(positions: Ids, machine: Machine, device_ids: Ids | None) -> list[int]:
-    if max(positions) >= (machine.num_devices if device_ids is None else len(device_ids)):
-        raise _too_small(machine, max(positions))
-    devices = list(positions) if device_ids is None else [device_ids[position] for position in positions]
-    if max(devices) >= machine.num_devices:
-        raise _too_small(machine, max(devices))
-    return devices
-
-
-def _too_small(machine: Machine, device: int) -> UserError:
-    what = f"has {machine.num_devices} devices, but the program uses device {device}"
-    return UserError(
-        Problem(f"machine {machine.spec}", what, "choose a machine with as many devices as the program")
-    )
-
-
-def _shape(devices: list[int], machine: Machine) -> GroupShape:
-    """Count the group's devices domain by domain, from the innermost level outwards."""
-    radices: list[int] | None = []
-    peers = []
-    inner = Counter(devices)  # the domains inside level 0 are the devices themselves
-    inner_size = 1
-    for domain in machine.domains:
-        held = Counter(device // domain.size for device in devices)
-        branches = set(Counter(unit * inner_size // domain.size for unit in inner).values())
-        if radices is not None:
-            radices = [*radices, branches.pop()] if len(branches) == 1 else None
-        peers.append(max(held[d // domain.size] - inner[d // inner_size] for d in devices))
-        inner, inner_size = held, domain.size
-    spans = tuple(
-        _span(devices, domain.size, machine) if domain.tier == "ici" else None for domain in machine.domains
-    )
-    return GroupShape(len(devices), None if radices is None else tuple(radices), tuple(peers), spans)
-
-
-def _span(devices: list[int], size: int, machine: Machine) -> TorusSpan:
-    """The group's lie on the torus, for its members in one slice: those in the slice that holds the most."""
-    slices: dict[int, list[int]] = {}
-    for device in devices:
-        slices.setdefault(device // size, []).append(device)
-    members = max(slices.values(), key=len)
-    return torus_span((torus_coords(machine, device) for device in members), machine)
-
-
-def _wire_of(kind: str, wire_bytes: Fraction, size: int, largest: int) -> Fraction:
-    """Wire bytes of a device in a group of `size` when `wire_bytes` is that of the largest group.
-
-    All-gather sends (n-1) · operand, the rest a share of an operand that is the same in all groups.
-    """
-    if size == largest or kind == BROADCAST:
-        return wire_bytes
-    if kind == "all-gather":
-        return wire_bytes * Fraction(size - 1, largest - 1)
-    return wire_bytes * Fraction(size - 1, size) / Fraction(largest - 1, largest)
-
-
-def _group_loads(
-    kind: str, payload_bytes: int, wire: Fraction, shape: GroupShape, machine: Machine
-) -> Iterator[_LevelLoad]:
-    """What the busiest device of a group sends at each level."""
-    links = all_to_all_links if kind in ALL_TO_ALL else gather_links
-    for level, span in enumerate(shape.spans):
-        if not shape.peers[level]:
-            sent = Fraction(0)
-        elif kind == "all-to-all":
-            sent = wire * shape.peers[level] / (shape.size - 1)
-        elif kind in EVERYTHING_MAY_CROSS or shape.radices is None:
-            sent = Fraction(payload_bytes) if kind == BROADCAST else wire
-        else:
-            sent = wire * _share(shape.radices, level)
-        yield _LevelLoad(sent, links(span, machine) if span is not None else Fraction(1))
-
-
-def _share(radices: Ids, level: int) -> Fraction:
-    """The part of the wire bytes that level `level` carries."""
-    outer, size = 1, 1
-    for i, radix in enumerate(radices):
-        size *= radix
-        if i > level:
-            outer *= radix
-    return Fraction((radices[level] - 1) * outer, size - 1)
-
-
-def _pair_traffic(
-    wire_bytes: Fraction, pairs: tuple[tuple[int, int], ...], machine: Machine, device_ids: Ids | None
+def _combined(
+    loads: list[list[LevelLoad]], machine: Machine, spread: str, time: CollectiveTime | None
 ) -> Traffic:
-    """Permutes and sends: each pair goes over the innermost domain that holds both its devices."""
-    levels, links, most = _pair_levels(pairs, machine, device_ids)
-    each = wire_bytes / most if most else Fraction(0)
-    loads = [[_LevelLoad(each * count, link)] for count, link in zip(levels, links, strict=True)]
-    return _combined(loads, machine, "direct")
-
-
-@lru_cache(maxsize=128)
-def _pair_levels(
-    pairs: tuple[tuple[int, int], ...], machine: Machine, device_ids: Ids | None
-) -> tuple[Ids, tuple[Fraction, ...], int]:
-    """By level: messages of the busiest device, and its links per message; then messages of the busiest
-    device."""
-    by_level: list[list[tuple[int, int]]] = [[] for _ in machine.domains]
-    for pair in pairs:
-        source, target = _devices(pair, machine, device_ids)
-        if source != target:
-            by_level[_common_level(source, target, machine)].append((source, target))
-    sent = [Counter(source for source, _ in level) for level in by_level]
-    counts = tuple(max(level.values(), default=0) for level in sent)
-    links = tuple(
-        _pair_links(level, count, machine) if count and domain.tier == "ici" else Fraction(1)
-        for level, count, domain in zip(by_level, counts, machine.domains, strict=True)
-    )
-    return counts, links, max(sum(sent, Counter()).values(), default=0)
-
-
-def _pair_links(pairs: list[tuple[int, int]], count: int, machine: Machine) -> Fraction:
-    """Links that turn `count` messages of the busiest device into the load of the busiest link."""
-    coords = [(torus_coords(machine, source), torus_coords(machine, target)) for source, target in pairs]
-    load = permute_load(coords, machine)
-    return count / load if load else gather_links(TorusSpan((), True, 2), machine)
-
-
-def _common_level(a: int, b: int, machine: Machine) -> int:
-    for level, domain in enumerate(machine.domains):
-        if a // domain.size == b // domain.size:
-            return level
-    return len(machine.domains) - 1
-
-
-def _combined(loads: list[list[_LevelLoad]], machine: Machine, algorithm: str) -> Traffic:
-    """Traffic of groups that run at once: at each level the group with the most bytes, and the one that
-    takes longest."""
+    """Traffic of groups that run at once: at each level that of the group with the most bytes."""
     tiers: dict[str, Fraction] = {}
-    seconds: dict[str, float] = {}
-    known = True
     slowest = None
     for domain, level in zip(machine.domains, loads, strict=True):
-        busy = [load for load in level if load.sent_bytes]
-        if not busy:
-            continue
-        slowest = domain.tier
-        tiers[domain.tier] = tiers.get(domain.tier, Fraction(0)) + max(load.sent_bytes for load in busy)
-        if domain.bytes_per_s is None:
-            known = False
-            continue
-        longest = max(load.sent_bytes / load.links for load in busy)
-        seconds[domain.tier] = seconds.get(domain.tier, 0.0) + float(longest) / domain.bytes_per_s
-    name = algorithm if tiers else "none"
-    return Traffic(tiers=tiers, tier_s=seconds if known else None, tier=slowest, algorithm=_algorithm(name))
+        most = max((load.sent_bytes for load in level), default=Fraction(0))
+        if most:
+            slowest = domain.tier
+            tiers[domain.tier] = tiers.get(domain.tier, Fraction(0)) + most
+    name = time.algorithm if time is not None else spread if tiers else "none"
+    return Traffic(tiers=tiers, time=time, tier=slowest, algorithm={"name": name, "from": "model"})
 
 
-def _group_algorithm(kind: str, shapes: Sequence[GroupShape]) -> str:
+def _spread(kind: str, shapes: Sequence[GroupShape]) -> str:
+    """What the bytes assume where no time says more."""
     if kind in ALL_TO_ALL:
         return "direct"
     if any(shape.radices is None for shape in shapes):
         return "flat"
     levels = max((sum(radix > 1 for radix in shape.radices or ()) for shape in shapes), default=0)
     return "hierarchical" if levels > 1 else "ring"
-
-
-def _algorithm(name: str) -> dict[str, str]:
-    return {"name": name, "from": "model"}

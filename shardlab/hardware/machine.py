@@ -67,17 +67,44 @@ class GpuTarget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What measured collectives say of a link beyond its rate and its latency per step.
+
+    `cost.collective_time` has the formulas. The defaults are a link that is as fast as its datasheet.
+    efficiency: the share of bytes_per_s that large messages reach. launch_s: before the first byte; None
+    where nobody measured it, and then it is not part of the time.
+    fill: seconds lost while a pipeline of chunks fills, in √(latency · transfer time). own_piece: time for a
+    device's own piece of the array, as a share of the time to send one.
+    switch_latency_s, switch_efficiency: reductions inside the switch (NVLS), busbw over bytes_per_s; None
+    where there are none. chunk_bytes, chunk_s: a network sends in chunks, each prepared for this long.
+    """
+
+    efficiency: float = 1.0
+    launch_s: float | None = None
+    fill: float = 0.0
+    own_piece: float = 0.0
+    switch_latency_s: float | None = None
+    switch_efficiency: float | None = None
+    chunk_bytes: int | None = None
+    chunk_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Domain:
     """One level of the nest: `size` devices that reach each other over `tier`.
 
     bytes_per_s: one way, per device; for ICI per link direction of a chip. None when unknown (emulated,
     attached, or a network that the machine's description does not name).
+    pair_bytes_per_s: what two devices alone reach where each pair has wires of its own (a full mesh).
+    latency_s: per step of a collective.
     """
 
-    tier: str  # nvlink pcie infiniband ethernet ici dcn wan loopback
+    tier: str  # nvlink xgmi pcie infiniband ethernet ici dcn wan loopback
     size: int
     bytes_per_s: float | None
     latency_s: float | None = None
+    pair_bytes_per_s: float | None = None
+    calibration: Calibration = Calibration()
     source: str = ""
 
 

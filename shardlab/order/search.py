@@ -158,9 +158,7 @@ def _own_alone(part: Attributed, machine: Machine, own: Ids, own_name: str) -> O
 def _notes(machine: Machine) -> tuple[str, ...]:
     if machine.emulated:
         return ("emulated devices have one kind of link: every order moves the same",)
-    model = (
-        "times are of bandwidth alone, with hierarchical collectives: measure an order before you adopt it"
-    )
+    model = "times are of collectives one after another, by the model: measure an order before you adopt it"
     kept = "the compiled program is kept; compiled for another order, it may be another program"
     return (model, kept) if machine.family == "tpu" else (model,)
 
@@ -206,7 +204,8 @@ def _priced(
     rows = []
     for job in jobs:
         traffic = _traffic(job, machine, layout.device_ids)
-        rows.append(replace(job.row, executions=job.executions, traffic=traffic.tiers, tier_s=traffic.tier_s))
+        priced = replace(job.row, traffic=traffic.tiers, tier_s=traffic.tier_s, time_s=traffic.time_s)
+        rows.append(replace(priced, executions=job.executions, latency_s=traffic.latency_s))
         for computation, times in job.times_in.items():
             here = amounts.setdefault(computation, {})
             for tier, sent_bytes in traffic.tiers.items():

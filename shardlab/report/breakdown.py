@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shardlab.audit import Finding
 
 TOP = 12
-TIME_MEANS = "of links in use; no compute, no overlap"
+TIME_MEANS = "of collectives one after another; no compute, no overlap"
 Breakdown = Mapping[str, Mapping[str, ByteRange]]
 
 

@@ -21,7 +21,7 @@ from shardlab.spec.names import strategy_names
 from shardlab.units import format_bytes, format_count, format_seconds
 
 WIDE_COLUMNS, COMPACT_COLUMNS = 150, 100
-RANKING = "Ranked by communication time: bytes on each link over its bandwidth; no compute, no overlap"
+RANKING = "Ranked by communication time: collectives one after another; no compute, no overlap"
 EMULATED = "Emulated devices, ordered by bytes sent; not ranked among real machines"
 FITS_MOOD: dict[str | None, Mood] = {"yes": "good", "tight": "warn", "no": "bad", None: ""}
 

@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from bare_links import bare
 from order_programs import program
 
 from shardlab.analysis import attribute
@@ -22,7 +23,7 @@ X_WITHIN_HOSTS = (0, 4, 1, 5, 2, 6, 3, 7)  # position (x, y) -> device 4 y + x
 def placed(
     name: str, machine: str | None = "h100:2x4", device_ids: tuple[int, ...] | None = None
 ) -> tuple[Finding, ...]:
-    on = load_machine(machine) if machine else None
+    on = bare(machine) if machine else None
     parts = tuple(attribute(GOLDEN / f"{name}.hlo", MESH, device_ids, on))
     return tuple(one for one in audit_parts(parts, on) if one.rule == "slow-tier-by-order")
 
@@ -34,8 +35,8 @@ def test_an_axis_across_hosts_that_fits_into_one() -> None:
     assert (finding.instruction, finding.axes) == ("all-gather-start", ("x",))
     assert finding.wire_bytes == (crossing, crossing)
     assert "go over infiniband; the device order nested y > x" in finding.evidence
-    # 262,144 B at 50 GB/s, then 786,432 B at 450 GB/s.
-    assert "takes 1.75 µs instead of 5.24 µs" in finding.evidence
+    # 4 trips of 3/2 · 64 KiB at 50 GB/s (NCCL's two rings), then of 3 · 64 KiB at 450 GB/s.
+    assert "takes 1.75 µs instead of 7.86 µs" in finding.evidence
     assert finding.remedy == "Write order = [0, 4, 1, 5, 2, 6, 3, 7] in the mesh file."
 
 
@@ -85,7 +86,7 @@ def test_no_order_is_priced_where_no_group_fits_a_host(monkeypatch: pytest.Monke
 
 def test_a_long_order_is_not_spelled_out() -> None:
     mesh, machine = {"x": 8, "y": 16}, load_machine("h100:16x8")
-    parts = tuple(attribute(program(mesh, (["x"], 4096)), mesh, None, machine))
+    parts = tuple(attribute(program(mesh, (["x"], 1 << 26)), mesh, None, machine))
     (finding,) = audit_parts(parts, machine)
     assert finding.remedy.startswith(
         "Write order = [its device_ids] in the mesh file; --order --json lists them"

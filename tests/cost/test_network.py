@@ -30,6 +30,7 @@ TORUS = Machine(
 class Row:
     executions: tuple
     tier_s: dict | None = None
+    time_s: float | None = None
     traffic: dict | None = None
     wire_bytes: Fraction = Fraction(1)
 
@@ -47,6 +48,12 @@ def test_tiers_of_one_collective_work_at_once_and_collectives_do_not():
     assert result.dominant == "nvlink"
 
 
+def test_the_time_of_a_row_counts_its_latency() -> None:
+    rows = Rows([Row((3, 3), {"nvlink": 2.0, "infiniband": 5.0}, time_s=6.5)])
+    result = communication(rows, GPUS)
+    assert (result.communication_s, result.tier_s) == (3 * 6.5, {"nvlink": 6.0, "infiniband": 15.0})
+
+
 def test_no_communication_takes_no_time():
     nothing = Rows([Row((5, 5), None, wire_bytes=Fraction(0)), Row((0, 0), None)])
     result = communication(nothing, GPUS)
@@ -58,8 +65,8 @@ def test_no_communication_takes_no_time():
     [
         pytest.param(Row((0, None), {"nvlink": 1.0}), id="unbounded-loop"),
         pytest.param(Row((1, 1)), id="no-machine-when-analysed"),
-        pytest.param(Row((1, 1), None, {"wan": Fraction(1)}), id="tier-the-machine-lacks"),
-        pytest.param(Row((1, 1), None, {}), id="traffic-nowhere"),
+        pytest.param(Row((1, 1), traffic={"wan": Fraction(1)}), id="tier-the-machine-lacks"),
+        pytest.param(Row((1, 1), traffic={}), id="traffic-nowhere"),
     ],
 )
 def test_one_unknown_makes_the_total_unknown_but_not_the_tiers(unknown):
@@ -69,9 +76,9 @@ def test_one_unknown_makes_the_total_unknown_but_not_the_tiers(unknown):
 
 
 def test_rows_without_times_are_priced_from_their_traffic():
-    row = Row((2, 2), None, {"nvlink": Fraction(50), "infiniband": Fraction(20)})
+    row = Row((2, 2), traffic={"nvlink": Fraction(50), "infiniband": Fraction(20)})
     assert communication(Rows([row]), GPUS).communication_s == 2 * 20 / 10.0
-    on_torus = Row((1, 1), None, {"ici": Fraction(10)})
+    on_torus = Row((1, 1), traffic={"ici": Fraction(10)})
     assert communication(Rows([on_torus]), TORUS).communication_s is None  # its rate needs coordinates
 
 

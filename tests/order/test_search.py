@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from bare_links import bare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from order_programs import program
@@ -21,22 +22,24 @@ from shardlab.order import orders, orders_member
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hlo"
 TWO_HOSTS = {"data": 2, "tensor": 4}
-# All-reduce of 4,096 B over tensor: 2 · 3/4 · 4096 = 6,144 B on the wire; of 64 B over data: 2 · 1/2 · 64.
-PROGRAM = program(TWO_HOSTS, (["tensor"], 4096), (["data"], 64))
-INSIDE = {"nvlink": (6144, 6144), "infiniband": (64, 64)}
-# Tensor over 2 GPUs of each of 2 hosts: of 6,144 B a third goes between the hosts, (r_1 - 1) / (n - 1).
-ACROSS = {"nvlink": (4096 + 64, 4096 + 64), "infiniband": (2048, 2048)}
+K = 1 << 14
+# All-reduce of 4,096 K over tensor: 2 · 3/4 · 4096 = 6,144 K on the wire; of 64 K over data: 2 · 1/2 · 64.
+PROGRAM = program(TWO_HOSTS, (["tensor"], 4096 * K), (["data"], 64 * K))
+INSIDE = {"nvlink": (6144 * K, 6144 * K), "infiniband": (64 * K, 64 * K)}
+# Tensor over 2 GPUs of each of 2 hosts: of 6,144 K a third goes between the hosts, (r_1 - 1) / (n - 1).
+ACROSS = {"nvlink": ((4096 + 64) * K, (4096 + 64) * K), "infiniband": (2048 * K, 2048 * K)}
 NVLINK, INFINIBAND = 450e9, 50e9  # bytes per second: shardlab/hardware/data
 
 
 def test_tensor_inside_a_host_is_best_and_is_row_major() -> None:
-    found = orders(PROGRAM, load_machine("h100:2x4"), TWO_HOSTS)
+    found = orders(PROGRAM, bare("h100:2x4"), TWO_HOSTS)
     best, second = found.results
     assert (best.name, best.own, best.tiers) == ("as compiled: row-major", True, INSIDE)
     assert best.device_ids == (0, 1, 2, 3, 4, 5, 6, 7)
-    assert best.communication_s == pytest.approx(6144 / NVLINK + 64 / INFINIBAND, rel=1e-12, abs=0)
+    assert best.communication_s == pytest.approx(6144 * K / NVLINK + 64 * K / INFINIBAND, rel=1e-12, abs=0)
     assert (second.own, second.tiers) == (False, ACROSS)
-    assert second.communication_s == pytest.approx(2048 / INFINIBAND + 64 / NVLINK, rel=1e-12, abs=0)
+    # NCCL's two rings send 6 pieces of 1,024 K through a NIC every second time: 3 each.
+    assert second.communication_s == pytest.approx(3072 * K / INFINIBAND + 64 * K / NVLINK, rel=1e-12, abs=0)
     assert (found.tried, found.complete, found.by) == (3, True, "time")
 
 
@@ -67,7 +70,7 @@ def test_blocks_of_a_torus_without_rings_beat_lines() -> None:
     with 2 · 3/4 · 4096 = 6,144 B: lines take 1/1 + 1/1; near and apart in both dimensions 1/2 + 1/1; near in
     one and apart in the other 1/1.5 + 1/1.5."""
     mesh = {"data": 4, "tensor": 4}
-    machine = load_machine("v5e:4x4")
+    machine = bare("v5e:4x4")
     link_s = 6144 / (machine.domains[0].bytes_per_s or 0.0)
     found = orders(program(mesh, (["tensor"], 4096), (["data"], 4096)), machine, mesh)
     seconds = [result.communication_s for result in found.results]
@@ -84,7 +87,7 @@ def test_512_chips_take_less_than_five_seconds() -> None:
     """Tensor of 8 on 8 x 8 x 8: a ring along x has two links, a 2 x 2 x 2 block three lines of one each."""
     mesh = {"data": 8, "fsdp": 8, "tensor": 8}
     text = program(mesh, *((axes, 4096) for r in (1, 2, 3) for axes in combinations(mesh, r)))
-    machine = load_machine("v5p:8x8x8")
+    machine = bare("v5p:8x8x8")
     started = time.process_time()
     found = orders(text, machine, mesh)
     assert time.process_time() - started < 5
@@ -151,7 +154,7 @@ def test_the_document_has_the_lists_that_a_mesh_file_takes() -> None:
     assert (member["tried"], member["complete"], member["ranked_by"]) == (3, True, "time")
     first = member["results"][0]
     assert first["device_ids"] == list(range(8))
-    assert first["traffic"] == {"nvlink": [6144, 6144], "infiniband": [64, 64]}
+    assert first["traffic"] == {"nvlink": [6144 * K] * 2, "infiniband": [64 * K] * 2}
     assert all(sorted(result["device_ids"]) == list(range(8)) for result in member["results"])
     assert orders_member(None) == {}
 

@@ -83,7 +83,7 @@ def test_unknown_is_a_dash_and_never_a_zero() -> None:
 
 
 def test_a_plan_that_moves_nothing_says_so() -> None:
-    alone = analysis(collective(axes=(), wire_bytes=Fraction(0), tier_s={}))
+    alone = analysis(collective(axes=(), wire_bytes=Fraction(0), tier_s={}, time_s=0.0))
     page = comparison_page(rank([report(analysis=alone)]))
     assert texts(page.tables[0])[0][4:6] == ["–", "nothing"]
 

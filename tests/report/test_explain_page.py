@@ -6,12 +6,12 @@ import io
 from dataclasses import replace
 from fractions import Fraction
 
+from bare_links import bare
 from case_reports import GB, analysis, case, collective, refused, report
 
 from shardlab.analysis import analyze
 from shardlab.audit import Finding
 from shardlab.case_report import EMULATED_NOTE, CaseReport
-from shardlab.hardware.catalog import load_machine
 from shardlab.program import CompilerWarning, Flags, Program
 from shardlab.report.breakdown import analysis_page
 from shardlab.report.explain import explain_page
@@ -144,7 +144,7 @@ def test_an_analysed_dump_needs_no_case() -> None:
         "mesh": "fsdp 8",
         "machine": "h100:1x8",
         "sent": "14 GB per device and step",
-        "comm. time": "40.0 ms of links in use; no compute, no overlap",  # twice 20 ms
+        "comm. time": "40.0 ms of collectives one after another; no compute, no overlap",  # twice 20 ms
     }
     assert [one.title for one in page.tables] == [one.title for one in explain_page(report()).tables]
 
@@ -164,7 +164,7 @@ ENTRY %main {
   ROOT %r = f32[262144]{0} reduce-scatter(%x), channel_id=1, replica_groups=[2,4]<=[8], use_global_device_ids=true, dimensions={0}, to_apply=%add
 }
 """  # noqa: E501
-    made = analyze(text, axes={"data": 2, "model": 4}, machine=load_machine("h100:1x8"))
+    made = analyze(text, axes={"data": 2, "model": 4}, machine=bare("h100:1x8"))
     page = analysis_page(made)
     seconds = 3 / 4 * 4 * 2**20 / 450e9
     assert dict(page.facts)["comm. time"].startswith(format_seconds(seconds))

@@ -19,8 +19,9 @@ from shardlab.report.order import orders_table, with_orders
 from shardlab.report.page import Page
 
 MESH = {"data": 2, "tensor": 4}
-# 6,144 B over tensor and 64 B over data, see order/test_search.py.
-TEXT = program(MESH, (["tensor"], 4096), (["data"], 64))
+# 6,144 K over tensor and 64 K over data, see order/test_search.py.
+K = 1 << 14
+TEXT = program(MESH, (["tensor"], 4096 * K), (["data"], 64 * K))
 ACROSS = (0, 2, 4, 6, 1, 3, 5, 7)
 MACHINE = "h100:2x4"
 
@@ -50,7 +51,7 @@ def test_analyze_adds_the_orders_and_changes_nothing_else(
     found = document.pop("orders")
     assert document == plain
     assert [(one["own"], one["traffic"]["infiniband"]) for one in found["results"]] == [
-        (True, [64, 64]), (False, [2048, 2048]),
+        (True, [64 * K, 64 * K]), (False, [2048 * K, 2048 * K]),
     ]  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def test_the_table_says_what_is_better_and_how_to_get_it(
     assert table.index("row-major") < table.index("as compiled: nested tensor > data")
     assert 'order = "row-major" in the mesh file' in " ".join(table.split())
     assert "3 orders tried; ranked by communication time" in table
-    assert "infiniband 64 B" in table
+    assert "infiniband 1.05 MB" in table  # 2^20
 
 
 def test_markdown_has_the_table_too(hlo: str, capsys: pytest.CaptureFixture[str]) -> None:
