@@ -113,10 +113,9 @@ def report(name: str = "fsdp8", seconds: float | None = 0.5, **changes: object) 
 
 def emulated(name: str, wire_gb: int) -> CaseReport:
     """A case on eight emulated devices that sends so many GB."""
-    sent = analysis(
-        collective(executions=(1, 1), wire_bytes=Fraction(wire_gb * GB), tier_s=None, time_s=None)
-    )
-    return report(name, None, case=case(name, "cpu:8"), analysis=analysis(sent), emulated=True)
+    wire_bytes = Fraction(wire_gb * GB)
+    sent = analysis(collective(executions=(1, 1), wire_bytes=wire_bytes, tier_s=None, time_s=None))
+    return report(name, None, case=case(name, "cpu:8"), analysis=sent, emulated=True)
 
 
 def refused(name: str, needed_gb: int, limit_gb: int, largest_batch: int | None) -> CaseReport:
