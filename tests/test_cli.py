@@ -236,9 +236,13 @@ def test_explain_compiles_saves_and_agrees_with_analyze(
     assert from_text["totals"]["wire_bytes"] == totals
 
 
-# A shell starts what it runs in the background with interrupts ignored, and children inherit that. Said in the
-# child, not in a preexec_fn: that would fork this process, and jax, where a test has loaded it, warns of forks.
-_INTERRUPTIBLE = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+# A shell starts what it runs in the background with interrupts ignored, and children inherit that. Said in
+# the child, not in a preexec_fn: that would fork this process, and jax, where a test has loaded it, warns of
+# forks.
+_INTERRUPTIBLE = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 def test_ctrl_c_in_a_compile_leaves_no_process_and_no_file(plan: str, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_parameter_counts_of_gpts_are_those_in_print(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in PRINTED if name.startswith("megatron")])
 def test_megatron_counts_obey_equation_2(name: str) -> None:
-    """arXiv:2104.04473, equation 2: P = 12 L h² (1 + 13/(12 h) + (V + s)/(12 L h)); and the last norm, 2 h."""
+    """arXiv:2104.04473, equation 2: P = 12 L h² (1 + 13/(12 h) + (V + s)/(12 L h)); the last norm, 2 h."""
     L, h, V, s = (getattr(MODELS[name], field) for field in ("layers", "embed", "vocab", "context"))
     assert num_params(MODELS[name]) == 12 * L * h**2 + 13 * L * h + (V + s) * h + 2 * h
 
