@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardlab.spec.case import make_case
+from shardlab.spec.models import MODELS
 from shardlab.spec.names import strategy_names
 from shardlab.spec.plan import load_plan
 
@@ -28,6 +29,7 @@ def test_the_plans_that_were_asked_for_are_there() -> None:
         "v5p:8x8x8",
     }
     asked |= {"v6e:16x16", "tpu7x:4x4x4", "v5e:8x8*2", "h100:2048x8"}
+    asked |= {"a100:1x8", "a100:8x8", "a100:35x8", "a100:64x8"}  # Megatron's
     assert asked <= set(machines)
     assert len(MESHES) >= 18
 
@@ -44,7 +46,7 @@ def test_a_shipped_plan_makes_its_case(path: Path) -> None:
 @pytest.mark.parametrize("path", MESHES, ids=lambda path: path.stem)
 def test_the_name_gives_the_sizes_of_the_axes(path: Path) -> None:
     plan = load_plan(path)
-    named = dict(re.findall(r"(data|fsdp|tensor)(\d+)", path.stem))
+    named = dict(re.findall(r"(data|fsdp|tensor|stage|expert)(\d+)", path.stem))
     assert {axis: int(size) for axis, size in named.items()}.items() <= plan.axes.items()
     machine = make_case(plan).load_machine()
     count = re.match(r"(?:cpu|h100x|a100x|b200x|gb200x|rtx4090x)(\d+)", path.stem)
@@ -52,9 +54,21 @@ def test_the_name_gives_the_sizes_of_the_axes(path: Path) -> None:
     words = {
         "tensor": "2-D tensor parallel" if "y" in plan.axes else "tensor parallel",
         "-seq": "sequence parallel (Megatron)",
+        "stage": "pipeline parallel",
+        "expert": "expert parallel",
         "hsdp": "HSDP",
         "zero1": "ZeRO-1",
         "zero2": "ZeRO-2",
     }
     for word, strategy in words.items():
-        assert word not in path.stem or strategy in strategy_names(plan)
+        assert word not in path.stem or any(name.startswith(strategy) for name in strategy_names(plan))
+
+
+@pytest.mark.parametrize(
+    ("stem", "model"),
+    [(path.stem, model) for path in MESHES for model in MODELS if path.stem.endswith(f"-{model}")],
+)
+def test_the_name_of_a_published_layout_says_the_model(stem: str, model: str) -> None:
+    plan = load_plan(MESHES[0].with_name(f"{stem}.toml"))
+    assert plan.check.model == model
+    assert re.search(r"arXiv:|@[0-9a-f]{7}", plan.description), "where it was published"
