@@ -12,9 +12,12 @@ from shardlab.analysis import Analysis, attribute
 from shardlab.audit import Finding, audit, finding_json
 from shardlab.cost.flops import Flops, model_flops
 from shardlab.cost.instructions import InstructionCost, StepCost, step_cost
+from shardlab.cost.liveness import temporaries_at_peak
 from shardlab.cost.memory import MemoryFit, memory_report
 from shardlab.cost.network import communication
+from shardlab.cost.owners import Owners, memory_band, memory_owners
 from shardlab.hardware.catalog import load_machine
+from shardlab.hardware.data_files import load_gpu_target
 from shardlab.hardware.machine import Machine
 from shardlab.program import Program, Refusal
 from shardlab.spec.case import Case
@@ -34,6 +37,7 @@ Json = dict[str, object]
 class CaseReport:
     """One case, analysed or with the reason why not.
 
+    owners: what holds the memory. memory_band: bytes between which a run lies of a program not autotuned.
     infeasible: the plan cannot be put on this model and machine. failure: it could not be compiled (with
     what to do).
     hardware_flops: per device per step, from the compiled program with trip counts; model_flops: 6·N·D plus
@@ -47,6 +51,8 @@ class CaseReport:
     program: Program | None = None
     analysis: Analysis | None = None
     memory: MemoryFit | None = None
+    owners: Owners | None = None
+    memory_band: tuple[int, int] | None = None
     hardware_flops: int | None = None
     model_flops: int | None = None
     cost: StepCost | None = None
@@ -73,6 +79,7 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
         case=case,
         program=program,
         memory=fit if fit.peak_bytes is not None else None,
+        memory_band=memory_band(program.memory, program.autotuned, _compute_major(machine)),
         model_flops=model_flops(case.model, case.batch, case.seq, case.workload),
         emulated=machine.emulated,
         notes=_notes(case, program, fit),
@@ -82,10 +89,12 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
     (part,) = attribute(program, machine=machine)
     analysis = part.analysis
     cost = step_cost(part.module, program.backend)
+    peak = temporaries_at_peak(part.module, part.graph, program.backend)
     time = communication(analysis, machine)
     return replace(
         known,
         analysis=analysis,
+        owners=memory_owners(program.arguments, case.workload, peak, program.memory),
         hardware_flops=cost.flops.total,
         cost=cost,
         communication_s=time.communication_s,
@@ -109,6 +118,12 @@ def _notes(case: Case, program: Program, fit: MemoryFit) -> tuple[str, ...]:
         NOT_AUTOTUNED_NOTE if program.autotuned is False else "",
     )
     return tuple(note for note in notes if note)
+
+
+def _compute_major(machine: Machine) -> int | None:
+    """Of the GPU's compute capability; None for other chips."""
+    name = machine.chip.compile_as if machine.chip.family == "gpu" else None
+    return None if name is None else load_gpu_target(name).compute_major
 
 
 def _flops_notes(work: Flops) -> tuple[str, ...]:
@@ -211,6 +226,11 @@ def _memory_json(report: CaseReport) -> Json:
     memory = _known(**asdict(report.memory)) if report.memory is not None else {}
     if not memory.get("note"):
         memory.pop("note", None)
+    if report.memory_band is not None:
+        memory["band_bytes"] = list(report.memory_band)
+    if report.owners is not None:
+        memory["owners"] = dict(report.owners.by_owner)
+        memory["unexplained_bytes"] = report.owners.unexplained_bytes
     refusal = report.refusal
     if refusal is not None:
         memory |= _known(needed_bytes=refusal.needed_bytes, largest_batch=refusal.largest_batch)

@@ -122,12 +122,33 @@ def _results(computation: Computation) -> Iterator[tuple[str, Shape]]:
         yield from ((use.name, leaf) for leaf in array_leaves(shape))
 
 
+def in_place_operands(computation: Computation) -> dict[int, int]:
+    """Of a fused computation the results that are an operand's memory with a part changed: array of the
+    result -> parameter number."""
+    return {index: parameter_number(chain.parameter) for index, chain in _in_place_chains(computation)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """A result made in place: the names from it to the parameter, and how many elements change."""
+
+    names: tuple[str, ...]
+    parameter: Instruction
+    changed: int
+
+
 def _in_place(computation: Computation) -> Iterator[tuple[str, int]]:
     """Results that are a parameter's memory with a part changed, and how many elements change.
 
     Each instruction of the chain is in place too, so it is listed as well.
     """
-    for name, leaf in _results(computation):
+    for _, chain in _in_place_chains(computation):
+        yield from ((name, chain.changed) for name in chain.names)
+
+
+def _in_place_chains(computation: Computation) -> Iterator[tuple[int, _Chain]]:
+    """The chain of each array of the result that has one."""
+    for index, (name, leaf) in enumerate(_results(computation)):
         chain, changed = [], 0
         one = computation.instructions.get(name)
         for _ in range(_MAX_CHAIN):
@@ -141,7 +162,7 @@ def _in_place(computation: Computation) -> Iterator[tuple[str, int]]:
             one = computation.instructions.get(one.operands[0].name)
         if one is not None and one.opcode == "parameter" and changed:
             whole = num_elements(leaf)
-            yield from ((link, changed if whole is None else min(changed, whole)) for link in chain)
+            yield index, _Chain(tuple(chain), one, changed if whole is None else min(changed, whole))
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,9 +119,13 @@ def _by_memory(
 
 
 def _add(hbm: int, other: int, moved: int, shape: Shape, backend: str) -> tuple[int, int]:
+    return (hbm + moved, other) if is_hbm(shape, backend) else (hbm, other + moved)
+
+
+def is_hbm(shape: Shape, backend: str) -> bool:
+    """Whether an array lies in the device's main memory: other spaces of a GPU, but the host's, are in it."""
     space = shape.memory_space
-    is_hbm = space == 0 or (backend in ("gpu", "cpu") and space != HOST_MEMORY)
-    return (hbm + moved, other) if is_hbm else (hbm, other + moved)
+    return space == 0 or (backend in ("gpu", "cpu") and space != HOST_MEMORY)
 
 
 def _alone(instruction: Instruction, shapes: list[Shape | None], results: list[Shape]) -> FusedTraffic:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from shardlab.case_report import EMULATED_NOTE, CaseReport
 from shardlab.compare import refusal_reason
 from shardlab.report.breakdown import TIME_MEANS, TOP, audit_tables, mesh_text, traffic_tables
 from shardlab.report.comparison import time_text
 from shardlab.report.cost import cost_facts, cost_tables
+from shardlab.report.figures import shares
 from shardlab.report.page import Column, Page, Table, cell, code
 from shardlab.spec.names import strategy_names
 from shardlab.units import format_bytes, format_count
@@ -21,6 +24,7 @@ def explain_page(report: CaseReport, top: int = TOP) -> Page:
         return Page(title=title, facts=(*_case_facts(report), ("no analysis", _why(report))), notes=notes)
     facts = (*_case_facts(report), *_figure_facts(report))
     tables = (
+        *_owner_tables(report),
         *traffic_tables(report.analysis, top, report.tier_s or {}),
         *(cost_tables(report.cost, top) if report.cost is not None else ()),
         *audit_tables(report.findings),
@@ -75,9 +79,30 @@ def _memory_text(report: CaseReport) -> str:
         parts.append(f"temporaries {format_bytes(memory.temp_bytes)}")
     if memory.limit_bytes is not None:
         parts.append(f"limit {format_bytes(memory.limit_bytes)} ({memory.limit_source})")
+    if report.memory_band is not None:
+        low, high = report.memory_band
+        parts.append(f"a run, autotuned, between {format_bytes(low)} and {format_bytes(high)}")
     if memory.fits is not None:
         parts.append({"yes": "fits", "tight": "tight", "no": "does not fit"}[memory.fits])
     return ", ".join(parts)
+
+
+def _owner_tables(report: CaseReport) -> tuple[Table, ...]:
+    """Who holds the memory at the step's fullest moment, and what of the reserved is not explained by it."""
+    owners = report.owners
+    if owners is None:
+        return ()
+    sizes = [(name, Fraction(size)) for name, size in owners.by_owner.items()]
+    portions = shares((size, size) for _, size in sizes)
+    rows = tuple(
+        (cell(name), cell(format_bytes(size)), cell(portion))
+        for (name, size), portion in zip(sizes, portions, strict=True)
+    )
+    rest = owners.unexplained_bytes
+    what = "more reserved, for padding and gaps" if rest >= 0 else "counted twice that the compiler shares"
+    columns = (Column("held by"), Column("bytes", "right"), Column("share", "right"))
+    caption = f"at the step's fullest moment; {format_bytes(abs(rest))} {what}"
+    return (Table(title="Memory", columns=columns, rows=rows, caption=caption),)
 
 
 def _warning_tables(report: CaseReport) -> tuple[Table, ...]:

@@ -12,6 +12,8 @@ from case_reports import GB, analysis, case, collective, refused, report
 from shardlab.analysis import analyze
 from shardlab.audit import Finding
 from shardlab.case_report import EMULATED_NOTE, CaseReport
+from shardlab.cost.owners import Owners
+from shardlab.hardware.catalog import load_machine
 from shardlab.program import CompilerWarning, Flags, Program
 from shardlab.report.breakdown import analysis_page
 from shardlab.report.explain import explain_page
@@ -42,6 +44,17 @@ def test_every_breakdown_is_there() -> None:
     ]
     assert texts(table(page, "By kind")) == [["all-gather", "16 GB", "14 GB", "100 %"]]
     assert texts(table(page, "By link")) == [["nvlink", "14 GB", "500 ms"]]
+
+
+def test_who_holds_the_memory_is_shown_with_the_rest() -> None:
+    owners = Owners({"optimizer": 6 * GB, "activations": 2 * GB}, -GB)
+    shown = table(explain_page(report(owners=owners)), "Memory")
+    assert texts(shown) == [["optimizer", "6 GB", "75 %"], ["activations", "2 GB", "25 %"]]
+    assert "1 GB counted twice" in shown.caption
+    assert (
+        "3 GB more"
+        in table(explain_page(report(owners=replace(owners, unexplained_bytes=3 * GB))), "Memory").caption
+    )
 
 
 def test_a_collective_is_named_with_its_source() -> None:
