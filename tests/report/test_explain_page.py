@@ -13,7 +13,6 @@ from shardlab.analysis import analyze
 from shardlab.audit import Finding
 from shardlab.case_report import EMULATED_NOTE, CaseReport
 from shardlab.cost.owners import Owners
-from shardlab.hardware.catalog import load_machine
 from shardlab.program import CompilerWarning, Flags, Program
 from shardlab.report.breakdown import analysis_page
 from shardlab.report.explain import explain_page
