@@ -5,6 +5,7 @@ What a stage could not know is None, and absent from the JSON; never zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
@@ -19,11 +20,13 @@ from shardlab.cost.owners import Owners, memory_band, memory_owners
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.data_files import load_gpu_target
 from shardlab.hardware.machine import Machine
+from shardlab.prediction import Prediction, predict
 from shardlab.program import Program, Refusal
 from shardlab.spec.case import Case
 from shardlab.spec.names import strategy_names
 
 SCHEMA = "shardlab.report/1"
+PATH_ENTRIES = 12  # of the critical path in the JSON and on the page
 EMULATED_NOTE = (
     "emulated devices show what the partitioner does, not what a backend does: "
     "bf16 collectives run in f32 and gradients are all-reduced"
@@ -44,7 +47,8 @@ class CaseReport:
     attention over all devices. cost: FLOPs and HBM traffic, per instruction.
     communication_s: Σ executions · max over tiers of bytes / bandwidth (no
     latency, no overlap).
-    tier_s: the same per tier. findings: of the audit. emulated rows are never ranked among real ones.
+    tier_s: the same per tier. predicted: the timeline of a step. mfu: model FLOPs over what all devices could
+    do in that step at their bf16 peak. findings: of the audit. emulated: never ranked among real ones.
     """
 
     case: Case
@@ -58,6 +62,8 @@ class CaseReport:
     cost: StepCost | None = None
     communication_s: float | None = None
     tier_s: Mapping[str, float] | None = None
+    predicted: Prediction | None = None
+    mfu: float | None = None
     findings: tuple[Finding, ...] = ()
     infeasible: str | None = None
     failure: str | None = None
@@ -68,6 +74,19 @@ class CaseReport:
     def refusal(self) -> Refusal | None:
         """What the compiler said when the program did not fit, None when it compiled or was never tried."""
         return self.program.refusal if self.program is not None else None
+
+    @property
+    def step_time_s(self) -> float | None:
+        """The predicted step time; None where a part of it is unknown."""
+        return self.predicted.timeline.step_time_s if self.predicted is not None else None
+
+    @property
+    def tokens_per_s_per_device(self) -> float | None:
+        """Tokens of the global batch per second and device; of a decode step one per sequence."""
+        if not self.step_time_s:
+            return None
+        tokens = self.case.batch * (1 if self.case.workload == "decode" else self.case.seq)
+        return tokens / self.step_time_s / math.prod(self.case.plan.axes.values())
 
 
 def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
@@ -91,6 +110,7 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
     cost = step_cost(part.module, program.backend)
     peak = temporaries_at_peak(part.module, part.graph, program.backend)
     time = communication(analysis, machine)
+    predicted = predict(part, cost, machine)
     return replace(
         known,
         analysis=analysis,
@@ -99,9 +119,18 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
         cost=cost,
         communication_s=time.communication_s,
         tier_s=time.tier_s or None,
+        predicted=predicted,
+        mfu=_mfu(known.model_flops, predicted, machine),
         findings=audit(part, machine),
-        notes=(*known.notes, *_flops_notes(cost.flops)),
+        notes=(*known.notes, *_flops_notes(cost.flops), *_prediction_notes(predicted)),
     )
+
+
+def _mfu(model: int | None, predicted: Prediction | None, machine: Machine) -> float | None:
+    peak = machine.chip.bf16_flops_per_s
+    if model is None or predicted is None or not predicted.timeline.step_time_s or peak is None:
+        return None
+    return model / (predicted.timeline.step_time_s * peak * machine.num_devices)
 
 
 def unanswered(case: Case, *, infeasible: str | None = None, failure: str | None = None) -> CaseReport:
@@ -132,6 +161,14 @@ def _flops_notes(work: Flops) -> tuple[str, ...]:
     return (*work.notes, *missing)
 
 
+def _prediction_notes(predicted: Prediction | None) -> tuple[str, ...]:
+    """What keeps the step time from being known."""
+    unknown = predicted.timeline.unknown if predicted is not None else ()
+    more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+    names = ", ".join(unknown[:3]) + more
+    return (f"no step time: how long {names} takes is not known",) if unknown else ()
+
+
 def to_json(report: CaseReport, *, instructions: bool = False) -> Json:
     """The report as a document of schema `shardlab.report/1`: what is not known is absent, never zero.
 
@@ -148,10 +185,7 @@ def to_json(report: CaseReport, *, instructions: bool = False) -> Json:
     members: Json = {
         "memory": _memory_json(report),
         "compute": _compute_json(report),
-        "prediction": _known(
-            communication_s=report.communication_s,
-            communication_by_tier_s=dict(report.tier_s) if report.tier_s else None,
-        ),
+        "prediction": _prediction_json(report),
     }
     if instructions and report.cost is not None:
         missing = (*report.cost.flops.unknown, *report.cost.not_counted)
@@ -160,6 +194,32 @@ def to_json(report: CaseReport, *, instructions: bool = False) -> Json:
             "not_counted": [asdict(one) for one in dict.fromkeys(missing)],
         }
     return document | {key: value for key, value in members.items() if value}
+
+
+def _prediction_json(report: CaseReport) -> Json:
+    """Seconds of one step. communication_s: while at least one collective is under way; without a timeline
+    the sum of all, each over its slowest link.
+    """
+    predicted = report.predicted
+    line = predicted.timeline if predicted is not None else None
+    known = line is not None and line.communication_s is not None
+    members = _known(
+        step_time_s=report.step_time_s,
+        compute_s=line.compute_s if line is not None else None,
+        communication_s=line.communication_s if line is not None and known else report.communication_s,
+        exposed_communication_s=line.exposed_communication_s if line is not None else None,
+        mfu=report.mfu,
+        tokens_per_s_per_device=report.tokens_per_s_per_device,
+        communication_by_tier_s=dict(report.tier_s) if report.tier_s else None,
+    )
+    if predicted is None or line is None:
+        return members
+    path = [
+        _known(**asdict(entry) | {"axes": None if entry.axes is None else list(entry.axes)})
+        for entry in line.critical_path[:PATH_ENTRIES]
+    ]
+    members |= {"error_class": predicted.error_class, "basis": dict(predicted.basis)}
+    return members | ({"critical_path": path} if path else {"unknown": list(line.unknown)})
 
 
 def _compute_json(report: CaseReport) -> Json:

@@ -1,8 +1,8 @@
 """Stage 6 COMPARE: reports of several cases, best first.
 
-Plans that fit come first, then the shorter communication time: Σ executions · max over tiers of bytes /
-bandwidth. Neither compute nor overlap is in that time, so it ranks plans by what they move, not by what a
-step takes.
+Plans that fit come first, then the shorter predicted step. Where the step of one of them cannot be
+predicted, all are ranked by communication time instead (Σ executions · max over tiers of bytes /
+bandwidth), which ranks plans by what they move, not by what a step takes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 from shardlab.agreement import Agreement, agreement, agreement_json
 from shardlab.analysis import Analysis, CollectiveRow
@@ -31,7 +32,7 @@ class Unranked:
 class Comparison:
     """Cases side by side: `ranked` best first, `emulated` by wire bytes, `unranked` with their reasons.
 
-    agreement: of one plan on several backends, what each sends side by side.
+    agreement: of one plan on several backends, what each sends side by side. by: what ranks.
     """
 
     ranked: tuple[CaseReport, ...]
@@ -39,6 +40,7 @@ class Comparison:
     unranked: tuple[Unranked, ...]
     notes: tuple[str, ...] = ()
     agreement: Agreement | None = None
+    by: Literal["step_time_s", "communication_s"] = "communication_s"
 
     @property
     def reports(self) -> tuple[CaseReport, ...]:
@@ -49,20 +51,23 @@ class Comparison:
 def rank(reports: Iterable[CaseReport], notes: Iterable[str] = ()) -> Comparison:
     """Order the reports. Raises ValueError when they differ in batch, sequence, workload or model.
 
-    Fits (yes and tight) before unknown before no; then communication time, wire bytes, name. A case that was
-    not analysed, or whose time is not known, has no rank.
+    Fits (yes and tight) before unknown before no; then step time (communication time where one is not
+    known), wire bytes, name. A case that was not analysed, or whose time is not known, has no rank.
     """
     reports = tuple(reports)
     if len({(r.case.batch, r.case.seq, r.case.workload, r.case.model) for r in reports}) > 1:
         raise ValueError("only cases of one model, batch, sequence and workload can be compared")
     unranked = [Unranked(report=r, reason=why) for r in reports if (why := reason_unranked(r)) is not None]
     rest = [r for r in reports if reason_unranked(r) is None]
+    real = [r for r in rest if not r.emulated]
+    predicted = bool(real) and all(r.step_time_s is not None for r in real)
     return Comparison(
-        ranked=tuple(sorted((r for r in rest if not r.emulated), key=_real_key)),
+        ranked=tuple(sorted(real, key=lambda report: _real_key(report, predicted))),
         emulated=tuple(sorted((r for r in rest if r.emulated), key=_emulated_key)),
         unranked=tuple(sorted(unranked, key=lambda row: _label_key(row.report))),
         notes=tuple(notes),
         agreement=agreement(reports),
+        by="step_time_s" if predicted else "communication_s",
     )
 
 
@@ -148,15 +153,18 @@ def comparison_json(comparison: Comparison) -> Json:
             reports.append({"rank": number, "ranking": ranking} | to_json(report))
     reports += [{"unranked": row.reason} | to_json(row.report) for row in comparison.unranked]
     document: Json = {"schema": SCHEMA, "reports": reports, "notes": list(comparison.notes)}
+    if comparison.ranked:
+        document["ranked_by"] = comparison.by
     if comparison.agreement is not None:
         document["agreement"] = agreement_json(comparison.agreement)
     return document
 
 
-def _real_key(report: CaseReport) -> tuple[int, float, Fraction, str, str]:
+def _real_key(report: CaseReport, predicted: bool) -> tuple[int, float, Fraction, str, str]:
     fits = report.memory.fits if report.memory is not None else None
     order = {"yes": 0, "tight": 0, None: 1, "no": 2}[fits]
-    return (order, report.communication_s or 0.0, _wire_bytes(report), *_label_key(report))
+    time_s = report.step_time_s if predicted else report.communication_s
+    return (order, time_s or 0.0, _wire_bytes(report), *_label_key(report))
 
 
 def _emulated_key(report: CaseReport) -> tuple[Fraction, str, str]:

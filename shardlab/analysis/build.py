@@ -31,9 +31,10 @@ Source = str | bytes | Path | Program | Module
 class Attributed:
     """One module's analysis with what it was made from, so that it can be priced again without reading.
 
-    members, computations: of each of `analysis.collectives`, the mesh positions that it joins and the
-    computation that runs it; equal members are one object. device_ids: the device at each mesh position,
-    None where nothing says (then the device of the same number). program: the saved program it came in.
+    members, collectives: of each of `analysis.collectives`, the mesh positions that it joins (equal ones are
+    one object) and how the program holds it. computations: that run them. device_ids: the device at each
+    mesh position, None where nothing says (then the device of the same number). program: the saved program
+    it came in.
     """
 
     analysis: Analysis
@@ -42,6 +43,7 @@ class Attributed:
     graph: CallGraph
     members: tuple[Members, ...]
     computations: tuple[str, ...]
+    collectives: tuple[Collective, ...]
     placement: Placement
     device_ids: tuple[int, ...] | None
 
@@ -177,6 +179,7 @@ def _attribute_module(
         graph=graph,
         members=tuple(rows.members(collective) for collective in collectives),
         computations=tuple(collective.computation for collective in collectives),
+        collectives=tuple(collectives),
         placement=placement,
         device_ids=None if device_ids is None else tuple(device_ids),
     )

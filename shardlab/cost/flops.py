@@ -16,7 +16,13 @@ from typing import Literal
 
 from shardlab.attribute.calls import CallGraph, call_graph, step_totals
 from shardlab.cost.kernels import Work, kernel_work
-from shardlab.cost.products import NotCountedError, convolution_flops, dot_flops
+from shardlab.cost.products import (
+    NotCountedError,
+    convolution_flops,
+    convolution_shape,
+    dot_flops,
+    dot_shape,
+)
 from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
 from shardlab.spec.models import ModelConfig
 
@@ -42,10 +48,14 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """The products of a program by the computation that they stand in, and what could not be counted."""
+    """The products of a program by the computation that they stand in, and what could not be counted.
+
+    unknown_places: the computation and name of each of `unknown`.
+    """
 
     by_computation: Mapping[str, tuple[Product, ...]]
     unknown: tuple[NotCountedWork, ...]
+    unknown_places: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +89,14 @@ def find_products(module: Module, graph: CallGraph) -> Products:
     """Every product of the computations that run. Raises ParseError for metadata that cannot be read."""
     found: dict[str, tuple[Product, ...]] = {}
     unknown: list[NotCountedWork] = []
+    places: list[tuple[str, str]] = []
     for name, times in graph.times.items():
+        before = len(unknown)
         products = tuple(_products(module.computations[name], unknown)) if times[1] != 0 else ()
+        places += ((name, work.name) for work in unknown[before:])
         if products:
             found[name] = products
-    return Products(found, tuple(unknown))
+    return Products(found, tuple(unknown), tuple(places))
 
 
 def total_flops(graph: CallGraph, products: Products) -> Flops:
@@ -127,10 +140,13 @@ def _products(computation: Computation, unknown: list[NotCountedWork]) -> Iterat
 def _work(instruction: Instruction, computation: Computation) -> Work | None:
     opcode = instruction.opcode.removesuffix("-start")
     if opcode == "dot":
-        return Work("matmul", dot_flops(instruction, _operand(instruction, 0, computation)))
+        lhs = _operand(instruction, 0, computation)
+        return Work("matmul", dot_flops(instruction, lhs), shape=dot_shape(instruction, lhs))
     if opcode == "convolution":
         lhs, kernel = (_operand(instruction, index, computation) for index in (0, 1))
-        return Work("matmul", convolution_flops(instruction, lhs, kernel, instruction.shape))
+        flops = convolution_flops(instruction, lhs, kernel, instruction.shape)
+        shape = convolution_shape(instruction, lhs, kernel, instruction.shape)
+        return Work("matmul", flops, shape=shape)
     if opcode == "custom-call" and not {"calls", "called_computations"} & instruction.attributes.keys():
         return kernel_work(instruction, [_shape_of(use, computation) for use in instruction.operands])
     if opcode in _OPAQUE_PRODUCTS:

@@ -18,6 +18,7 @@ from shardlab.attribute.origin import Origin, is_training, origin_of
 from shardlab.attribute.schedule import Range
 from shardlab.cost.flops import Flops, NotCountedWork, Product, find_products, total_flops
 from shardlab.cost.hbm import Traffic, all_fused_traffic, fused_computations, instruction_traffic
+from shardlab.cost.kernels import Work
 from shardlab.cost.products import NotCountedError
 from shardlab.hlo.attributes import computation_names, metadata
 from shardlab.hlo.module import Instruction, Module
@@ -34,7 +35,8 @@ class InstructionCost:
     kind: its opcode, without `-start`, or a custom call's target. recompute: done again for the backward
     pass, by JAX's remat (known by its scope) or by XLA's own (by its `.remat` clones). traffic: None where it
     is not known. phase, layer, op_name, source: as in `attribute.origin.Origin`; of a fusion those of its
-    largest product. Flash attention's second look at its scores is inside its kernel, and no recompute.
+    largest product. products: what the FLOPs are the sum of. Flash attention's second look at its scores is
+    inside its kernel, and no recompute.
     """
 
     name: str
@@ -49,6 +51,7 @@ class InstructionCost:
     layer: str
     op_name: str
     source: str
+    products: tuple[Work, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -72,8 +75,8 @@ class StepCost:
 
     recompute_flops: the part of the FLOPs that `recompute` instructions do.
     instructions: those that do products or move bytes, in printed order, callers first. not_counted: those
-    whose traffic is not in the sums (work that is not: `flops.unknown`). other_bytes: read and written in
-    memory that is not HBM.
+    whose traffic is not in the sums (work that is not: `flops.unknown`). unpriced: computation and name of
+    both. other_bytes: read and written in memory that is not HBM.
     """
 
     flops: Flops
@@ -83,6 +86,7 @@ class StepCost:
     other_bytes: int | None
     instructions: tuple[InstructionCost, ...]
     not_counted: tuple[NotCountedWork, ...]
+    unpriced: frozenset[tuple[str, str]] = frozenset()
 
 
 def step_cost(module: Module, backend: str) -> StepCost:
@@ -104,6 +108,7 @@ def step_cost(module: Module, backend: str) -> StepCost:
         other_bytes=other,
         instructions=made,
         not_counted=tuple(rows.not_counted),
+        unpriced=frozenset((*products.unknown_places, *rows.unpriced)),
     )
 
 
@@ -120,6 +125,7 @@ class _Rows:
         self.training = is_training(module, graph.sites.order)
         self.users: dict[str, Mapping[str, Sequence[Instruction]]] = {}
         self.not_counted: list[NotCountedWork] = []
+        self.unpriced: list[tuple[str, str]] = []
 
     def all(self) -> Iterator[InstructionCost]:
         """Rows of all computations that run by themselves."""
@@ -158,6 +164,7 @@ class _Rows:
             layer=origin.layer,
             op_name=origin.op_name,
             source=origin.source,
+            products=tuple(product.work for product in products),
         )
 
     def _traffic(self, computation: str, instruction: Instruction) -> Traffic | None:
@@ -167,6 +174,7 @@ class _Rows:
         except NotCountedError as reason:
             what = instruction.attributes.get("custom_call_target", instruction.opcode).strip('"')
             self.not_counted.append(NotCountedWork(instruction.name, what, str(reason)))
+            self.unpriced.append((computation, instruction.name))
             return None
 
     def _products_inside(self, instruction: Instruction) -> Iterator[Product]:

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from shardlab.cost.products import NotCountedError, convolution_flops, extents, product_flops
+from shardlab.cost.products import (
+    MatmulShape,
+    NotCountedError,
+    convolution_flops,
+    extents,
+    matmul_shape,
+    product_flops,
+)
 from shardlab.hlo.attributes import config_value, metadata
 from shardlab.hlo.module import Instruction, Shape
 
@@ -27,12 +34,28 @@ NO_FLOPS = frozenset({
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a fused attention kernel's speed depends on: positions, width of a head, mask and direction."""
+
+    queries: int
+    keys: int
+    head_dim: int
+    causal: bool
+    backward: bool
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
-    """FLOPs of one execution. note: an assumption that a reader must know, or ""."""
+    """FLOPs of one execution. note: an assumption that a reader must know, or "".
+
+    shape: what is multiplied, None for a library's convolution.
+    """
 
     kind: Literal["matmul", "attention"]
     flops: int
     note: str = ""
+    shape: MatmulShape | AttentionShape | None = None
 
 
 def kernel_work(call: Instruction, operands: Sequence[Shape | None]) -> Work | None:
@@ -41,7 +64,7 @@ def kernel_work(call: Instruction, operands: Sequence[Shape | None]) -> Work | N
     if target in NO_FLOPS:
         return None
     if target.startswith("__cublas$") and "groupedMatmul" not in target:
-        return Work("matmul", _gemm_flops(call, operands))
+        return _gemm(call, operands)
     if target.startswith("__cudnn$conv"):
         return Work("matmul", _cudnn_convolution_flops(target, call, operands))
     if target.startswith("__cudnn$fmha"):
@@ -77,11 +100,15 @@ def first_array(shape: Shape) -> Shape:
     return shape
 
 
-def _gemm_flops(call: Instruction, operands: Sequence[Shape | None]) -> int:
+def _gemm(call: Instruction, operands: Sequence[Shape | None]) -> Work:
     numbers = config_value(call, "gemm_backend_config", "dot_dimension_numbers", "lhs_contracting_dimensions")
     if not isinstance(numbers, list) or not operands:
         raise NotCountedError("a matrix product without dimension numbers")
-    return product_flops(extents(first_array(call.shape)), extents(operands[0]), _ints(numbers))
+    batched = config_value(call, "gemm_backend_config", "dot_dimension_numbers", "lhs_batch_dimensions")
+    out, contracting = extents(first_array(call.shape)), _ints(numbers)
+    flops = product_flops(out, extents(operands[0]), contracting)
+    batch = _ints(batched) if isinstance(batched, list) else ()
+    return Work("matmul", flops, shape=matmul_shape(out, operands[0], batch, contracting))
 
 
 def _cudnn_convolution_flops(target: str, call: Instruction, operands: Sequence[Shape | None]) -> int:
@@ -113,7 +140,9 @@ def _cudnn_attention(target: str, call: Instruction, operands: Sequence[Shape | 
         if causal
         else ""
     )
-    return Work("attention", 2 * batch * heads * pairs * per_pair, note)
+    dtype = operands[0].dtype if operands[0] is not None else ""
+    shape = AttentionShape(queries, keys, D, causal, "Backward" in target, dtype)
+    return Work("attention", 2 * batch * heads * pairs * per_pair, note, shape)
 
 
 def _splash_attention(call: Instruction, operands: Sequence[Shape | None]) -> Work:
@@ -141,7 +170,9 @@ def _splash_attention(call: Instruction, operands: Sequence[Shape | None]) -> Wo
     pairs = q[-2] * k[-2] * blocks // (query_blocks * key_blocks)
     note = "splash attention: taken as causal, tiles on the diagonal counted whole" if causal else ""
     flops = 2 * math.prod(q[:-2]) * pairs * _splash_products(call, D, Dv)
-    return Work("attention", flops, note)
+    dtype = next((s.dtype for s in operands if s is not None and s.dtype.startswith(("bf", "f"))), "")
+    shape = AttentionShape(q[-2], k[-2], D, causal, "_fwd" not in call.name, dtype)
+    return Work("attention", flops, note, shape)
 
 
 def _splash_products(call: Instruction, D: int, Dv: int) -> int:

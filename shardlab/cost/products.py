@@ -26,6 +26,17 @@ class NotCountedError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class MatmulShape:
+    """`batch` products of [m, k] by [k, n]; dtype: of the operands as the program has them."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class WindowDim:
     """One dimension of a convolution's window."""
 
@@ -57,6 +68,52 @@ def dot_flops(dot: Instruction, lhs: Shape | None) -> int:
     """FLOPs of a `dot`. Raises NotCountedError."""
     contracting = integers(dot.attributes.get("lhs_contracting_dims", ""))
     return product_flops(extents(dot.shape), extents(lhs), contracting)
+
+
+def dot_shape(dot: Instruction, lhs: Shape | None) -> MatmulShape:
+    """The extents that a `dot` multiplies. Raises NotCountedError."""
+    batched = integers(dot.attributes.get("lhs_batch_dims", ""))
+    contracting = integers(dot.attributes.get("lhs_contracting_dims", ""))
+    return matmul_shape(extents(dot.shape), lhs, batched, contracting)
+
+
+def matmul_shape(
+    out: Sequence[int], lhs: Shape | None, batched: Sequence[int], contracting: Sequence[int]
+) -> MatmulShape:
+    """From the result's extents, the first operand, and which of its dimensions are batch and summed."""
+    dims = extents(lhs)
+    if any(not 0 <= dim < len(dims) for dim in (*batched, *contracting)):
+        raise NotCountedError(f"dimensions {[*batched, *contracting]} of an array of rank {len(dims)}")
+    batch, k = (math.prod(dims[dim] for dim in group) for group in (batched, contracting))
+    m = math.prod(dims) // max(batch * k, 1)
+    return MatmulShape(batch, m, math.prod(out) // max(batch * m, 1), k, lhs.dtype if lhs else "")
+
+
+def convolution_shape(
+    conv: Instruction, lhs: Shape | None, kernel: Shape | None, out: Shape | None
+) -> MatmulShape:
+    """The matrix product that a convolution is: what each spatial dimension stands for follows from where
+    it is longer than 1 (the TPU compiler's products), else its positions are summed. Raises NotCountedError.
+    """
+    labels = _LABELS.fullmatch(conv.attributes.get("dim_labels", "").strip())
+    if labels is None:
+        raise NotCountedError("a convolution without dimension labels")
+    inputs, kernels, outputs = (
+        _labelled(text, extents(shape))
+        for text, shape in zip(labels.groups(), (lhs, kernel, out), strict=True)
+    )
+    spatial = sorted(label for label in outputs if label.isdigit())
+    window = window_dims(conv.attributes.get("window", ""), len(spatial))
+    batch, m, n, k = 1, outputs.get("b", 1), outputs.get("f", 1), kernels.get("i", 1)
+    for dim, label in zip(window, spatial, strict=True):
+        before, after = inputs.get(label, 1), outputs[label]
+        if after == dim.size == before > 1:
+            batch *= after
+        elif after == dim.size:
+            n *= after
+        else:
+            m, k = m * after, k * max(1, valid_positions(before, after, dim) // max(after, 1))
+    return MatmulShape(batch, m, n, k, lhs.dtype if lhs else "")
 
 
 def convolution_flops(conv: Instruction, lhs: Shape | None, kernel: Shape | None, out: Shape | None) -> int:

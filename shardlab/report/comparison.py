@@ -21,7 +21,10 @@ from shardlab.spec.names import strategy_names
 from shardlab.units import format_bytes, format_count, format_seconds
 
 WIDE_COLUMNS, COMPACT_COLUMNS = 150, 100
-RANKING = "Ranked by communication time: collectives one after another; no compute, no overlap"
+RANKINGS = {
+    "step_time_s": "Ranked by predicted step time, under the memory limit",
+    "communication_s": "Ranked by communication time (not all have a step time); no compute, no overlap",
+}
 EMULATED = "Emulated devices, ordered by bytes sent; not ranked among real machines"
 FITS_MOOD: dict[str | None, Mood] = {"yes": "good", "tight": "warn", "no": "bad", None: ""}
 
@@ -39,7 +42,7 @@ def comparison_page(comparison: Comparison, width: int = WIDE_COLUMNS) -> Page:
     reports = comparison.reports
     machines = len({report.case.machine for report in reports}) > 1
     tables = (
-        *_section(RANKING, comparison.ranked, machines, _layout(width)),
+        *_section(RANKINGS[comparison.by], comparison.ranked, machines, _layout(width, comparison.by)),
         *_section(EMULATED, comparison.emulated, machines, _emulated_layout(width)),
         *((_unranked_table(comparison.unranked, machines),) if comparison.unranked else ()),
         *((_agreement_table(comparison.agreement),) if comparison.agreement is not None else ()),
@@ -57,12 +60,13 @@ def _title(reports: Sequence[CaseReport]) -> str:
     return f"{case.model.name} on {', '.join(machines)}: {count}, {work}; figures are per device and step"
 
 
-def _layout(width: int) -> tuple[tuple[Field, ...], ...]:
+def _layout(width: int, by: str) -> tuple[tuple[Field, ...], ...]:
     """The fields of each table: one where they fit, else the verdict first and what moves in a second."""
+    time = STEP_TIME if by == "step_time_s" else TIME
     if width >= WIDE_COLUMNS:
-        return ((MEMORY, TIME, DOMINANT, AXES, LINKS, FLOPS),)
-    if width >= COMPACT_COLUMNS:
-        return ((MEMORY, TIME, DOMINANT), (AXES, LINKS, FLOPS))
+        return ((MEMORY, time, DOMINANT, AXES, LINKS, FLOPS),)
+    if width >= COMPACT_COLUMNS or by == "step_time_s":
+        return ((MEMORY, time, DOMINANT), (AXES, LINKS if width >= COMPACT_COLUMNS else TRAFFIC, FLOPS))
     return ((MEMORY, TIME_AND_FLOPS, DOMINANT), (AXES, TRAFFIC))
 
 
@@ -140,6 +144,19 @@ def time_text(report: CaseReport) -> str:
     return NONE if report.communication_s is None else format_seconds(report.communication_s)
 
 
+def _step_cell(report: CaseReport) -> Cell:
+    """`4.61 s`, of which so much communication is exposed, and the share of the peak that is used."""
+    if report.predicted is None or report.step_time_s is None:
+        return cell(NONE)
+    exposed = report.predicted.timeline.exposed_communication_s or 0.0
+    used = (Line(f"MFU {percent(report.mfu)}", "dim"),) if report.mfu is not None else ()
+    return (
+        Line(format_seconds(report.step_time_s), "strong"),
+        Line(f"{format_seconds(exposed)} exposed", "dim"),
+        *used,
+    )
+
+
 def _flops_text(report: CaseReport) -> str:
     return NONE if report.hardware_flops is None else format_count(report.hardware_flops)
 
@@ -157,6 +174,7 @@ def _dominant_cell(report: CaseReport) -> Cell:
 
 MEMORY = Field(Column("memory"), memory_cell)
 TIME = Field(Column("comm. time", "right"), lambda report: cell(time_text(report)))
+STEP_TIME = Field(Column("step time", "right"), _step_cell)
 TIME_AND_FLOPS = Field(
     Column("comm. time", "right"), lambda report: (*cell(time_text(report)), Line(_flops_text(report), "dim"))
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from shardlab.case_report import EMULATED_NOTE, CaseReport
+from shardlab.case_report import EMULATED_NOTE, PATH_ENTRIES, CaseReport
 from shardlab.compare import refusal_reason
 from shardlab.report.breakdown import TIME_MEANS, TOP, audit_tables, mesh_text, traffic_tables
 from shardlab.report.comparison import time_text
 from shardlab.report.cost import cost_facts, cost_tables
 from shardlab.report.figures import shares
 from shardlab.report.page import Column, Page, Table, cell, code
+from shardlab.report.step import path_tables, step_facts
 from shardlab.spec.names import strategy_names
 from shardlab.units import format_bytes, format_count
 
@@ -25,6 +26,7 @@ def explain_page(report: CaseReport, top: int = TOP) -> Page:
     facts = (*_case_facts(report), *_figure_facts(report))
     tables = (
         *_owner_tables(report),
+        *path_tables(report, PATH_ENTRIES),
         *traffic_tables(report.analysis, top, report.tier_s or {}),
         *(cost_tables(report.cost, top) if report.cost is not None else ()),
         *audit_tables(report.findings),
@@ -62,7 +64,7 @@ def _figure_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
         facts.append(("sent", f"{format_bytes(analysis.totals.wire_bytes)} per device and step"))
     if report.communication_s is not None:
         facts.append(("comm. time", f"{time_text(report)} {TIME_MEANS}"))
-    return tuple(facts)
+    return (*facts, *step_facts(report))
 
 
 def _memory_text(report: CaseReport) -> str:

@@ -1,0 +1,127 @@
+"""What a step takes: the analysis, the cost of each instruction and the chip's prices put on a timeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from shardlab.analysis import Attributed, CollectiveRow
+from shardlab.attribute.chains import Chains
+from shardlab.attribute.edges import CallSite, CallSites
+from shardlab.cost.compute_time import ComputeTimes, compute_times
+from shardlab.cost.instructions import InstructionCost, StepCost
+from shardlab.cost.timeline import Kernel, Place, Timeline, Transfer, simulate
+from shardlab.hardware.machine import Machine
+
+NOT_VALIDATED = "not validated"
+_POINT_TO_POINT = frozenset({"send", "collective-permute"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """The timeline of a step, and what its prices rest on (`ComputeTimes.basis`).
+
+    error_class: the error measured on this kind of machine, `not validated` where none was.
+    """
+
+    timeline: Timeline
+    basis: tuple[tuple[str, str], ...]
+    error_class: str = NOT_VALIDATED
+
+
+def predict(
+    part: Attributed, cost: StepCost, machine: Machine, *, slowdown: float = 1.0
+) -> Prediction | None:
+    """The timeline of an analysed program on a machine; slowdown: of the compute of one device.
+
+    None for emulated devices, programs without a schedule, and chips that no measurement is near.
+    """
+    times = None if machine.emulated or not part.module.is_scheduled else compute_times(machine.chip)
+    if times is None:
+        return None
+    timeline = simulate(
+        part.module,
+        part.graph,
+        kernels(part, cost, times),
+        transfers(part, machine.family),
+        slowdown=slowdown,
+    )
+    return Prediction(timeline=timeline, basis=tuple(times.basis.items()))
+
+
+def kernels(part: Attributed, cost: StepCost, times: ComputeTimes) -> dict[Place, Kernel]:
+    """What the compute stream does, by the scheduled instruction."""
+    found: dict[Place, Kernel] = {}
+    for row in cost.instructions:
+        place = scheduled_place(part.graph.sites, row.computation, row.name)
+        kernel = _kernel(row, times.instruction_s(row))
+        found[place] = _together(found[place], kernel) if place in found else kernel
+    for computation, name in cost.unpriced:
+        place = scheduled_place(part.graph.sites, computation, name)
+        found[place] = Kernel(name=place[1], kind="unknown", layer="", phase="other", time_s=None)
+    return found
+
+
+def _kernel(row: InstructionCost, time_s: float | None) -> Kernel:
+    return Kernel(name=row.name, kind=row.kind, layer=row.layer, phase=row.phase, time_s=time_s)
+
+
+def _together(one: Kernel, other: Kernel) -> Kernel:
+    """Two that one instruction runs: an asynchronous computation of several."""
+    known = one.time_s is not None and other.time_s is not None
+    return replace(one, time_s=(one.time_s or 0.0) + (other.time_s or 0.0) if known else None)
+
+
+def transfers(part: Attributed, family: str) -> dict[Place, tuple[Transfer, ...]]:
+    """The collectives, by the scheduled instruction that starts them."""
+    chains = Chains(part.module)
+    found: dict[Place, tuple[Transfer, ...]] = {}
+    for row, collective in zip(part.analysis.collectives, part.collectives, strict=True):
+        sites = part.graph.sites
+        place = scheduled_place(sites, collective.computation, collective.instruction.name)
+        done = chains.end(part.module.computations[place[0]], collective.instruction)
+        transfer = Transfer(
+            name=row.name,
+            kind=row.kind,
+            axes=row.axes,
+            layer=row.layer,
+            phase=row.phase,
+            stream=stream_of(row, family),
+            time_s=0.0 if not row.wire_bytes else row.time_s,
+            tier_s=row.tier_s or {},
+            asynchronous=row.asynchronous,
+            done=done.name if done is not None and row.asynchronous else None,
+        )
+        found[place] = (*found.get(place, ()), transfer)
+    return found
+
+
+def stream_of(row: CollectiveRow, family: str) -> str:
+    """The stream that a collective runs on. XLA:GPU has one for collectives and one for point-to-point
+    transfers (`AsyncStreamKind`); a TPU's links work side by side, those of one set of axes one by one.
+    """
+    if family == "gpu":
+        return "p2p" if row.kind in _POINT_TO_POINT else "collectives"
+    if row.tier == "dcn":
+        return "dcn"
+    return "ici " + ("+".join(row.axes) if row.axes else "other")
+
+
+def scheduled_place(sites: CallSites, computation: str, instruction: str) -> Place:
+    """The instruction of a scheduled computation that runs this one: around fusions and async wrappers."""
+    place = (computation, instruction)
+    for site in _around(sites, computation):
+        place = (site.caller, site.instruction.name)
+    return place
+
+
+def _around(sites: CallSites, computation: str) -> Iterator[CallSite]:
+    """The one call site of each computation that is no schedule of its own, from the inside out."""
+    while True:
+        callers = sites.by_callee.get(computation, ())
+        if len(callers) != 1 or callers[0].role not in ("call", "async"):
+            return
+        if callers[0].instruction.opcode == "call":
+            return
+        yield callers[0]
+        computation = callers[0].caller

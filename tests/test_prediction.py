@@ -1,0 +1,162 @@
+"""A compiled program, a machine, and what its step takes: against measured products and closed forms."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from case_reports import case, report
+
+from shardlab.analysis import attribute
+from shardlab.case_report import CaseReport, report_case, to_json
+from shardlab.compare import comparison_json, rank
+from shardlab.cost.blocks import Block, PathEntry
+from shardlab.cost.instructions import step_cost
+from shardlab.cost.timeline import Timeline
+from shardlab.hardware.catalog import load_machine
+from shardlab.prediction import Prediction, predict, transfers
+from shardlab.program import Program
+from shardlab.report.comparison import RANKINGS, comparison_page
+from shardlab.report.explain import explain_page
+
+SAMPLES = Path(__file__).parent / "golden" / "hlo"
+GROUPS = "channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, use_global_device_ids=true"
+# A product of 4096^3, which XLA's table has at 780.19 TFLOP/s on an H100, and a gather of 8 x 128 MiB.
+HLO = f"""\
+HloModule step, is_scheduled=true, num_partitions=8
+
+ENTRY main {{
+  x = bf16[4096,4096]{{1,0}} parameter(0)
+  shard = f32[33554432]{{0}} parameter(1)
+  ag = (f32[33554432]{{0}}, f32[268435456]{{0}}) all-gather-start(shard), dimensions={{0}}, {GROUPS}
+  y = bf16[4096,4096]{{1,0}} dot(x, x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT done = f32[268435456]{{0}} all-gather-done(ag)
+}}
+"""
+PRODUCT_S = 2 * 4096**3 / 780.19e12
+
+
+def program(text: str = HLO, backend: str = "gpu") -> Program:
+    return Program(name="step", backend=backend, hlo_text=text, num_devices=8, mesh={"fsdp": 8})
+
+
+def made(text: str = HLO, machine: str = "h100:1x8") -> CaseReport:
+    return report_case(case(machine=machine), program(text), load_machine(machine))
+
+
+def test_a_product_takes_what_was_measured() -> None:
+    alone = "\n".join(line for line in HLO.splitlines() if " ag " not in line and "done" not in line)
+    line = predicted(made(alone.replace("  y = ", "  ROOT y = "))).timeline
+    assert line.step_time_s == pytest.approx(PRODUCT_S, rel=1e-4)
+    assert (line.communication_s, line.exposed_communication_s) == (0, 0)
+
+
+def test_a_gather_beside_a_product_is_exposed_for_the_rest() -> None:
+    found = made()
+    assert found.analysis is not None
+    (row,) = found.analysis.collectives
+    assert row.time_s is not None and row.time_s > PRODUCT_S
+    line = predicted(found).timeline
+    assert line.step_time_s == pytest.approx(row.time_s)
+    assert line.compute_s == pytest.approx(PRODUCT_S, rel=1e-4)
+    assert line.exposed_communication_s == pytest.approx(row.time_s - PRODUCT_S, rel=1e-4)
+
+
+def predicted(found: CaseReport) -> Prediction:
+    assert found.predicted is not None
+    return found.predicted
+
+
+def test_json_has_the_prediction_of_the_contract() -> None:
+    found = made()
+    document = to_json(found)["prediction"]
+    assert isinstance(document, dict)
+    step_s = found.step_time_s
+    assert step_s is not None and document["step_time_s"] == step_s
+    assert document["compute_s"] + document["exposed_communication_s"] == pytest.approx(step_s)
+    assert document["exposed_communication_s"] < document["communication_s"]
+    # 8 sequences of 128 tokens on 8 devices; model FLOPs over 8 x 989.5 TFLOP/s
+    assert document["tokens_per_s_per_device"] == pytest.approx(128 / step_s)
+    assert found.model_flops is not None
+    assert document["mfu"] == pytest.approx(found.model_flops / (8 * 989.5e12 * step_s))
+    assert document["error_class"] == "not validated"
+    assert document["basis"]["matmul"] == "measured"
+    assert document["critical_path"][0]["name"] == "ag"
+    assert json.loads(json.dumps(document)) == document
+
+
+def test_a_part_that_is_unknown_leaves_the_step_unknown() -> None:
+    product = "dot(x, x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    opaque = HLO.replace(product, 'custom-call(x), custom_call_target="somebody_s_kernel"')
+    found = made(opaque)
+    document = to_json(found)["prediction"]
+    assert isinstance(document, dict)
+    assert found.step_time_s is None and "step_time_s" not in document and "mfu" not in document
+    assert document["unknown"] == ["y"] and document["communication_s"] == found.communication_s
+    assert "no step time: how long y takes is not known" in found.notes
+
+
+@pytest.mark.parametrize(
+    ("text", "machine"), [(HLO, "cpu:8"), (HLO.replace(", is_scheduled=true", ""), "h100:1x8")]
+)
+def test_emulated_and_unscheduled_programs_have_no_prediction(text: str, machine: str) -> None:
+    found = made(text, machine)
+    assert found.predicted is None
+    assert "step_time_s" not in to_json(found).get("prediction", {})  # type: ignore[operator]
+
+
+def test_one_slow_device_holds_up_all() -> None:
+    (part,) = attribute(program(), machine=load_machine("h100:1x8"))
+    slow = predict(part, step_cost(part.module, "gpu"), load_machine("h100:1x8"), slowdown=100.0)
+    assert slow is not None
+    assert slow.timeline.step_time_s == pytest.approx(100 * PRODUCT_S, rel=1e-4)
+
+
+def test_a_tpu_chain_is_one_transfer_that_its_last_fusion_ends() -> None:
+    """Its start is a fusion, a product carries it, and a third fusion ends it."""
+    text = (SAMPLES / "b24_tpu_async_collective_fusion.hlo").read_text()
+    (part,) = attribute(text, axes={"data": 4, "model": 4}, machine=load_machine("v5e:4x4"))
+    ((place, (one,)),) = transfers(part, "tpu").items()
+    instructions = part.module.computations[place[0]].instructions
+    assert one.asynchronous and one.done is not None
+    assert "start" in place[1] and "done" in one.done
+    assert list(instructions).index(place[1]) < list(instructions).index(one.done)
+
+
+def time_line(step_s: float | None) -> Prediction:
+    entry = PathEntry(name="y", kind="fusion", stream="compute", layer="layers/mlp", axes=None, time_s=1.0)
+    block = Block(events=(), duration_s=1.0, compute_s=1.0, communication_s=0.0, exposed_s=0.0, path=())
+    line = Timeline(
+        step_time_s=step_s,
+        compute_s=step_s,
+        communication_s=0.25,
+        exposed_communication_s=0.125,
+        critical_path=(entry,),
+        root=block,
+    )
+    return Prediction(timeline=line, basis=(("matmul", "measured"),))
+
+
+def test_plans_are_ranked_by_step_time_where_all_have_one() -> None:
+    """The plan that communicates less is the slower one."""
+    slow = report("slow", 0.5, predicted=time_line(2.0))
+    fast = report("fast", 0.9, predicted=time_line(1.0))
+    both = rank([slow, fast])
+    assert [one.case.plan.name for one in both.ranked] == ["fast", "slow"]
+    assert comparison_json(both)["ranked_by"] == "step_time_s"
+    assert comparison_page(both).tables[0].title == RANKINGS["step_time_s"]
+    one = rank([slow, replace(fast, predicted=time_line(None))])
+    assert [each.case.plan.name for each in one.ranked] == ["slow", "fast"]
+    assert comparison_json(one)["ranked_by"] == "communication_s"
+    assert comparison_page(one).tables[0].title == RANKINGS["communication_s"]
+
+
+def test_explain_shows_the_step_and_its_critical_path() -> None:
+    page = explain_page(made())
+    facts = dict(page.facts)
+    assert facts["step time"].endswith("predicted, not validated")
+    assert facts["prices"] == "matmul measured; memory measured; attention measured"
+    table = next(table for table in page.tables if table.title == "Critical path")
+    assert len(table.rows) == 1
