@@ -12,6 +12,7 @@ from importlib import metadata
 
 from shardlab.compile.versions import installed
 from shardlab.errors import ShardlabError, TargetMissing
+from shardlab.hardware.data_files import load_chip, shipped
 from shardlab.hardware.machine import Machine
 
 VersionOf = Callable[[str], str | None]
@@ -25,10 +26,6 @@ _INSTALL = {
 }
 # Small machines that a deep check compiles for, with the axes of a plan that fits them.
 _PROOFS = {"cpu": ("cpu:2", 2), "tpu": ("v5e:2x2", 4), "gpu": ("h100:1x2", 2)}
-_NO_COMPILER = {
-    "MI300X": "no compiler here: no wheel compiles for ROCm without an AMD GPU; analyse a dump made on one",
-    "H800": "no compiler here: its description is not published; analyse a dump made on one",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +98,16 @@ def require_target(machine: Machine, version_of: VersionOf = installed) -> None:
 
 
 def _without_compiler() -> tuple[TargetStatus, ...]:
-    return tuple(TargetStatus(target=chip, works=False, detail=why) for chip, why in _NO_COMPILER.items())
+    chips = [load_chip(name) for name in shipped("chips")]
+    return tuple(
+        TargetStatus(
+            target=chip.name,
+            works=False,
+            detail=f"no compiler here: {chip.not_compiled_because}; analyse a dump made on one",
+        )
+        for chip in chips
+        if chip.compile_as is None
+    )
 
 
 def _proved(status: TargetStatus) -> TargetStatus:

@@ -21,7 +21,7 @@ _COMMON_LIMITS = {
     "registers_per_core_limit": 65_536,
     "registers_per_block_limit": 65_536,
 }
-_THREADS_PER_CORE = {(8, 6): 1536, (8, 9): 1536}  # 2048 elsewhere; same source
+_THREADS_PER_CORE = {(8, 6): 1536, (8, 9): 1536, (12, 0): 1536}  # 2048 elsewhere; same source
 
 
 def open_target(machine: Machine) -> Target:

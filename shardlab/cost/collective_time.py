@@ -284,7 +284,8 @@ def _hierarchy(
         domain, span = machine.domains[level], shape.spans[level]
         if not load.sent_bytes:
             continue
-        steps = rounds * (gather_hops(span) if span is not None else max(units[level] - 1, 1))
+        inside = shape.peers[level] + 1  # of the group, in the slice that holds the most
+        steps = rounds * (gather_hops(span, inside) if span is not None else max(units[level] - 1, 1))
         busy_s = float(load.sent_bytes / load.links) / _rate(domain, shape.size)
         uses.append(_Use(domain=domain, busy_s=busy_s, waiting_s=steps * (domain.latency_s or 0.0)))
     return uses

@@ -227,17 +227,14 @@ def hops(source: Coords, target: Coords, machine: Machine) -> int:
     )
 
 
-def gather_hops(span: TorusSpan) -> int:
+def gather_hops(span: TorusSpan, size: int) -> int:
     """Links that the last piece of an all-gather crosses: half-way round each ring, along all of each line.
 
-    The scaling book's latency of a gather is this times that of one hop. A group that fills no block is a
-    chain.
+    The scaling book's latency of a gather is this times that of one hop. size: devices of the group; one that
+    fills no block is a chain.
     """
     if not span.block:
-        chips = 1
-        for dim in span.dims:
-            chips *= dim.count
-        return (chips - 1) * max(dim.stride for dim in span.dims)
+        return (size // span.per_chip - 1) * max(dim.stride for dim in span.dims)
     return sum((dim.count // 2 if dim.ring else dim.count - 1) * dim.stride for dim in span.dims)
 
 

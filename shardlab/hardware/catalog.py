@@ -1,4 +1,8 @@
-"""Machine names to machines: `h100:64x8`, `v5p:8x8x8`, `v5e:16x16*2`, `cpu:8`, `attached:4`, a file."""
+"""Machine names to machines: `h100:64x8`, `v5p:8x8x8`, `v5e:16x16*2`, `cpu:8`, `attached:4`, a file.
+
+`NAME+LINK:SIZE` puts another link into a machine: `rtx4090+pcie4-x8:1x2` (slots of eight lanes),
+`h100+ethernet-100g:4x8` (another network). Links are files too.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from shardlab.hardware.data_files import (
     DomainRule,
     MachineFile,
     Torus,
+    load_link,
     load_machine_file,
     load_shipped_machine,
     shipped,
@@ -24,6 +29,8 @@ ALIASES = {
     "h100": "dgx-h100",
     "h200": "dgx-h200",
     "b200": "dgx-b200",
+    "hgx-h200": "dgx-h200",
+    "hgx-b200": "dgx-b200",
     "gb200": "gb200-nvl72",
 }
 MAX_DEVICES = 1 << 20  # a bound on what a name can make us build
@@ -38,14 +45,33 @@ def load_machine(spec: str) -> Machine:
     name, _, size = spec.strip().partition(":")
     if name in ("cpu", "attached"):
         return _flat_machine(spec, name, size)
-    if name.endswith(".toml") or "/" in name:
-        return _build(load_machine_file(Path(name)), spec, size)
-    return _build(load_shipped_machine(_shipped_name(spec, name)), spec, size)
+    name, *links = name.split("+") if ".toml+" in name or not _is_path(name) else [name]
+    file = (
+        load_machine_file(Path(name)) if _is_path(name) else load_shipped_machine(_shipped_name(spec, name))
+    )
+    for link in links:
+        file = _linked(file, spec, link)
+    return _build(file, spec, size)
 
 
 def machine_names() -> tuple[str, ...]:
     """Every name that can stand before the colon, short ones first."""
     return ("cpu", "attached", *ALIASES, *shipped("machines"))
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith(".toml") or "/" in name
+
+
+def _linked(file: MachineFile, spec: str, name: str) -> MachineFile:
+    if name not in shipped("links"):
+        known = did_you_mean(name, shipped("links"), "known links")
+        raise _wrong(spec, f"unknown link {quoted(name)}", f"{known}, or write a machine file")
+    rule = load_link(name)
+    made = file.with_link(rule)
+    if made is None:
+        raise _wrong(spec, f"{rule.tier} joins no chips here", "write a machine file")
+    return made
 
 
 def _shipped_name(spec: str, name: str) -> str:
@@ -89,7 +115,15 @@ def _host_machine(file: MachineFile, spec: str, size: str) -> Machine:
     spans = [min(hosts, rule.hosts or hosts) for rule in file.domains]
     _check_nesting(spec, hosts, file.domains, spans)
     sizes = [span * chips * file.chip.xla_devices for span in spans]
-    return Machine(spec=spec, chip=file.chip, num_devices=devices, domains=_domains(file, sizes), hosts=hosts)
+    return Machine(
+        spec=spec,
+        chip=file.chip,
+        num_devices=devices,
+        domains=_domains(file, sizes),
+        hosts=hosts,
+        power_static_w=file.power_static_w,
+        price_per_hour_usd=file.price_per_hour_usd,
+    )
 
 
 def _host_counts(file: MachineFile, spec: str, size: str) -> tuple[int, int]:
@@ -141,6 +175,8 @@ def _torus_machine(file: MachineFile, torus: Torus, spec: str, size: str) -> Mac
         slices=slices,
         torus=shape,
         wraps=torus.wraps(shape),
+        power_static_w=file.power_static_w,
+        price_per_hour_usd=file.price_per_hour_usd,
     )
 
 
@@ -157,10 +193,11 @@ def _shapes_fix(torus: Torus, shape: tuple[int, ...]) -> str:
 def _domains(file: MachineFile, sizes: list[int]) -> tuple[Domain, ...]:
     """The domains that join something: those that add nothing to the one inside them are left out."""
     kept: list[Domain] = []
-    for rule, size in zip(file.domains, sizes, strict=True):
+    per_chip = file.chip.xla_devices
+    for rule, inner, size in zip(file.domains, [1, *sizes], sizes, strict=False):
         if size > (kept[-1].size if kept else 1):
-            kept.append(rule.domain(size, file.chip.xla_devices))
-    return tuple(kept) or (file.domains[0].domain(sizes[0], file.chip.xla_devices),)
+            kept.append(rule.domain(size, inner, per_chip))
+    return tuple(kept) or (file.domains[0].domain(sizes[0], 1, per_chip),)
 
 
 def _extents(text: str) -> tuple[int, ...]:

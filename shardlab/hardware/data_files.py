@@ -12,39 +12,58 @@ from pathlib import Path
 from typing import Any
 
 from shardlab.errors import Problem, UserError
-from shardlab.hardware.machine import Chip, Domain, GpuTarget
+from shardlab.hardware.file_checks import machine_problems
+from shardlab.hardware.machine import AS_RATED, Calibration, Chip, Domain, GpuTarget
 from shardlab.hardware.toml_file import (
-    KeyPath,
     Table,
-    at,
     did_you_mean,
     key_lines,
     parse_toml,
-    quoted,
     read_text,
 )
 
 DATA = Path(__file__).parent / "data"
-TIERS = ("nvlink", "pcie", "infiniband", "ethernet", "ici", "dcn", "wan", "loopback")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainRule:
-    """A domain before the machine's size is known: it spans `hosts` or `slices`, all of them when None."""
+    """A domain before the machine's size is known: it spans `hosts` or `slices`, all of them when None.
+
+    uplink_bytes_per_s: what each domain inside this one sends out, one way, however many devices share it.
+    """
 
     tier: str
     hosts: int | None = None
     slices: int | None = None
     bytes_per_s: float | None = None
+    pair_bytes_per_s: float | None = None
+    uplink_bytes_per_s: float | None = None
     latency_s: float | None = None
+    calibration: Calibration = AS_RATED
     source: str = ""
 
-    def domain(self, size: int, devices_per_chip: int) -> Domain:
-        """The domain of `size` devices. Its devices share what a chip has; ICI stays per link of a chip."""
+    @property
+    def is_network(self) -> bool:
+        """Whether it joins hosts, or what is larger."""
+        return self.tier in ("infiniband", "ethernet", "dcn", "wan")
+
+    def domain(self, size: int, inner_size: int, devices_per_chip: int) -> Domain:
+        """The domain of `size` devices, in domains of `inner_size`.
+
+        Its devices share what a chip has; ICI stays per link of a chip.
+        """
         rate = self.bytes_per_s
         shared = rate if rate is None or self.tier == "ici" else rate / devices_per_chip
+        if self.uplink_bytes_per_s is not None:
+            shared = self.uplink_bytes_per_s / inner_size
         return Domain(
-            tier=self.tier, size=size, bytes_per_s=shared, latency_s=self.latency_s, source=self.source
+            tier=self.tier,
+            size=size,
+            bytes_per_s=shared,
+            latency_s=self.latency_s,
+            pair_bytes_per_s=self.pair_bytes_per_s,
+            calibration=self.calibration,
+            source=self.source,
         )
 
 
@@ -93,11 +112,24 @@ class MachineFile:
     torus: Torus | None = None
     hosts: int | None = None
     chips_per_host: int | None = None
+    power_static_w: float | None = None
+    price_per_hour_usd: float | None = None
     description: str = ""
+
+    def with_link(self, rule: DomainRule) -> MachineFile | None:
+        """The same machine with another network, or with another link inside its hosts; None: it has none."""
+        level = len(self.domains) - 1 if rule.is_network else 0
+        replaced = self.domains[level]
+        on_torus = {rule.tier, replaced.tier} & {"ici", "dcn"}
+        if replaced.is_network != rule.is_network or (on_torus and rule.tier != replaced.tier):
+            return None
+        swapped = replace(rule, hosts=replaced.hosts, slices=replaced.slices)
+        domains = (*self.domains[:level], swapped, *self.domains[level + 1 :])
+        return replace(self, domains=domains)
 
 
 def shipped(kind: str) -> list[str]:
-    """Names of the shipped `chips` or `machines`."""
+    """Names of the shipped `chips`, `links` or `machines`."""
     return sorted(path.stem for path in (DATA / kind).glob("*.toml"))
 
 
@@ -126,6 +158,12 @@ def load_shipped_machine(name: str) -> MachineFile:
     return machine_from_text((DATA / "machines" / f"{name}.toml").read_text("utf-8"), f"machines/{name}.toml")
 
 
+@cache
+def load_link(name: str) -> DomainRule:
+    """The shipped link of this name, as the domain of whatever it joins. Raises UserError that lists them."""
+    return _domain_rule(_shipped_table("links", name))
+
+
 def load_machine_file(path: Path) -> MachineFile:
     """A user's machine file. Raises UserError with every mistake in it."""
     return machine_from_text(read_text(path), str(path))
@@ -134,7 +172,7 @@ def load_machine_file(path: Path) -> MachineFile:
 def machine_from_text(text: str, where: str) -> MachineFile:
     """A machine file's text to the record. Raises UserError with every mistake in it."""
     table = parse_toml(text, where)
-    problems = _machine_problems(table, where, key_lines(text))
+    problems = machine_problems(table, where, key_lines(text), shipped("chips"), shipped("links"))
     if problems:
         raise UserError(*problems)
     data: dict[str, Any] = {key: value for key, value in table.items() if key != "source"}
@@ -142,10 +180,23 @@ def machine_from_text(text: str, where: str) -> MachineFile:
     torus = data.pop("torus", None)
     return MachineFile(
         chip=_chip(chip, where) if isinstance(chip, dict) else load_chip(chip),
-        domains=tuple(DomainRule(**rule) for rule in data.pop("domain")),
+        domains=tuple(map(_domain_rule, data.pop("domain"))),
         torus=replace(Torus(**torus), shapes=tuple(map(tuple, torus["shapes"]))) if torus else None,
         **data,
     )
+
+
+def _domain_rule(table: Table) -> DomainRule:
+    """A `[[domain]]` table: the link that it names, if any, and what it says otherwise of its own."""
+    own: dict[str, Any] = dict(table)
+    link: dict[str, Any] = dict(_shipped_table("links", own.pop("link"))) if "link" in own else {}
+    sources = [str(text) for text in (own.get("source"), link.get("source")) if text]
+    measured = {**link.get("calibration", {}), **own.get("calibration", {})}
+    measured.pop("source", None)
+    figures = {**link, **own, "source": "; ".join(sources)}
+    figures.pop("description", None)
+    figures["calibration"] = Calibration(**measured)
+    return DomainRule(**figures)
 
 
 def _shipped_table(kind: str, name: str) -> Table:
@@ -170,107 +221,10 @@ def _chip(table: Mapping[str, Any], where: str) -> Chip:
         memory_bytes_per_s=None if rate is None else rate / devices,
         xla_devices=devices,
         compile_as=table.get("compile_as"),
+        not_compiled_because=table.get("not_compiled_because", ""),
         memory_source=str(table.get("source", {}).get("memory_bytes", where)),
         power_w=table.get("power_w"),
     )
-
-
-# key -> (types, required). Numbers must be positive.
-_Fields = Mapping[str, tuple[tuple[type, ...], bool]]
-_TEXT, _COUNT, _FIGURE, _MAP = (str,), (int,), (int, float), (dict,)
-_MACHINE: _Fields = {
-    "description": (_TEXT, False), "chip": ((str, dict), True), "hosts": (_COUNT, False),
-    "chips_per_host": (_COUNT, False), "max_chips_per_host": (_COUNT, True), "source": (_MAP, False),
-    "domain": ((list,), True), "torus": (_MAP, False),
-}  # fmt: skip
-_CHIP: _Fields = {
-    "name": (_TEXT, True), "family": (_TEXT, True), "compile_as": (_TEXT, False),
-    "xla_devices": (_COUNT, False),
-    "memory_bytes": (_COUNT, False), "pool_fraction": (_FIGURE, False), "bf16_flops_per_s": (_FIGURE, False),
-    "memory_bytes_per_s": (_FIGURE, False), "power_w": (_FIGURE, False), "source": (_MAP, False),
-}  # fmt: skip
-_DOMAIN: _Fields = {
-    "tier": (_TEXT, True), "hosts": (_COUNT, False), "slices": (_COUNT, False),
-    "bytes_per_s": (_FIGURE, False), "latency_s": (_FIGURE, False), "source": (_TEXT, True),
-}  # fmt: skip
-_TORUS: _Fields = {
-    "max_chips": (_COUNT, True), "shapes": ((list,), True), "cube": (_COUNT, False),
-    "wrap_extent": (_COUNT, False), "source": (_TEXT, False),
-}  # fmt: skip
-_TYPE_NAMES = {str: "a string", int: "a whole number", float: "a number", dict: "a table", list: "a list"}
-
-
-def _machine_problems(table: Table, where: str, lines: Mapping[KeyPath, int]) -> list[Problem]:
-    problems = _table_problems(table, _MACHINE, (), where, lines)
-    if isinstance(chip := table.get("chip"), dict):
-        problems += _table_problems(chip, _CHIP, ("chip",), where, lines)
-        problems += _word_problem(chip.get("family"), ("gpu", "tpu"), ("chip", "family"), where, lines)
-    else:
-        problems += _word_problem(chip, shipped("chips"), ("chip",), where, lines)
-    if isinstance(torus := table.get("torus"), dict):
-        problems += _torus_problems(torus, where, lines)
-    rules = table.get("domain")
-    for rule in rules if isinstance(rules, list) else ():
-        problems += _domain_problems(rule, where, lines)
-    return problems
-
-
-def _domain_problems(rule: object, where: str, lines: Mapping[KeyPath, int]) -> list[Problem]:
-    if not isinstance(rule, dict):
-        return [Problem(at(where, ("domain",), lines), "is not a table", "write [[domain]] tables")]
-    problems = _table_problems(rule, _DOMAIN, ("domain",), where, lines)
-    return problems + _word_problem(rule.get("tier"), TIERS, ("domain", "tier"), where, lines)
-
-
-def _torus_problems(torus: Table, where: str, lines: Mapping[KeyPath, int]) -> list[Problem]:
-    problems = _table_problems(torus, _TORUS, ("torus",), where, lines)
-    shapes = torus.get("shapes")
-    if isinstance(shapes, list) and not _are_shapes(shapes):
-        fix = "write extents of two or three axes each: [[2, 2], [2, 4]]"
-        problems.append(Problem(at(where, ("torus", "shapes"), lines), "is not a list of shapes", fix))
-    return problems
-
-
-def _are_shapes(shapes: list[object]) -> bool:
-    lists = [shape for shape in shapes if isinstance(shape, list) and len(shape) in (2, 3)]
-    if not shapes or len(lists) != len(shapes) or len({len(shape) for shape in lists}) != 1:
-        return False
-    return all(type(extent) is int and extent > 0 for shape in lists for extent in shape)
-
-
-def _word_problem(
-    word: object, known: tuple[str, ...] | list[str], key: KeyPath, where: str, lines: Mapping[KeyPath, int]
-) -> list[Problem]:
-    if not isinstance(word, str) or word in known:
-        return []  # a wrong type is reported where types are
-    what = f"unknown {key[-1]} {quoted(word)}"
-    return [Problem(at(where, key, lines), what, did_you_mean(word, known, "known"))]
-
-
-def _table_problems(
-    table: Table, fields: _Fields, key: KeyPath, where: str, lines: Mapping[KeyPath, int]
-) -> list[Problem]:
-    """Unknown keys, missing keys, wrong types and numbers that are not positive."""
-    problems = [
-        Problem(at(where, (*key, name), lines), "unknown key", did_you_mean(name, fields, "known keys"))
-        for name in table
-        if name not in fields
-    ]
-    for name, (types, required) in fields.items():
-        if name not in table:
-            if required:
-                problems.append(Problem(at(where, key, lines), f"{name!r} is missing", f"add {name} = …"))
-        elif wrong := _value_wrong(table[name], types):
-            problems.append(Problem(at(where, (*key, name), lines), wrong, ""))
-    return problems
-
-
-def _value_wrong(value: object, types: tuple[type, ...]) -> str:
-    expected = _TYPE_NAMES[types[-1]]
-    if type(value) not in types:
-        return f"{quoted(value)} is not {expected}"
-    finite = not isinstance(value, float) or value < float("inf")
-    return "" if not isinstance(value, (int, float)) or (value > 0 and finite) else f"{value} is not positive"
 
 
 def _product(extents: tuple[int, ...]) -> int:

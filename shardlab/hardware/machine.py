@@ -18,7 +18,8 @@ class Chip:
     chip).
     memory_bytes: usable device memory as the compiler sees it; pool_fraction: what JAX's allocator takes of
     it.
-    compile_as: the compile target (`h100`), None when no compiler here has one. power_w: per chip.
+    compile_as: the compile target (`h100`), None when no compiler here has one, `not_compiled_because` says
+    why. power_w: per chip.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Chip:
     memory_bytes_per_s: float | None = None
     xla_devices: int = 1
     compile_as: str | None = None
+    not_compiled_because: str = ""
     memory_source: str = ""
     power_w: float | None = None
 
@@ -89,6 +91,9 @@ class Calibration:
     chunk_s: float | None = None
 
 
+AS_RATED = Calibration()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Domain:
     """One level of the nest: `size` devices that reach each other over `tier`.
@@ -104,7 +109,7 @@ class Domain:
     bytes_per_s: float | None
     latency_s: float | None = None
     pair_bytes_per_s: float | None = None
-    calibration: Calibration = Calibration()
+    calibration: Calibration = AS_RATED
     source: str = ""
 
 
@@ -115,6 +120,7 @@ class Machine:
 
     spec: as the user wrote it (`h100:64x8`, `v5e:16x16*2`, `cpu:8`).
     torus: TPU torus extents of one slice in chips, () otherwise; wraps: which of them have wraparound links.
+    power_static_w, price_per_hour_usd: of one host with its chips, where a source says.
     """
 
     spec: str
@@ -127,6 +133,8 @@ class Machine:
     wraps: tuple[bool, ...] = ()
     emulated: bool = False
     attached: bool = False
+    power_static_w: float | None = None
+    price_per_hour_usd: float | None = None
 
     @property
     def num_chips(self) -> int:

@@ -62,6 +62,6 @@ def test_every_target_is_listed_with_its_state() -> None:
     assert {name for name, status in statuses.items() if status.works} == {"cpu", "gpu", "attached"}
     assert statuses["tpu"].install == "pip install 'shardlab[tpu]'"
     assert "jax-cuda13-plugin 0.12.0.1" in statuses["gpu"].detail
-    for chip in ("MI300X", "H800"):
+    for chip in ("MI300X", "H800 SXM"):
         assert not statuses[chip].works
         assert "no compiler here" in statuses[chip].detail

@@ -162,7 +162,9 @@ def test_every_shipped_machine_builds_and_every_gpu_can_be_described_to_the_comp
         full = ALIASES.get(name, name)
         size = {"v4": "4x4x4", "v5p": "4x4x4", "tpu7x": "4x4x4", "v5e": "4x4", "v6e": "4x4"}.get(full, "1x1")
         machine = load_machine(f"{name}:{size}")
-        if machine.family == "gpu":
+        if machine.chip.compile_as is None:
+            assert machine.chip.not_compiled_because
+        elif machine.family == "gpu":
             target = load_gpu_target(str(machine.chip.compile_as))
             assert target.device_memory_size == machine.chip.memory_bytes
 
@@ -208,6 +210,75 @@ def test_a_machine_file_of_the_users(tmp_path: Path) -> None:
     assert load_machine(f"{path}:4x4").num_devices == 16
 
 
+def test_links_are_switched_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "desk.toml"
+    path.write_text(MACHINE_FILE)
+    plain, swapped = load_machine("rtx4090:2x2"), load_machine("rtx4090+pcie4-x8+ethernet-10g:2x2")
+    assert [domain.bytes_per_s for domain in plain.domains] == [31e9, None]
+    # Eight lanes of sixteen; one port of 10 Gbit/s that two cards share.
+    assert [domain.bytes_per_s for domain in swapped.domains] == [15.5e9, 10e9 / 8 / 2]
+    assert load_machine(f"{path}+ethernet-1g").domains[1].bytes_per_s == 1e9 / 8 / 2
+    assert [d.tier for d in load_machine("h100+ethernet-100g:2x8").domains] == ["nvlink", "ethernet"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("rtx4090+pcie4-x9:1x2", "unknown link 'pcie4-x9'; did you mean 'pcie4-x8'?"),
+        ("h100+ici-v5p:2x8", "ici joins no chips here; write a machine file"),
+        ("v5p+pcie4-x8:4x4x4", "pcie joins no chips here; write a machine file"),
+        ("v5p+wan-1g:4x4x4*2", "wan joins no chips here; write a machine file"),
+    ],
+)
+def test_links_that_do_not_fit(spec: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_machine(spec)
+    assert str(caught.value).startswith(f"machine {spec!r}: {message}")
+
+
+def test_sites_share_their_uplink() -> None:
+    """Four hosts of eight in a site of 10 Gbit/s; INTELLECT-1: one host in each of 14 sites."""
+    sites = load_machine("h100-sites:8x8")
+    assert [(domain.tier, domain.size) for domain in sites.domains] == [
+        ("nvlink", 8), ("infiniband", 32), ("wan", 64),
+    ]  # fmt: skip
+    assert sites.domains[2].bytes_per_s == 1.25e9 / 32
+    assert [domain.size for domain in load_machine("intellect1").domains] == [8, 112]
+    assert load_machine("aws-p5:2x8").price_per_hour_usd == 39.33
+
+
+def test_a_link_and_figures_of_one_s_own(tmp_path: Path) -> None:
+    """A domain takes what its link file says, but what it says itself."""
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'chip = "h100"\nmax_chips_per_host = 8\n[[domain]]\nlink = "nvlink4"\nhosts = 1\n'
+        'bytes_per_s = 400e9\nsource = "measured"\n'
+        '[domain.calibration]\nefficiency = 0.9\nsource = "measured"\n'
+    )
+    (link,) = load_machine(f"{path}:1x8").domains
+    named = load_machine("h100:1x8").domains[0]
+    assert (link.bytes_per_s, link.calibration.efficiency) == (400e9, 0.9)
+    assert (link.latency_s, link.calibration.launch_s) == (named.latency_s, named.calibration.launch_s)
+    assert link.source.startswith("measured; ")
+
+
+def test_mistakes_of_a_link_in_a_machine_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'chip = "h100"\nmax_chips_per_host = 8\n[[domain]]\nlink = "nvlink44"\n'
+        "uplink_bytes_per_s = 1e9\nbytes_per_s = 1e9\n[domain.calibration]\nefficiency = 0\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load_machine(f"{path}:2x8")
+    listed = ", ".join(shipped("links"))
+    assert str(caught.value).splitlines() == [
+        f"{path}:8: domain.calibration.efficiency: 0 is not positive",
+        f"{path}:7: domain.calibration: 'source' is missing; add source = …",
+        f"{path}:6: domain.bytes_per_s: a rate per device beside one per uplink; give one of the two",
+        f"{path}:4: domain.link: unknown link 'nvlink44'; did you mean 'nvlink4'? known: {listed}",
+    ]
+
+
 def test_every_mistake_of_a_machine_file_at_once(tmp_path: Path) -> None:
     path = tmp_path / "desk.toml"
     path.write_text(
@@ -217,10 +288,13 @@ def test_every_mistake_of_a_machine_file_at_once(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError) as caught:
         load_machine(str(path))
-    tiers = "nvlink, pcie, infiniband, ethernet, ici, dcn, wan, loopback"
+    tiers = "nvlink, xgmi, pcie, infiniband, ethernet, ici, dcn, wan, loopback"
     chips = ", ".join(shipped("chips"))
     fix = "write extents of two or three axes each: [[2, 2], [2, 4]]"
-    keys = "description, chip, hosts, chips_per_host, max_chips_per_host, source, domain, torus"
+    keys = (
+        "description, chip, hosts, chips_per_host, max_chips_per_host, source, domain, torus, "
+        "power_static_w, price_per_hour_usd"
+    )
     assert str(caught.value).splitlines() == [
         f"{path}:3: speed: unknown key; known keys: {keys}",
         f"{path}:2: hosts: -2 is not positive",
