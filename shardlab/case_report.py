@@ -218,6 +218,11 @@ def _prediction_json(report: CaseReport) -> Json:
         _known(**asdict(entry) | {"axes": None if entry.axes is None else list(entry.axes)})
         for entry in line.critical_path[:PATH_ENTRIES]
     ]
+    if line.stages:
+        members["stages"] = [
+            {"devices": devices} | {key: value for key, value in asdict(stage).items() if key != "kind"}
+            for devices, stage in zip(predicted.devices, line.stages, strict=True)
+        ]
     members |= {"error_class": predicted.error_class, "basis": dict(predicted.basis)}
     return members | ({"critical_path": path} if path else {"unknown": list(line.unknown)})
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from shardlab.analysis import Attributed, CollectiveRow
+from shardlab.analysis.rows import device_ranges
 from shardlab.attribute.chains import Chains
 from shardlab.attribute.edges import CallSite, CallSites
+from shardlab.attribute.members import Members
 from shardlab.cost.compute_time import ComputeTimes, compute_times
 from shardlab.cost.instructions import InstructionCost, StepCost
-from shardlab.cost.timeline import Kernel, Place, Timeline, Transfer, simulate
+from shardlab.cost.timeline import Timeline, simulate
+from shardlab.cost.walk import Kernel, Place, Transfer
 from shardlab.hardware.machine import Machine
 
 NOT_VALIDATED = "not validated"
@@ -21,11 +25,13 @@ _POINT_TO_POINT = frozenset({"send", "collective-permute"})
 class Prediction:
     """The timeline of a step, and what its prices rest on (`ComputeTimes.basis`).
 
-    error_class: the error measured on this kind of machine, `not validated` where none was.
+    error_class: the error measured on this kind of machine, `not validated` where none was. devices: of each
+    of `timeline.stages`, by flattened id, as `0-3,8`.
     """
 
     timeline: Timeline
     basis: tuple[tuple[str, str], ...]
+    devices: tuple[str, ...] = ()
     error_class: str = NOT_VALIDATED
 
 
@@ -46,7 +52,12 @@ def predict(
         transfers(part, machine.family),
         slowdown=slowdown,
     )
-    return Prediction(timeline=timeline, basis=tuple(times.basis.items()))
+    kinds = part.graph.schedule.kinds
+    devices = tuple(
+        device_ranges([device for device, kind in enumerate(kinds) if kind == stage.kind])
+        for stage in timeline.stages
+    )
+    return Prediction(timeline=timeline, basis=tuple(times.basis.items()), devices=devices)
 
 
 def kernels(part: Attributed, cost: StepCost, times: ComputeTimes) -> dict[Place, Kernel]:
@@ -74,10 +85,10 @@ def _together(one: Kernel, other: Kernel) -> Kernel:
 
 def transfers(part: Attributed, family: str) -> dict[Place, tuple[Transfer, ...]]:
     """The collectives, by the scheduled instruction that starts them."""
-    chains = Chains(part.module)
+    chains, sites = Chains(part.module), part.graph.sites
     found: dict[Place, tuple[Transfer, ...]] = {}
-    for row, collective in zip(part.analysis.collectives, part.collectives, strict=True):
-        sites = part.graph.sites
+    rows = zip(part.analysis.collectives, part.collectives, part.members, strict=True)
+    for row, collective, joined in rows:
         place = scheduled_place(sites, collective.computation, collective.instruction.name)
         done = chains.end(part.module.computations[place[0]], collective.instruction)
         transfer = Transfer(
@@ -91,9 +102,21 @@ def transfers(part: Attributed, family: str) -> dict[Place, tuple[Transfer, ...]
             tier_s=row.tier_s or {},
             asynchronous=row.asynchronous,
             done=done.name if done is not None and row.asynchronous else None,
+            joins=kinds_joined(joined, part.graph.schedule.kinds),
         )
         found[place] = (*found.get(place, ()), transfer)
     return found
+
+
+def kinds_joined(joined: Members, kinds: Sequence[int]) -> frozenset[tuple[int, int]]:
+    """The different kinds of devices that a collective brings together, as pairs; kinds: by flattened id."""
+    if not kinds:
+        return frozenset()
+    found: set[tuple[int, int]] = set()
+    for together in (*joined.groups, *joined.pairs):
+        here = sorted({kinds[member % len(kinds)] for member in together})
+        found |= set(combinations(here, 2))
+    return frozenset(found)
 
 
 def stream_of(row: CollectiveRow, family: str) -> str:

@@ -33,12 +33,16 @@ class Schedule:
 
     kinds: the kind of each device by flattened id; empty where all are of kind 0.
     branches: conditional -> branch -> kind -> runs per step. times: computation -> kind -> runs per step;
-    empty when no conditional is known. reasons: conditionals that a table would decide, and why it does not.
+    empty when no conditional is known. taken: conditional -> kind -> branch -> the ticks at which it runs, as
+    bits; of one that all ticks choose alike bit 0 stands for all. ticks: of those, how many; None for these.
+    reasons: conditionals that a table would decide, and why it does not.
     """
 
     kinds: tuple[int, ...] = ()
     branches: Mapping[Conditional, tuple[tuple[Range, ...], ...]] = field(default_factory=dict)
     times: Mapping[str, tuple[Range, ...]] = field(default_factory=dict)
+    taken: Mapping[Conditional, tuple[Mapping[int, int], ...]] = field(default_factory=dict)
+    ticks: Mapping[Conditional, int | None] = field(default_factory=dict)
     reasons: Mapping[Conditional, str] = field(default_factory=dict)
 
     def on_device(self, conditional: Conditional, device: int) -> tuple[Range, ...]:
@@ -81,6 +85,8 @@ def schedule_of(scalars: Slice, loops: Mapping[LoopKey, Trips], weight: Weight) 
         kinds=kinds,
         branches={key: counter.runs(key) for key in known},
         times=counter.times,
+        taken={key: tuple(choice.taken[one[key]] for one in of_each) for key, choice in known.items()},
+        ticks={key: choice.ticks for key, choice in known.items()},
         reasons=reasons,
     )
 

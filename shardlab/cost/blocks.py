@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from shardlab.cost.flows import Flow
@@ -51,8 +51,9 @@ class PathEntry:
 class Block:
     """One run of a computation. Seconds.
 
-    communication_s: while a collective is under way; exposed_s: of that, while nothing is computed. busy: the
-    part of its time in which it keeps each link busy. path: what it waits for, adding up to duration_s.
+    communication_s: while a collective is under way; exposed_s: of that, while nothing is computed.
+    waited_s: for other stages. path: what it waits for, adding up to duration_s. busy: the part of its time
+    in which it keeps each link busy. joins: pairs of kinds of devices that its collectives join.
     """
 
     events: tuple[Event, ...]
@@ -61,7 +62,9 @@ class Block:
     communication_s: float
     exposed_s: float
     path: tuple[PathEntry, ...]
+    waited_s: float = 0.0
     busy: Mapping[Hashable, float] = field(default_factory=dict)
+    joins: frozenset[tuple[int, int]] = frozenset()
 
 
 @dataclass(slots=True, eq=False)
@@ -89,18 +92,22 @@ class Issued:
         return self.after
 
 
-def made_block(issued: Sequence[Issued], last: Issued | None, duration_s: float) -> Block:
-    """From a run whose transfers have all ended. last: what it ends with."""
+def made_block(
+    issued: Sequence[Issued], last: Issued | None, duration_s: float, joins: frozenset[tuple[int, int]]
+) -> Block:
+    """From a run whose transfers have all ended. last: what it ends with. joins: of its own transfers."""
     events = tuple(one.ended() for one in issued)
     computing = [one.event for one in issued if one.flow is None]
     moving = [event.interval for event in events if event.communicates]
     communication_s = length(moving)
     exposed_s = length(subtract(moving, (event.interval for event in computing)))
-    compute_s = 0.0
+    compute_s = waited_s = 0.0
     for event in computing:
         if event.body is None:
             compute_s += event.duration_s
             continue
+        joins |= event.body.joins
+        waited_s += event.body.waited_s * event.iterations
         beside = overlap(moving, event.interval) / event.duration_s if event.duration_s else 0.0
         communication_s += event.body.communication_s * event.iterations * (1 - beside)
         exposed_s += event.body.exposed_s * event.iterations
@@ -111,8 +118,10 @@ def made_block(issued: Sequence[Issued], last: Issued | None, duration_s: float)
         compute_s=compute_s,
         communication_s=communication_s,
         exposed_s=exposed_s,
-        path=_merged(_path(last, {id(one.flow): one for one in issued if one.flow is not None})),
+        path=merged_path(_path(last, {id(one.flow): one for one in issued if one.flow is not None})),
+        waited_s=waited_s,
         busy=_busy(issued, duration_s),
+        joins=joins,
     )
 
 
@@ -134,8 +143,7 @@ def _path(last: Issued | None, by_flow: Mapping[int, Issued]) -> Iterator[PathEn
     while at is not None:
         event = at.ended()
         if event.body is not None:
-            for entry in event.body.path:
-                yield replace(entry, time_s=entry.time_s * event.iterations)
+            yield from scaled_path(event.body, event.iterations)
         elif event.duration_s:
             yield PathEntry(
                 name=event.name,
@@ -148,7 +156,12 @@ def _path(last: Issued | None, by_flow: Mapping[int, Issued]) -> Iterator[PathEn
         at = at.before(by_flow)
 
 
-def _merged(entries: Iterator[PathEntry]) -> tuple[PathEntry, ...]:
+def scaled_path(block: Block, times: float) -> Iterator[PathEntry]:
+    """The path of so many runs of a block."""
+    return (replace(entry, time_s=entry.time_s * times) for entry in block.path)
+
+
+def merged_path(entries: Iterable[PathEntry]) -> tuple[PathEntry, ...]:
     """One entry per instruction and layer."""
     merged: dict[tuple[str, str, str], PathEntry] = {}
     for entry in entries:

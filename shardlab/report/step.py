@@ -21,6 +21,8 @@ def step_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
         f"communication {format_seconds(line.communication_s or 0.0)}",
         f"of which exposed {format_seconds(line.exposed_communication_s or 0.0)}",
     ]
+    if line.root.waited_s:
+        parts.append(f"waiting for other stages {format_seconds(line.root.waited_s)}")
     used = [f"MFU {percent(report.mfu)}"] if report.mfu is not None else []
     if report.tokens_per_s_per_device is not None:
         used.append(f"{report.tokens_per_s_per_device:,.0f} tokens/s per device")

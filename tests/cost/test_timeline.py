@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardlab.attribute.calls import call_graph
-from shardlab.cost.timeline import Kernel, Place, Timeline, Transfer, simulate
+from shardlab.cost.timeline import Timeline, simulate
+from shardlab.cost.walk import Kernel, Place, Transfer
 from shardlab.hlo.reader import parse
 
 SECONDS = {"a": 3.0, "b": 4.0, "c": 5.0}  # the kernels of every program here
