@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from shardlab.spec.case import make_case
 from shardlab.spec.models import MODELS
 from shardlab.spec.names import strategy_names
 from shardlab.spec.plan import load_plan
+from shardlab.spec.sharding import array_sharding, num_ways
 
 MESHES = sorted((Path(__file__).parents[2] / "meshes").glob("*.toml"))
 MESHES = [path for path in MESHES if path.name != "budgets.toml"]
@@ -72,3 +74,26 @@ def test_the_name_of_a_published_layout_says_the_model(stem: str, model: str) ->
     plan = load_plan(MESHES[0].with_name(f"{stem}.toml"))
     assert plan.check.model == model
     assert re.search(r"arXiv:|@[0-9a-f]{7}", plan.description), "where it was published"
+
+
+@pytest.mark.parametrize(
+    ("stem", "state_gib"),
+    [
+        ("a100x8-tensor8-seq-megatron-22b", 40.62),
+        ("a100x64-stage8-tensor8-megatron-175b", 40.93),
+        ("a100x280-stage35-tensor8-megatron-530b", 29.30),
+        ("a100x512-stage64-tensor8-megatron-1t", 31.13),
+    ],
+)
+def test_the_state_of_megatron_layouts_is_calculons(stem: str, state_gib: float) -> None:
+    """Parameters, gradients and optimizer state of one GPU at 16 bytes a parameter: 4 each in f32.
+
+    calculon-ai/calculon calculon/llm/validation.py @caa4b11, for arXiv:2205.05198, figure 1. Within 5 %: our
+    tables lie on every stage.
+    """
+    case = make_case(load_plan(MESHES[0].with_name(f"{stem}.toml")))
+    plan, held = case.plan, 0
+    for spec in case.parameters():
+        split = array_sharding(spec.shape, spec.axes, plan.params, plan.axes)
+        held += spec.size // math.prod(num_ways(names, plan.axes) for names in split)
+    assert 16 * held / 2**30 == pytest.approx(state_gib, rel=0.05)
