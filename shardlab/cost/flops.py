@@ -24,7 +24,7 @@ from shardlab.cost.products import (
     dot_shape,
 )
 from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
-from shardlab.spec.models import ModelConfig
+from shardlab.spec.models import ModelConfig, attention_weights, mlp_weights
 
 _OPAQUE_PRODUCTS = frozenset({"ragged-dot", "scaled-dot", "cholesky", "triangular-solve", "fft"})
 
@@ -177,22 +177,29 @@ def model_flops(
     vocabulary.
 
     Per token 2 · (weights in matrix products, head included, embedding lookup not) forward and twice that
-    backward; plus 4 · layers · heads · head_dim per pair of positions that attend, again three times that
-    in training. `causal` counts half of the seq² pairs, `full` all (Megatron's convention). Prefill needs
-    the head for one position per sequence. Decode is one new token per sequence that attends to `seq`
-    cached ones. Experts count as often as a token uses them, and so does their router. batch: sequences.
+    backward; plus 2 · layers · heads · (head_dim + value_dim) per pair of positions that attend, again three
+    times that in training. `causal` counts half of the seq² pairs, `full` all (Megatron's convention).
+    Prefill needs the head for one position per sequence. Decode is one new token per sequence that attends to
+    `seq` cached ones; latent attention does so in the latent space, 2 · heads · (2 · kv_rank + rope_dim) per
+    pair (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Experts count as often as a token uses them, and so
+    do shared ones and the router. batch: sequences.
     Source: the usual 6·N·D, as in PaLM (arXiv:2204.02311, appendix B) with the causal half made explicit.
     """
-    qkv = config.embed * config.head_dim * (config.heads + 2 * config.kv_heads)
-    mlp = (3 if config.activation == "swiglu" else 2) * config.embed * config.mlp
-    if config.num_experts:
-        mlp = config.experts_per_token * mlp + config.embed * config.num_experts
-    layers = config.layers * (qkv + config.heads * config.head_dim * config.embed + mlp)
+    layers = sum(stack.layers * _layer_weights(stack.config) for stack in config.stacks)
     head = config.embed * config.vocab
-    attend = 4 * config.layers * config.heads * config.head_dim  # per pair: q·k and p·v
+    attend = 2 * config.layers * config.heads * (config.head_dim + config.value_dim)  # q·k and p·v
     if workload == "decode":
+        if config.latent is not None:
+            attend = 2 * config.layers * config.heads * (2 * config.latent.kv_rank + config.latent.rope_dim)
         return batch * (2 * (layers + head) + attend * seq)
     pairs_of_two = seq * seq * (1 if attention == "causal" else 2)
     passes = 3 if workload == "train" else 1
     heads_run = seq if workload == "train" else 1
     return passes * batch * (2 * (layers * seq + head * heads_run) + attend * pairs_of_two // 2)
+
+
+def _layer_weights(config: ModelConfig) -> int:
+    """Elements of the kernels that one token meets in one layer."""
+    times = config.experts_per_token + config.shared_experts if config.num_experts else 1
+    mlp = times * mlp_weights(config, config.mlp)
+    return attention_weights(config) + mlp + config.embed * config.num_experts

@@ -1,7 +1,7 @@
 """Causal attention kernels, per device: the reference, cuDNN's (GPU) and Pallas splash attention (TPU).
 
 Shapes: q_BxLxHxD, k_BxSxKxD, v_BxSxKxD with H a multiple of K (grouped queries: query head h reads KV head h
-// (H/K)).
+// (H/K)). Values may have a head size of their own (latent attention), which the result then has.
 `parallel/kernels.py` chooses one for a target and maps it over a mesh.
 """
 
@@ -25,6 +25,10 @@ SPLASH_TILE = 128
 # cuDNN 9.11, as its version function counts: what a program compiled without cuDNN is assumed to run on.
 ASSUMED_CUDNN_VERSION = 91100
 
+# Compute capability (Hopper) from which cuDNN's attention takes heads of more than 128 and values of another
+# head size; so JAX itself says (jax/_src/cudnn/fused_attention_stablehlo.py).
+MLA_CAPABILITY = "9.0"
+
 
 def masked_attention(
     q_BxLxHxD: jax.Array, k_BxSxKxD: jax.Array, v_BxSxKxD: jax.Array, mask_LxS: jax.Array
@@ -39,7 +43,7 @@ def masked_attention(
     scores_BxKxGxLxS = jnp.where(mask_LxS[None, None, None], scores_BxKxGxLxS * D**-0.5, MASKED)
     weights_BxKxGxLxS = jax.nn.softmax(scores_BxKxGxLxS, axis=-1).astype(q_BxLxHxD.dtype)
     out_BxLxKxGxD = jnp.einsum("bkgls,bskd->blkgd", weights_BxKxGxLxS, v_BxSxKxD)
-    return out_BxLxKxGxD.reshape(B, L, H, D)
+    return out_BxLxKxGxD.reshape(B, L, H, -1)
 
 
 def reference_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array) -> jax.Array:
@@ -50,23 +54,37 @@ def reference_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: j
 
 def cudnn_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array) -> jax.Array:
     """cuDNN's fused causal attention (`__cudnn$fmha…` custom calls); half-precision inputs only."""
+    same = q_BxLxHxD.shape[-1] == v_BxLxKxD.shape[-1]
     with _cudnn_for_tracing():
-        return jax.nn.dot_product_attention(
-            q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, is_causal=True, implementation="cudnn"
+        if same:
+            return jax.nn.dot_product_attention(
+                q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, is_causal=True, implementation="cudnn"
+            )
+        # The public function wants values of the keys' head size; what it calls does not.
+        from jax._src.cudnn import fused_attention_stablehlo as fused
+
+        out: jax.Array = fused.dot_product_attention(
+            q_BxLxHxD,
+            k_BxLxKxD,
+            v_BxLxKxD,
+            scale=q_BxLxHxD.shape[-1] ** -0.5,
+            mask_type=fused.MaskType.CAUSAL,
         )
+        return out
 
 
 @contextmanager
 def _cudnn_for_tracing() -> Iterator[None]:
-    """Let JAX trace the call where cuDNN is not installed: it only asks for the version to refuse old ones.
+    """Let JAX trace the call where cuDNN and its GPU are not there: it only asks for the version and for
+    Hopper to refuse what they do not have.
 
-    There is no public way; the patched function has this name and no argument in jax 0.10 to 0.12. The
-    program is the
-    same: cuDNN itself is needed when it runs, not when it is compiled ahead of time.
+    There is no public way; the patched functions have these names and arguments in jax 0.10 to 0.12. The
+    program is the same: cuDNN itself is needed when it runs, not when it is compiled ahead of time. Who asks
+    for values of another head size has seen to it that the chip is a Hopper or later.
     """
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    installed = fused.check_cudnn_version
+    installed, has = fused.check_cudnn_version, fused.check_compute_capability
 
     def version() -> int:
         try:
@@ -74,7 +92,13 @@ def _cudnn_for_tracing() -> Iterator[None]:
         except RuntimeError:
             return ASSUMED_CUDNN_VERSION
 
-    with mock.patch.object(fused, "check_cudnn_version", version):
+    def capability(wanted: str) -> bool:
+        return wanted == MLA_CAPABILITY or bool(has(wanted))
+
+    with (
+        mock.patch.object(fused, "check_cudnn_version", version),
+        mock.patch.object(fused, "check_compute_capability", capability),
+    ):
         yield
 
 

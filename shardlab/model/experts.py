@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from shardlab.spec.experts import expert_capacity
+from shardlab.spec.models import ModelConfig, Router
 
 
 class Kernels(NamedTuple):
@@ -28,19 +29,25 @@ class Kernels(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Of each token its experts [..., K], their weights [..., K], which sum to one, and all probabilities
-    [..., X]. Weights and probabilities in f32."""
+    """Of each token its experts [..., K], their weights [..., K], and all scores as probabilities [..., X],
+    which sum to one. Weights and probabilities in f32. likeliest: the K experts by score alone [..., K]."""
 
     experts: jax.Array
     weights: jax.Array
     probabilities: jax.Array
+    likeliest: jax.Array
 
 
 class Load(NamedTuple):
-    """Of groups of tokens, f32 [..., X]: assignments to each expert per token, and its mean probability."""
+    """Of groups of tokens, f32 [..., X]: assignments to each expert per token, and its mean probability.
+
+    assigned: by probability alone, which the loss judges. chosen: what was assigned in truth, where groups of
+    experts and biases have their say.
+    """
 
     assigned: jax.Array
     probability: jax.Array
+    chosen: jax.Array
 
 
 class Trip(NamedTuple):
@@ -85,27 +92,59 @@ class Exchange:
 # tokens_TxE, routing, kernels, exchange -> out_TxE.
 Dispatch = Callable[[jax.Array, Routing, Kernels, Exchange], jax.Array]
 
-# x_BxLxE, router's logits_BxLxX (f32), kernels as stored, experts per token -> out_BxLxE, load of each group.
-Experts = Callable[[jax.Array, jax.Array, Kernels, int], tuple[jax.Array, Load]]
+# x_BxLxE, the router's logits_BxLxX and bias_X (f32), kernels as stored, the choice -> out_BxLxE, the load of
+# each group [b, s, X] (see `load_of`).
+Experts = Callable[[jax.Array, jax.Array, jax.Array | None, Kernels, Router], tuple[jax.Array, Load]]
 
 
-def route(logits: jax.Array, experts_per_token: int) -> Routing:
-    """The K most probable experts of each token [..., X], weighted by their share of the K probabilities.
-
-    Softmax in f32. Source: Mixtral of experts, arXiv:2401.04088, section 2.1.
+def route(logits: jax.Array, router: Router, bias_X: jax.Array | None = None) -> Routing:
+    """The K experts of each token [..., X] with the highest scores, weighted by their share of the K scores
+    (and `router.scaling`). In f32. Sources: see `Router`.
     """
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, experts = jax.lax.top_k(probabilities, experts_per_token)
-    return Routing(experts, weights / weights.sum(-1, keepdims=True), probabilities)
+    logits = logits.astype(jnp.float32)
+    softmax = router.scoring == "softmax"
+    scores = jax.nn.softmax(logits, axis=-1) if softmax else jax.nn.sigmoid(logits)
+    weights, likeliest = jax.lax.top_k(scores, router.experts_per_token)
+    experts = likeliest
+    if router.groups > 1 or bias_X is not None:
+        judged = scores if bias_X is None else scores + bias_X.reshape((1,) * (scores.ndim - 1) + (-1,))
+        _, experts = jax.lax.top_k(_eligible(judged, router), router.experts_per_token)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+    weights = router.scaling * weights / weights.sum(-1, keepdims=True)
+    probabilities = scores if softmax else scores / scores.sum(-1, keepdims=True)
+    return Routing(experts, weights, probabilities, likeliest)
 
 
-def load_of(routing: Routing) -> Load:
-    """What the load-balance loss needs of one group."""
-    probabilities_TxX = routing.probabilities.reshape(-1, routing.probabilities.shape[-1])
-    num_tokens, num_experts = probabilities_TxX.shape
-    chosen_AxX = jax.nn.one_hot(routing.experts.reshape(-1), num_experts, dtype=jnp.float32)
-    assigned_X = chosen_AxX.sum(0) / num_tokens
-    return Load(assigned_X, probabilities_TxX.mean(0))
+def _eligible(judged: jax.Array, router: Router) -> jax.Array:
+    """Scores [..., X], those of groups that are not among the best as -∞. A group's own is the sum of its two
+    highest (DeepSeek-V3, section 2.1.2: K / groups_per_token highest, which is two there; its published code
+    has two)."""
+    if router.groups == 1:
+        return judged
+    in_groups = judged.reshape(*judged.shape[:-1], router.groups, -1)
+    value = jax.lax.top_k(in_groups, 2)[0].sum(-1)
+    _, best = jax.lax.top_k(value, router.groups_per_token)
+    kept = jax.nn.one_hot(best, router.groups, dtype=jnp.bool_).any(-2)
+    return jnp.where(kept[..., None], in_groups, -jnp.inf).reshape(judged.shape)
+
+
+def load_of(routing: Routing, *, each: bool = False) -> Load:
+    """What balancing needs of the tokens [B, L, …] of one device: [1, 1, X], or if each, of every sequence
+    apart [B, 1, X]."""
+    shape = routing.probabilities.shape
+    groups = (shape[0], -1, shape[-1]) if each else (1, -1, shape[-1])
+    probabilities_GxTxX = routing.probabilities.reshape(groups)
+    assigned, chosen = (
+        _per_token(experts.reshape(*groups[:2], experts.shape[-1]), shape[-1])
+        for experts in (routing.likeliest, routing.experts)
+    )
+    return Load(assigned, probabilities_GxTxX.mean(1, keepdims=True), chosen)
+
+
+def _per_token(experts_GxTxK: jax.Array, num_experts: int) -> jax.Array:
+    """Assignments to each expert per token, f32 [G, 1, X]."""
+    chosen_GxTxX = jax.nn.one_hot(experts_GxTxK, num_experts, dtype=jnp.float32).sum(2)
+    return chosen_GxTxX.mean(1, keepdims=True)
 
 
 def balance_loss(load: Load) -> jax.Array:
@@ -115,8 +154,63 @@ def balance_loss(load: Load) -> jax.Array:
     K > 1 and several layers as Hugging Face's `load_balancing_loss_func` for Mixtral. Groups are of one size.
     """
     num_experts = load.assigned.shape[-1]
-    assigned_X, probability_X = (jnp.mean(a, axis=tuple(range(a.ndim - 1))) for a in load)
+    assigned_X, probability_X = (
+        jnp.mean(a, axis=tuple(range(a.ndim - 1))) for a in (load.assigned, load.probability)
+    )
     return num_experts * jnp.sum(assigned_X * probability_X)
+
+
+def sequence_balance_loss(load: Load, experts_per_token: int) -> jax.Array:
+    """Of every sequence X / K · Σ_x f_x · P_x, 1 where the load is even; their mean, summed over layers.
+
+    load: [N, B, s, X], s the equal parts of each sequence. DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20.
+    """
+    num_experts = load.assigned.shape[-1]
+    assigned, probability = (a.mean(2) for a in (load.assigned, load.probability))
+    return num_experts / experts_per_token * jnp.sum(assigned * probability, -1).mean(1).sum()
+
+
+def balance_term(load: Load, config: ModelConfig, over: tuple[str, ...] = ()) -> jax.Array:
+    """What balance adds to the loss of `config`.
+
+    over: the axes of an enclosing shard_map along which other devices have other tokens of the same batch.
+    The loss is linear in the probabilities, so with the assignments averaged over these axes here, its mean
+    over them is the loss of the batch.
+    """
+    if config.balance == "sequence":
+        loss = sequence_balance_loss(load, config.experts_per_token)
+    else:
+        shared = jax.lax.pmean(load.assigned.mean((1, 2)), over) if over else load.assigned
+        loss = balance_loss(load._replace(assigned=shared))
+    return config.balance_coefficient * loss
+
+
+@jax.custom_vjp
+def _with_violation(out: jax.Array, bias_X: jax.Array, violation_X: jax.Array) -> jax.Array:
+    """out; the bias gets `violation_X` for its gradient."""
+    del bias_X, violation_X
+    return out
+
+
+def _violation_forward(
+    out: jax.Array, bias_X: jax.Array, violation_X: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _with_violation(out, bias_X, violation_X), violation_X
+
+
+def _violation_backward(violation_X: jax.Array, d_out: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    return d_out, violation_X, None
+
+
+_with_violation.defvjp(_violation_forward, _violation_backward)
+
+
+def moved_against_load(out: jax.Array, bias_X: jax.Array, load: Load) -> jax.Array:
+    """out, with what the choice's bias is to be moved against as its gradient: by how much more than the mean
+    each expert was chosen, per token. A choice has no gradient of its own, and so this one is averaged over
+    microbatches and devices as all are. Auxiliary-loss-free balancing: arXiv:2408.15664, algorithm 1."""
+    chosen_X = load.chosen.mean(tuple(range(load.chosen.ndim - 1)))
+    return _with_violation(out, bias_X, chosen_X - chosen_X.mean())
 
 
 def dropless(tokens_TxE: jax.Array, routing: Routing, kernels: Kernels, exchange: Exchange) -> jax.Array:
@@ -170,14 +264,18 @@ def grouped_experts(dispatch: Dispatch, groups: tuple[int, int] = (1, 1)) -> Exp
     """
 
     def experts(
-        x_BxLxE: jax.Array, logits_BxLxX: jax.Array, kernels: Kernels, experts_per_token: int
+        x_BxLxE: jax.Array,
+        logits_BxLxX: jax.Array,
+        bias_X: jax.Array | None,
+        kernels: Kernels,
+        router: Router,
     ) -> tuple[jax.Array, Load]:
-        def group(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Load]:
+        def group(part: tuple[jax.Array, jax.Array]) -> jax.Array:
             tokens_TxE, logits_TxX = part
-            routing = route(logits_TxX, experts_per_token)
-            return dispatch(tokens_TxE, routing, kernels, Exchange()), load_of(routing)
+            return dispatch(tokens_TxE, route(logits_TxX, router, bias_X), kernels, Exchange())
 
-        out_GxTxE, load = jax.lax.map(group, (_cut(x_BxLxE, groups), _cut(logits_BxLxX, groups)))
+        out_GxTxE = jax.lax.map(group, (_cut(x_BxLxE, groups), _cut(logits_BxLxX, groups)))
+        load = load_of(route(logits_BxLxX, router, bias_X), each=True)
         return _joined(out_GxTxE, groups, x_BxLxE.shape), load
 
     return experts

@@ -8,6 +8,7 @@ B batch, L tokens, S tokens seen, E embed, H heads, K KV heads, D head_dim, M ml
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -16,12 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardlab.model.attention import masked_attention
-from shardlab.model.experts import Kernels, Load
+from shardlab.model.experts import Kernels, Load, moved_against_load
 from shardlab.model.runtime import Runtime
 from shardlab.spec.models import ModelConfig
 from shardlab.spec.params import LogicalAxes
 
 Shape = tuple[int, ...]
+# Logical axis -> size, in order; None is an axis that no rule splits.
+Sizes = Mapping[str, int] | Mapping[str | None, int]
 
 
 class KeysValues(NamedTuple):
@@ -42,8 +45,8 @@ class Projection(nnx.Module):
 
     def __init__(
         self,
-        inputs: dict[str, int],
-        outputs: dict[str, int],
+        inputs: Sizes,
+        outputs: Sizes,
         *,
         bias: bool,
         rngs: nnx.Rngs,
@@ -102,8 +105,12 @@ class Kernel(nnx.Module):
 class Norm(nnx.Module):
     """RMSNorm, or LayerNorm with bias, over the embed dimension, computed in f32."""
 
-    def __init__(self, config: ModelConfig, *, stack: Shape = ()) -> None:
+    def __init__(self, config: ModelConfig, *, stack: Shape = (), latent: int = 0) -> None:
+        """latent: the width of a latent vector to normalise instead, by RMSNorm."""
         self.epsilon = config.norm_epsilon
+        if latent:
+            self.scale = parameter(jnp.ones((*stack, latent)), (None,))
+            return
         self.scale = parameter(jnp.ones((*stack, config.embed)), ("embed",))
         if config.norm == "layernorm":
             self.bias = parameter(jnp.zeros((*stack, config.embed)), ("embed",))
@@ -164,8 +171,9 @@ class Attention(nnx.Module):
         if cache is None:
             out_BxLxHxD = self._attend(q_BxLxHxD, new, run)
         else:
+            axes = ("batch", "cache", "kv_heads", None)
             new = KeysValues(
-                *(_write(old, entry, position_L, run) for old, entry in zip(cache, new, strict=True))
+                *(write(old, entry, position_L, axes, run) for old, entry in zip(cache, new, strict=True))
             )
             mask_1xS = jnp.arange(new.keys.shape[1])[None, :] <= position_L[:, None]
             with jax.named_scope("kernel"):
@@ -199,19 +207,22 @@ class Attention(nnx.Module):
             return run.attention(q_BxLxHxD, k, v)
 
 
-def _write(cache: jax.Array, entry_Bx1xKxD: jax.Array, position_1: jax.Array, run: Runtime) -> jax.Array:
-    """The cache [B, S, K, D] with one position overwritten."""
-    updated = jax.lax.dynamic_update_slice_in_dim(
-        cache, entry_Bx1xKxD.astype(cache.dtype), position_1[0], axis=1
-    )
-    return run.constrain(updated, ("batch", "cache", "kv_heads", None))
+def write(
+    cache: jax.Array, entry: jax.Array, position_1: jax.Array, axes: LogicalAxes, run: Runtime
+) -> jax.Array:
+    """The cache [B, S, …] with one position overwritten by entry [B, 1, …]. axes: of the cache."""
+    updated = jax.lax.dynamic_update_slice_in_dim(cache, entry.astype(cache.dtype), position_1[0], axis=1)
+    return run.constrain(updated, axes)
 
 
 class Mlp(nnx.Module):
     """SwiGLU (gate, up, down), or GELU in its tanh form (up, down) as GPT-2 has it."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Shape = ()) -> None:
-        embed, mlp = {"embed": config.embed}, {"mlp": config.mlp}
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Shape = (), width: int | None = None
+    ) -> None:
+        """width: instead of the model's own."""
+        embed, mlp = {"embed": config.embed}, {"mlp": width or config.mlp}
         if config.activation == "swiglu":
             self.gate = Projection(embed, mlp, bias=config.bias, rngs=rngs, stack=stack)
         self.up = Projection(embed, mlp, bias=config.bias, rngs=rngs, stack=stack)
@@ -233,98 +244,41 @@ class Mlp(nnx.Module):
             return self.down(hidden_BxLxM, run)
 
 
+class ExpertRouter(nnx.Module):
+    """What gives each expert its score, and the bias of the choice, where there is one."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Shape = ()) -> None:
+        shape = (*stack, config.embed, config.num_experts)
+        self.kernel = parameter(jax.random.normal(rngs.params(), shape) * config.embed**-0.5, ("embed", None))
+        if config.router_bias:
+            self.bias = parameter(jnp.zeros((*stack, config.num_experts)), (None,))
+
+    def __call__(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+        """The product alone, in f32 (Switch, section 2.4): logits_BxLxX."""
+        kernel_ExX = full_weight(self.kernel, run)
+        return jax.lax.dot_general(x_BxLxE.astype(jnp.float32), kernel_ExX, (((2,), (0,)), ((), ())))
+
+
 class Moe(nnx.Module):
     """A mixture of experts: a router, and the kernels of all experts in one array each (SwiGLU)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Shape = ()) -> None:
-        self.experts_per_token = config.experts_per_token
+        self.choice = config.router
         stack_X = (*stack, config.num_experts)
         E: dict[str | None, int] = {"embed": config.embed}
         M: dict[str | None, int] = {"mlp": config.mlp}
         scale = (2 * config.layers) ** -0.5
-        self.router = Kernel(E, {None: config.num_experts}, rngs=rngs, stack=stack)
+        self.router = ExpertRouter(config, rngs=rngs, stack=stack)
         self.gate = Kernel(E, M, rngs=rngs, stack=stack_X, leading=("expert",))
         self.up = Kernel(E, M, rngs=rngs, stack=stack_X, leading=("expert",))
         self.down = Kernel(M, E, rngs=rngs, stack=stack_X, leading=("expert",), scale=scale)
 
     def __call__(self, x_BxLxE: jax.Array, run: Runtime) -> tuple[jax.Array, Load]:
-        """Returns out_BxLxE and how tokens were spread. The router's product is in f32 (Switch,
-        section 2.4)."""
+        """Returns out_BxLxE and how tokens were spread."""
         with jax.named_scope("router"):
-            kernel_ExX = full_weight(self.router.kernel, run)
-            contracted = ((2,), (0,)), ((), ())
-            logits_BxLxX = jax.lax.dot_general(x_BxLxE.astype(jnp.float32), kernel_ExX, contracted)
+            logits_BxLxX = self.router(x_BxLxE, run)
+            bias_X = full_weight(self.router.bias, run) if hasattr(self.router, "bias") else None
         kernels = (p.kernel.get_value().astype(run.compute_dtype) for p in (self.gate, self.up, self.down))
         with jax.named_scope("experts"):
-            return run.experts(x_BxLxE, logits_BxLxX, Kernels(*kernels), self.experts_per_token)
-
-
-class Layer(nnx.Module):
-    """One pre-norm transformer layer. The residual stream is (batch, norm_seq, embed), products (batch, seq,
-    embed)."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Shape = ()) -> None:
-        self.attention_norm = Norm(config, stack=stack)
-        self.attention = Attention(config, rngs=rngs, stack=stack)
-        self.mlp_norm = Norm(config, stack=stack)
-        if config.num_experts:
-            self.moe = Moe(config, rngs=rngs, stack=stack)
-        else:
-            self.mlp = Mlp(config, rngs=rngs, stack=stack)
-
-    def __call__(
-        self, x_BxLxE: jax.Array, position_L: jax.Array, run: Runtime, cache: KeysValues | None = None
-    ) -> tuple[jax.Array, KeysValues, Load | None]:
-        """Returns the residual stream x_BxLxE, this layer's keys and values, and the load of its experts."""
-        with jax.named_scope("attention_norm"):
-            normed = for_products(self.attention_norm(x_BxLxE, run), run)
-        with jax.named_scope("attention"):
-            out_BxLxE, keys_values = self.attention(normed, position_L, run, cache)
-        x_BxLxE = residual(x_BxLxE, out_BxLxE, run)
-        out_BxLxE, load = (
-            self._through_experts(x_BxLxE, run) if hasattr(self, "moe") else self._through_mlp(x_BxLxE, run)
-        )
-        return residual(x_BxLxE, out_BxLxE, run), keys_values, load
-
-    def _through_mlp(self, x_BxLxE: jax.Array, run: Runtime) -> tuple[jax.Array, None]:
-        with jax.named_scope("mlp_norm"):
-            normed = for_products(self.mlp_norm(x_BxLxE, run), run)
-        with jax.named_scope("mlp"):
-            return self.mlp(normed, run), None
-
-    def _through_experts(self, x_BxLxE: jax.Array, run: Runtime) -> tuple[jax.Array, Load]:
-        """Experts take tokens where the norm leaves them, and gather them for tensor parallelism
-        themselves."""
-        with jax.named_scope("mlp_norm"):
-            normed = run.constrain(self.mlp_norm(x_BxLxE, run), ("batch", "norm_seq", "embed"))
-        with jax.named_scope("moe"):
-            return self.moe(normed, run)
-
-
-def for_products(x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
-    """A norm's output, first pinned where the norm was computed, then where the products want it.
-
-    Pinned at both ends the gather of sequence parallelism moves the compute type, not the norm's f32.
-    """
-    return run.constrain(run.constrain(x_BxLxE, ("batch", "norm_seq", "embed")), ("batch", "seq", "embed"))
-
-
-def residual(x_BxLxE: jax.Array, out_BxLxE: jax.Array, run: Runtime) -> jax.Array:
-    """x + out in the residual stream; the branch is placed before it is added, so its partial sums
-    reduce-scatter."""
-    return run.constrain(x_BxLxE + _from_products(out_BxLxE, run), ("batch", "norm_seq", "embed"))
-
-
-def _from_products(out_BxLxE: jax.Array, run: Runtime) -> jax.Array:
-    """The counterpart of `for_products`. Its cotangent is placed for products once: left to the partitioner,
-    the two products that use it gather it twice where a device has one sequence."""
-
-    @jax.custom_vjp
-    def place(out: jax.Array) -> jax.Array:
-        return run.constrain(out, ("batch", "norm_seq", "embed"))
-
-    def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
-        return (for_products(cotangent, run),)
-
-    place.defvjp(lambda out: (run.constrain(out, ("batch", "norm_seq", "embed")), None), backward)
-    return place(out_BxLxE)
+            out_BxLxE, load = run.experts(x_BxLxE, logits_BxLxX, bias_X, Kernels(*kernels), self.choice)
+        return out_BxLxE if bias_X is None else moved_against_load(out_BxLxE, bias_X, load), load

@@ -11,15 +11,20 @@ from flax import nnx
 
 from shardlab.model.attention import MASKED
 from shardlab.model.experts import Load
-from shardlab.model.layers import KeysValues, Layer, Norm, Projection, for_products, parameter, weight
+from shardlab.model.layer import Cached, Layer, for_products
+from shardlab.model.layers import Norm, Projection, parameter, weight
 from shardlab.model.runtime import Runtime, checkpointed
-from shardlab.spec.models import ModelConfig
+from shardlab.spec.models import ModelConfig, Stack
 
 # Path (`layers/attention/query/kernel`) -> array. The paths are those of `spec.params.parameter_table`.
 Params = dict[str, jax.Array]
 
-# Of layers: keys and values where the cache is wanted, the load where there are experts.
-Kept = tuple[KeysValues | None, Load | None]
+# What the layers keep of tokens: keys and values [N, B, S, K, D], or latent vectors [N, B, S, C]; where there
+# are layers of two kinds, those of each by its name.
+Cache = Cached | dict[str, Cached]
+
+# Of layers: what they cache where that is wanted, the load where there are experts.
+Kept = tuple[Cached | None, Load | None]
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -33,7 +38,8 @@ class Table(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Llama or GPT-2, as `ModelConfig` says. Callable: tokens_BxL -> logits_BxLxV in f32, padding masked."""
+    """Llama, GPT-2, Mixtral or DeepSeek, as `ModelConfig` says. Callable: tokens_BxL -> logits_BxLxV in f32,
+    padding masked."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, scan_layers: bool = True) -> None:
         """rngs: needs the stream `params`. scan_layers: one stack of layer parameters, run by lax.scan."""
@@ -41,10 +47,8 @@ class Transformer(nnx.Module):
         self.embedding = Table(config.padded_vocab, config.embed, "vocab", rngs=rngs)
         if config.positions == "learned":
             self.positions = Table(config.context, config.embed, None, rngs=rngs)
-        if scan_layers:
-            self.layers = Layer(config, rngs=rngs, stack=(config.layers,))
-        else:
-            self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.layers)])
+        for stack in config.stacks:
+            setattr(self, stack.name, _layers(stack, scan_layers, rngs))
         self.final_norm = Norm(config)
         if not config.tied_embeddings:
             out = {"vocab": config.padded_vocab}
@@ -60,26 +64,26 @@ class Transformer(nnx.Module):
         position_L = run.positions_of(tokens_BxL.shape[1])
         table_VxE = self._table(run)
         x_BxLxE = self._embed(table_VxE, tokens_BxL, position_L, run)
-        x_BxLxE, (_, load) = self._through_layers(x_BxLxE, position_L, run)
+        x_BxLxE, _, load = self._through_layers(x_BxLxE, position_L, run)
         return self._logits(table_VxE, self._final(x_BxLxE, run), run), load
 
-    def prefill(self, tokens_BxL: jax.Array, run: Runtime) -> tuple[jax.Array, KeysValues]:
-        """Logits of the last position [B, V], and the KV cache of the prompt [N, B, L, K, D]."""
+    def prefill(self, tokens_BxL: jax.Array, run: Runtime) -> tuple[jax.Array, Cache]:
+        """Logits of the last position [B, V], and the cache of the prompt (see `Cache`)."""
         position_L = run.positions_of(tokens_BxL.shape[1])
         table_VxE = self._table(run)
         x_BxLxE = self._embed(table_VxE, tokens_BxL, position_L, run)
-        x_BxLxE, (cache, _) = self._through_layers(x_BxLxE, position_L, run, keep=True)
+        x_BxLxE, cache, _ = self._through_layers(x_BxLxE, position_L, run, keep=True)
         assert cache is not None
         return self._logits(table_VxE, self._final(x_BxLxE, run)[:, -1:], run)[:, 0], cache
 
     def decode(
-        self, token_B: jax.Array, position: jax.Array, cache: KeysValues, run: Runtime
-    ) -> tuple[jax.Array, KeysValues]:
-        """One token at `position` (a scalar) after a cache [N, B, S, K, D]: logits [B, V], the new cache."""
+        self, token_B: jax.Array, position: jax.Array, cache: Cache, run: Runtime
+    ) -> tuple[jax.Array, Cache]:
+        """One token at `position` (a scalar) after a cache (see `Cache`): logits [B, V], the new cache."""
         position_1 = position[None]
         table_VxE = self._table(run)
         x_Bx1xE = self._embed(table_VxE, token_B[:, None], position_1, run)
-        x_Bx1xE, (new_cache, _) = self._through_layers(x_Bx1xE, position_1, run, cache=cache, keep=True)
+        x_Bx1xE, new_cache, _ = self._through_layers(x_Bx1xE, position_1, run, cache=cache, keep=True)
         assert new_cache is not None
         return self._logits(table_VxE, self._final(x_Bx1xE, run), run)[:, 0], new_cache
 
@@ -132,28 +136,56 @@ class Transformer(nnx.Module):
         position_L: jax.Array,
         run: Runtime,
         *,
-        cache: KeysValues | None = None,
+        cache: Cache | None = None,
         keep: bool = False,
-    ) -> tuple[jax.Array, Kept]:
-        """All layers in turn, and what they leave, stacked. keep: their keys and values (the cache) too."""
-        graph, state = nnx.split(self.layers if self.scan_layers else self.layers[0])
+    ) -> tuple[jax.Array, Cache | None, Load | None]:
+        """All layers in turn, what they cache (if keep), and the load of their experts, stacked."""
+        kept: dict[str, Cached] = {}
+        load: Load | None = None
+        for stack in self.config.stacks:
+            layers = getattr(self, stack.name)
+            held = cache.get(stack.name) if isinstance(cache, dict) else cache
+            with jax.named_scope(stack.name):
+                x_BxLxE, (new, found) = self._through(layers, x_BxLxE, position_L, run, held, keep)
+            load = found if found is not None else load
+            if new is not None:
+                kept[stack.name] = new
+        return x_BxLxE, next(iter(kept.values()), None) if len(kept) < 2 else kept, load
 
-        def layer(x: jax.Array, inputs: tuple[nnx.State, KeysValues | None]) -> tuple[jax.Array, Kept]:
+    def _through(
+        self,
+        layers: Layer | nnx.List[Layer],
+        x_BxLxE: jax.Array,
+        position_L: jax.Array,
+        run: Runtime,
+        cache: Cached | None,
+        keep: bool,
+    ) -> tuple[jax.Array, Kept]:
+        """The layers of one kind."""
+        graph, state = nnx.split(layers if isinstance(layers, Layer) else layers[0])
+
+        def layer(x: jax.Array, inputs: tuple[nnx.State, Cached | None]) -> tuple[jax.Array, Kept]:
             module = nnx.merge(graph, inputs[0])
-            x, keys_values, load = module(x, position_L, run, inputs[1])
-            return x, (keys_values if keep else None, load)
+            x, cached, load = module(x, position_L, run, inputs[1])
+            return x, (cached if keep else None, load)
 
         body = checkpointed(layer, run.remat, in_scan=self.scan_layers)
-        with jax.named_scope("layers"):
-            if self.scan_layers:
-                return jax.lax.scan(body, x_BxLxE, (state, cache))
-            kept = []
-            for index, module in enumerate(self.layers):
-                entry = jax.tree.map(lambda a, i=index: a[i], cache)
-                with jax.named_scope(str(index)):
-                    x_BxLxE, left = body(x_BxLxE, (nnx.split(module)[1], entry))
-                kept.append(left)
-            return x_BxLxE, jax.tree.map(lambda *a: jnp.stack(a), *kept)
+        if isinstance(layers, Layer):
+            return jax.lax.scan(body, x_BxLxE, (state, cache))
+        kept = []
+        for index, module in enumerate(layers):
+            entry = jax.tree.map(lambda a, i=index: a[i], cache)
+            with jax.named_scope(str(index)):
+                x_BxLxE, left = body(x_BxLxE, (nnx.split(module)[1], entry))
+            kept.append(left)
+        return x_BxLxE, jax.tree.map(lambda *a: jnp.stack(a), *kept)
+
+
+def _layers(stack: Stack, scan_layers: bool, rngs: nnx.Rngs) -> Layer | nnx.List[Layer]:
+    """The layers of one kind: a stack of each parameter, or one after the other."""
+    if scan_layers:
+        return Layer(stack.config, rngs=rngs, stack=(stack.layers,))
+    return nnx.List([Layer(stack.config, rngs=rngs) for _ in range(stack.layers)])
 
 
 def abstract_model(config: ModelConfig, *, scan_layers: bool = True) -> Transformer:

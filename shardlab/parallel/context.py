@@ -203,7 +203,7 @@ def _ring_forward(
     num_tiles = queries.shape[0]
     arriving = send((own[0], own[1]))
     # Early tokens come before late ones: among a device's own, places are in the order of positions.
-    seen = attend(tiles, triangle(num_tiles), nothing_seen(queries))
+    seen = attend(tiles, triangle(num_tiles), nothing_seen(tiles))
 
     def meet(hop: jax.Array | int, held: KeysValues, seen: Partial) -> Partial:
         return attend(Tiles(queries, *held), hop_meetings(num_tiles // 2, rank >= hop), seen)

@@ -38,6 +38,7 @@ from shardlab.model.runtime import GATHERED_WEIGHT
 from shardlab.parallel.shardings import Shardings
 from shardlab.spec.case import Case
 from shardlab.spec.experts import capacity_factor, expert_axes
+from shardlab.spec.models import Router
 from shardlab.spec.params import LogicalAxes, ParamSpec
 
 Names = tuple[str, ...]
@@ -68,18 +69,23 @@ def mesh_experts(case: Case, shardings: Shardings, target: str) -> Experts:
     dispatch = dropless if factor is None else with_capacity(factor)
 
     def experts(
-        x_BxLxE: jax.Array, logits_BxLxX: jax.Array, kernels: Kernels, experts_per_token: int
+        x_BxLxE: jax.Array,
+        logits_BxLxX: jax.Array,
+        bias_X: jax.Array | None,
+        kernels: Kernels,
+        router: Router,
     ) -> tuple[jax.Array, Load]:
         places = _places(shardings, x_BxLxE, kernels)
-        local = _Local(dispatch, experts_per_token, places, _exchange(shardings, places, target))
+        each = case.model.balance == "sequence"
+        local = _Local(dispatch, router, each, places, _exchange(shardings, places, target))
         stream = places.stream
         return jax.shard_map(
             local,
             mesh=shardings.mesh,
             axis_names=shardings.free_axes,
-            in_specs=(stream, stream, places.entering),
-            out_specs=(stream, PartitionSpec(places.tokens or None)),
-        )(x_BxLxE, logits_BxLxX, kernels)
+            in_specs=(stream, stream, PartitionSpec(), places.entering),
+            out_specs=(stream, PartitionSpec(stream[0], stream[1])),
+        )(x_BxLxE, logits_BxLxX, bias_X, kernels)
 
     return experts
 
@@ -154,25 +160,27 @@ class _Local:
     """One device's program."""
 
     dispatch: Dispatch
-    experts_per_token: int
+    router: Router
+    each: bool
     places: _Places
     exchange: Exchange
 
     def __call__(
-        self, x_BxLxE: jax.Array, logits_BxLxX: jax.Array, kernels: Kernels
+        self, x_BxLxE: jax.Array, logits_BxLxX: jax.Array, bias_X: jax.Array | None, kernels: Kernels
     ) -> tuple[jax.Array, Load]:
-        """This device's part of x -> its part of the result, and the load of its tokens [1, X]."""
-        routing = route(logits_BxLxX, self.experts_per_token)
-        load = load_of(routing)
+        """This device's part of x -> its part of the result, and the load of its tokens [1, 1, X], or of each
+        of its sequences [B, 1, X]."""
+        routing = route(logits_BxLxX, self.router, bias_X)
+        load = load_of(routing, each=self.each)
         whole_BxLxE = self._whole(x_BxLxE)
         chosen = routing._replace(
-            experts=self._whole(routing.experts).reshape(-1, self.experts_per_token),
-            weights=self._whole(routing.weights).reshape(-1, self.experts_per_token),
+            experts=self._whole(routing.experts).reshape(-1, self.router.experts_per_token),
+            weights=self._whole(routing.weights).reshape(-1, self.router.experts_per_token),
         )
         tokens_TxE = whole_BxLxE.reshape(-1, whole_BxLxE.shape[-1])
         out_TxE = self.dispatch(tokens_TxE, chosen, self._in_use(kernels), self.exchange)
         out_BxLxE = out_TxE.reshape(whole_BxLxE.shape)
-        return self._reduced(out_BxLxE), jax.tree.map(lambda a: a[None], load)
+        return self._reduced(out_BxLxE), load
 
     def _whole(self, x_BxLxF: jax.Array) -> jax.Array:
         """Gathered over the axes of sequence parallelism, and marked as different on the others that split

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from shardlab.errors import Infeasible
+from shardlab.hardware.data_files import load_gpu_target
 from shardlab.model.attention import (
     SPLASH_TILE,
     CausalAttention,
@@ -25,6 +26,8 @@ from shardlab.spec.plan import Plan
 from shardlab.spec.sharding import num_ways
 
 Kernel = Literal["reference", "blockwise", "cudnn", "splash"]
+
+HOPPER = 9  # major compute capability
 
 FUSED_FOR = {"gpu": "cudnn", "tpu": "splash", "cpu": "reference"}
 PER_DEVICE: dict[str, CausalAttention] = {
@@ -67,8 +70,20 @@ def _unsuited(kernel: str, case: Case, target: str) -> str | None:
         )
     if kernel == "splash" and case.seq % SPLASH_TILE:
         return f"splash works on tiles of {SPLASH_TILE} tokens and seq is {case.seq}"
-    if kernel == "cudnn" and (case.model.head_dim % 8 or case.model.head_dim > 128):
-        return f"cudnn needs head_dim to be a multiple of 8 up to 128 and it is {case.model.head_dim}"
+    return _unsuited_heads(case) if kernel == "cudnn" else None
+
+
+def _unsuited_heads(case: Case) -> str | None:
+    """Why cuDNN cannot have heads of this size: those of latent attention need a Hopper or a later chip."""
+    D, value_dim = case.model.head_dim, case.model.value_dim
+    if value_dim == D:
+        most = f"cudnn needs head_dim to be a multiple of 8 up to 128 and it is {D}"
+        return most if D % 8 or D > 128 else None
+    if D % 8 or value_dim % 8 or max(D, value_dim) > 256:
+        return f"cudnn needs head sizes that are multiples of 8 up to 256 and they are {D} and {value_dim}"
+    chip = case.load_machine().chip.compile_as
+    if chip is None or load_gpu_target(chip).compute_major < HOPPER:
+        return f"cudnn takes values of another head size ({D} and {value_dim}) on Hopper and later chips only"
     return None
 
 

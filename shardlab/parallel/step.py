@@ -14,22 +14,36 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from shardlab.errors import Infeasible
-from shardlab.model.experts import balance_loss
+from shardlab.model.experts import balance_term
+from shardlab.model.latent import Latent
+from shardlab.model.layer import Cached
 from shardlab.model.layers import KeysValues
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
-from shardlab.model.transformer import Params, Transformer, abstract_model, init_params, with_params
+from shardlab.model.transformer import (
+    Cache,
+    Params,
+    Transformer,
+    abstract_model,
+    init_params,
+    with_params,
+)
 from shardlab.parallel.context import order_notes, positions_of
 from shardlab.parallel.embedding import mesh_lookup
 from shardlab.parallel.experts import experts_notes, mesh_experts
 from shardlab.parallel.kernels import attention_on, choose_kernel, kv_repeats
-from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer, optimizer_shardings
+from shardlab.parallel.optimizer import (
+    OptimizerConfig,
+    global_norm,
+    make_optimizer,
+    optimizer_shardings,
+)
 from shardlab.parallel.pipeline import Pipeline, to_stages
 from shardlab.parallel.reduction import LossAndGradients, accumulated
 from shardlab.parallel.shardings import Shardings, shardings_of
 from shardlab.spec.case import Case
 from shardlab.spec.names import accumulation_notes, reduced_once
-from shardlab.spec.params import ParamSpec
+from shardlab.spec.params import LogicalAxes, ParamSpec
 from shardlab.spec.pipeline import num_microbatches, pipeline_notes
 
 
@@ -61,8 +75,8 @@ class Step:
     arguments: ShapeDtypeStructs with shardings. notes: what the report must say about how the plan was
     applied.
     train: (TrainState, Batch) -> (TrainState, Metrics), the state donated.
-    prefill: (params, tokens_BxL) -> (logits_BxV, KeysValues). decode: (params, KeysValues, token_B,
-    position) -> (logits_BxV, KeysValues), the cache donated.
+    prefill: (params, tokens_BxL) -> (logits_BxV, Cache). decode: (params, Cache, token_B,
+    position) -> (logits_BxV, Cache), the cache donated.
     """
 
     function: Any
@@ -196,7 +210,7 @@ def _train_step(setup: _Setup, config: OptimizerConfig, z_loss: float) -> Step:
         loss, gradients = loss_and_gradients(state.params, *batch)
         with jax.named_scope("optimizer"):
             gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
-            norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradients.values()))
+            norm = global_norm(gradients)
             updates, optimizer = tx.update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
         return TrainState(params, optimizer), Metrics(loss, norm)
@@ -229,12 +243,13 @@ def _loss_and_gradients(setup: _Setup, z_loss: float) -> LossAndGradients:
         return pipeline.loss_and_gradients
 
     def on(shardings: Shardings) -> LossAndGradients:
-        run = setup.runtime_on(shardings)
+        run, model = setup.runtime_on(shardings), setup.case.model
+        taken = tuple(name for name in setup.case.plan.axes if name not in shardings.free_axes)
 
         def loss_of(params: Params, tokens: jax.Array, targets: jax.Array) -> jax.Array:
             logits_BxLxV, load = with_params(setup.model, params).logits_and_load(tokens, run)
             loss = cross_entropy(logits_BxLxV, targets, z_loss=z_loss)
-            return loss if load is None else loss + setup.case.model.balance_coefficient * balance_loss(load)
+            return loss if load is None else loss + balance_term(load, model, taken)
 
         return jax.value_and_grad(loss_of)
 
@@ -247,11 +262,11 @@ def _loss_and_gradients(setup: _Setup, z_loss: float) -> LossAndGradients:
 def _prefill_step(setup: _Setup) -> Step:
     """Params in bf16: inference keeps no f32 master copy."""
 
-    def prefill(params: Params, tokens_BxL: jax.Array) -> tuple[jax.Array, KeysValues]:
+    def prefill(params: Params, tokens_BxL: jax.Array) -> tuple[jax.Array, Cache]:
         return with_params(setup.model, params).prefill(tokens_BxL, setup.runtime)
 
-    cache = _abstract_cache(setup).sharding
-    function = jax.jit(prefill, out_shardings=(_logits_sharding(setup), KeysValues(cache, cache)))
+    cache = jax.tree.map(lambda leaf: leaf.sharding, _abstract_cache(setup))
+    function = jax.jit(prefill, out_shardings=(_logits_sharding(setup), cache))
     params = setup.abstract_params(setup.runtime.compute_dtype)
     return Step(function=function, arguments=(params, setup.abstract_tokens()), notes=setup.notes)
 
@@ -261,16 +276,16 @@ def _decode_step(setup: _Setup) -> Step:
     kernel."""
 
     def decode(
-        params: Params, cache: KeysValues, token_B: jax.Array, position: jax.Array
-    ) -> tuple[jax.Array, KeysValues]:
+        params: Params, cache: Cache, token_B: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, Cache]:
         return with_params(setup.model, params).decode(token_B, position, cache, setup.runtime)
 
     shardings, batch = setup.shardings, (setup.case.batch,)
     cache = _abstract_cache(setup)
-    out = (_logits_sharding(setup), KeysValues(cache.sharding, cache.sharding))
+    out = (_logits_sharding(setup), jax.tree.map(lambda leaf: leaf.sharding, cache))
     arguments = (
         setup.abstract_params(setup.runtime.compute_dtype),
-        KeysValues(cache, cache),
+        cache,
         jax.ShapeDtypeStruct(batch, jnp.int32, sharding=shardings.activation(batch, ("batch",))),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=shardings.replicated()),
     )
@@ -279,12 +294,24 @@ def _decode_step(setup: _Setup) -> Step:
     )
 
 
-def _abstract_cache(setup: _Setup) -> jax.ShapeDtypeStruct:
-    """Keys (or values) of all layers: [layers, B, S, K, D] in the compute type."""
-    model = setup.case.model
-    shape = (model.layers, setup.case.batch, setup.case.seq, model.kv_heads, model.head_dim)
-    sharding = setup.shardings.activation(shape, (None, "batch", "cache", "kv_heads", None))
-    return jax.ShapeDtypeStruct(shape, setup.runtime.compute_dtype, sharding=sharding)
+def _abstract_cache(setup: _Setup) -> Cache:
+    """Of all layers, in the compute type (see `Cache`)."""
+    model, batch, seq = setup.case.model, setup.case.batch, setup.case.seq
+
+    def struct(shape: tuple[int, ...], axes: LogicalAxes) -> jax.ShapeDtypeStruct:
+        sharding = setup.shardings.activation(shape, axes)
+        return jax.ShapeDtypeStruct(shape, setup.runtime.compute_dtype, sharding=sharding)
+
+    def of(layers: int) -> Cached:
+        if model.latent is not None:
+            width = model.latent.kv_rank + model.latent.rope_dim
+            return Latent(struct((layers, batch, seq, width), (None, "batch", "cache", None)))
+        axes = (None, "batch", "cache", "kv_heads", None)
+        keys = struct((layers, batch, seq, model.kv_heads, model.head_dim), axes)
+        return KeysValues(keys, keys)
+
+    caches = {stack.name: of(stack.layers) for stack in model.stacks}
+    return caches if len(caches) > 1 else caches["layers"]
 
 
 def _logits_sharding(setup: _Setup) -> jax.sharding.NamedSharding:

@@ -103,13 +103,13 @@ def joined(*parts: Pairs) -> Pairs:
     return Pairs(*(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def nothing_seen(q_TxBxKxGxtxD: jax.Array) -> Partial:
-    """Before the first key."""
-    rows = q_TxBxKxGxtxD.shape[:-1]
+def nothing_seen(tiles: Tiles) -> Partial:
+    """Before the first key. Values may have a head size of their own."""
+    rows = tiles.queries.shape[:-1]
     return Partial(
         jnp.full(rows, MASKED, jnp.float32),
         jnp.zeros(rows, jnp.float32),
-        jnp.zeros(q_TxBxKxGxtxD.shape, jnp.float32),
+        jnp.zeros((*rows, tiles.values.shape[-1]), jnp.float32),
     )
 
 
@@ -196,9 +196,8 @@ def tiled_attention(tiles: Tiles, meetings: Meetings) -> jax.Array:
 
 
 def _forward(tiles: Tiles, meetings: Meetings) -> tuple[jax.Array, tuple[Tiles, Meetings, Finished]]:
-    q = tiles.queries
-    done = finish(attend(tiles, meetings, nothing_seen(q)))
-    return done.out.astype(q.dtype), (tiles, meetings, done)
+    done = finish(attend(tiles, meetings, nothing_seen(tiles)))
+    return done.out.astype(tiles.queries.dtype), (tiles, meetings, done)
 
 
 def _backward(saved: tuple[Tiles, Meetings, Finished], d_out_TxBxKxGxtxD: jax.Array) -> tuple[Tiles, None]:

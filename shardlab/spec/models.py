@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from shardlab.errors import Problem, UserError
 from shardlab.hardware.toml_file import did_you_mean, quoted
@@ -14,13 +14,59 @@ VOCAB_MULTIPLE = 128  # lanes of a TPU vector register, and a multiple of every 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention: queries, and keys with values, pass through narrow latent vectors.
+
+    query_rank, kv_rank: their widths. nope_dim, rope_dim: of each head's queries and keys the part without
+    and with rotary positions; rotated keys are shared by all heads. value_dim: of each head's values.
+    Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
+    """
+
+    query_rank: int
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """How tokens choose experts: the `experts_per_token` with the highest scores.
+
+    scoring: softmax over the experts, or each expert's own sigmoid; weights are the chosen scores' shares of
+    their sum, times `scaling`. groups, groups_per_token: experts come in groups, and only those of the groups
+    with the highest sums of two scores are eligible (node-limited routing). bias: a number per expert is
+    added to its score for the choice alone, and moved against its load after every step.
+    Sources: Mixtral, arXiv:2401.04088, section 2.1; DeepSeek-V3, arXiv:2412.19437, section 2.1.2.
+    """
+
+    experts_per_token: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    scaling: float = 1.0
+    groups: int = 1
+    groups_per_token: int = 1
+    bias: bool = False
+
+
+class Stack(NamedTuple):
+    """Layers of one kind: name (the first part of their parameters' paths), layers, their dimensions."""
+
+    name: str
+    layers: int
+    config: ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer. Sizes are counts of elements; `vocab` is the real one, `padded_vocab` is
     stored.
 
     num_experts: of a mixture of experts, 0 for a dense model; `mlp` is then the width of each expert, and
-    every token goes to `experts_per_token` of them. balance_coefficient: what the load-balance loss counts.
-    Source of each named configuration: see `MODELS`.
+    every token goes to `experts_per_token` of them and to all `shared_experts`, which are one MLP of their
+    joint width. dense_layers: how many of `layers`, the first, have an MLP of width `dense_mlp` instead.
+    balance_coefficient: what the load-balance loss counts; balance: whether load is judged over the batch or
+    for each sequence alone. head_dim: of queries and keys. latent: multi-head latent attention, None for
+    grouped queries. Source of each named configuration: see `MODELS`.
     """
 
     name: str
@@ -42,6 +88,45 @@ class ModelConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     balance_coefficient: float = 0.0
+    balance: Literal["batch", "sequence"] = "batch"
+    shared_experts: int = 0
+    dense_layers: int = 0
+    dense_mlp: int = 0
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    routed_scaling: float = 1.0
+    expert_groups: int = 1
+    groups_per_token: int = 1
+    router_bias: bool = False
+    latent: LatentAttention | None = None
+
+    @property
+    def value_dim(self) -> int:
+        """Of each head's values."""
+        return self.latent.value_dim if self.latent else self.head_dim
+
+    @property
+    def router(self) -> Router:
+        """How tokens choose experts."""
+        return Router(
+            experts_per_token=self.experts_per_token,
+            scoring=self.scoring,
+            scaling=self.routed_scaling,
+            groups=self.expert_groups,
+            groups_per_token=self.groups_per_token,
+            bias=self.router_bias,
+        )
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The layers by kind, first to last: `dense_layers` where a mixture of experts has some, `layers`.
+
+        `config` describes a layer of the kind; its number of layers stays that of the whole model.
+        """
+        if not self.dense_layers:
+            return (Stack("layers", self.layers, self),)
+        dense = replace(self, num_experts=0, shared_experts=0, mlp=self.dense_mlp, dense_layers=0)
+        left = self.layers - self.dense_layers
+        return Stack("dense_layers", self.dense_layers, dense), Stack("layers", left, self)
 
     @property
     def padded_vocab(self) -> int:
@@ -172,6 +257,55 @@ _NAMED = (
     _megatron("megatron-175b", layers=96, embed=12_288, heads=96),
     _megatron("megatron-530b", layers=105, embed=20_480, heads=128),
     _megatron("megatron-1t", layers=128, embed=25_600, heads=160),
+    # DeepSeek-V3, arXiv:2412.19437, section 4.2 and deepseek-ai/DeepSeek-V3 config.json. Context of
+    # pretraining: 4,096 (YaRN, which extends it later, is left out, and so is the multi-token prediction
+    # module). balance: equation 17.
+    ModelConfig(
+        name="deepseek-v3",
+        layers=61,
+        embed=7_168,
+        heads=128,
+        kv_heads=128,
+        head_dim=192,
+        mlp=2_048,
+        vocab=129_280,
+        context=4_096,
+        norm_epsilon=1e-6,
+        num_experts=256,
+        experts_per_token=8,
+        balance_coefficient=0.0001,
+        balance="sequence",
+        shared_experts=1,
+        dense_layers=3,
+        dense_mlp=18_432,
+        scoring="sigmoid",
+        routed_scaling=2.5,
+        expert_groups=8,
+        groups_per_token=4,
+        router_bias=True,
+        latent=LatentAttention(query_rank=1_536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128),
+    ),
+    # ours: DeepSeek-V3's parts at the size of `tiny`
+    replace(
+        _TINY,
+        name="tiny-deepseek",
+        layers=3,
+        head_dim=24,
+        mlp=64,
+        num_experts=16,
+        experts_per_token=4,
+        balance_coefficient=0.0001,
+        balance="sequence",
+        shared_experts=1,
+        dense_layers=1,
+        dense_mlp=256,
+        scoring="sigmoid",
+        routed_scaling=2.5,
+        expert_groups=4,
+        groups_per_token=2,
+        router_bias=True,
+        latent=LatentAttention(query_rank=48, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16),
+    ),
 )
 
 MODELS: Mapping[str, ModelConfig] = MappingProxyType({config.name: config for config in _NAMED})
@@ -189,12 +323,30 @@ def num_params(config: ModelConfig, *, padded: bool = False) -> int:
     """Number of parameters, counted from the dimensions; with `padded` those of the stored (padded)
     vocabulary.
 
-    Equal to the published counts: GPT-2 124,439,808; Llama 3 8B 8,030,261,248; Mixtral 8x7B 46,702,792,704.
+    Equal to the published counts: GPT-2 124,439,808; Llama 3 8B 8,030,261,248; Mixtral 8x7B 46,702,792,704;
+    DeepSeek-V3 671,026,419,200, with the router's biases and without the multi-token prediction module.
     """
     vocab = config.padded_vocab if padded else config.vocab
     tables = vocab * config.embed * (1 if config.tied_embeddings else 2)
     positions = config.context * config.embed if config.positions == "learned" else 0
-    return tables + positions + _norm_params(config) + config.layers * _layer_params(config)
+    layers = sum(stack.layers * _layer_params(stack.config) for stack in config.stacks)
+    return tables + positions + _norm_params(config) + layers
+
+
+def attention_weights(config: ModelConfig) -> int:
+    """Elements of the kernels of one layer's attention."""
+    E, H = config.embed, config.heads
+    if config.latent is None:
+        return E * config.head_dim * (2 * H + 2 * config.kv_heads)
+    to = config.latent
+    queries = to.query_rank * (E + H * config.head_dim)
+    keys_values = E * (to.kv_rank + to.rope_dim) + to.kv_rank * H * (to.nope_dim + to.value_dim)
+    return queries + keys_values + H * to.value_dim * E
+
+
+def mlp_weights(config: ModelConfig, width: int) -> int:
+    """Elements of the kernels of one MLP: gate (SwiGLU has one), up and down."""
+    return (3 if config.activation == "swiglu" else 2) * config.embed * width
 
 
 def _norm_params(config: ModelConfig) -> int:
@@ -202,12 +354,16 @@ def _norm_params(config: ModelConfig) -> int:
 
 
 def _layer_params(config: ModelConfig) -> int:
-    """One layer: two norms, query, key, value and output projections, and the MLP or the experts and their
+    """One layer: norms, attention's projections, and the MLP, or the experts, the shared ones and the
     router."""
+    mlp = mlp_weights(config, config.mlp) * ((config.num_experts or 1) + config.shared_experts)
+    router = (config.embed + config.router_bias) * config.num_experts
+    ranks = config.latent.query_rank + config.latent.kv_rank if config.latent else 0
+    return 2 * _norm_params(config) + ranks + attention_weights(config) + router + mlp + _biases(config)
+
+
+def _biases(config: ModelConfig) -> int:
+    """Of one layer's projections and MLP."""
     query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    attention = config.embed * (2 * query + 2 * kv)
     inward = 2 if config.activation == "swiglu" else 1  # gate and up, or up alone
-    mlp = (inward + 1) * config.embed * config.mlp * (config.num_experts or 1)
-    biases = (query + 2 * kv + config.embed) + (inward * config.mlp + config.embed) if config.bias else 0
-    router = config.embed * config.num_experts
-    return 2 * _norm_params(config) + attention + router + mlp + biases
+    return (query + 2 * kv + config.embed) + (inward * config.mlp + config.embed) if config.bias else 0

@@ -41,20 +41,11 @@ def parameter_table(
     stages: of a pipeline; each layer parameter is one stack [stages, slots, …], and scan_layers does not
     count.
     """
-    layer = _layer_table(config)
-    if stages is not None:
-        stack = (stages.stages, stages.slots)
-        layers = [
-            ParamSpec(f"layers/{p.path}", (*stack, *p.shape), ("stage", "layers", *p.axes)) for p in layer
-        ]
-    elif scan_layers:
-        layers = [
-            ParamSpec(f"layers/{p.path}", (config.layers, *p.shape), ("layers", *p.axes)) for p in layer
-        ]
-    else:
-        layers = [
-            ParamSpec(f"layers/{i}/{p.path}", p.shape, p.axes) for i in range(config.layers) for p in layer
-        ]
+    layers = [
+        spec
+        for stack in config.stacks
+        for spec in _stacked(stack.name, stack.layers, _layer_table(stack.config), scan_layers, stages)
+    ]
     table = [ParamSpec("embedding/table", (config.padded_vocab, config.embed), ("vocab", "embed"))]
     if config.positions == "learned":
         table.append(ParamSpec("positions/table", (config.context, config.embed), (None, "embed")))
@@ -64,31 +55,80 @@ def parameter_table(
     return tuple(table)
 
 
+def _stacked(
+    name: str, layers: int, table: list[ParamSpec], scan_layers: bool, stages: StageLayout | None
+) -> list[ParamSpec]:
+    """The parameters of all layers of one kind, given those of one."""
+    if stages is not None:
+        stack = (stages.stages, stages.slots)
+        return [
+            ParamSpec(f"{name}/{p.path}", (*stack, *p.shape), ("stage", "layers", *p.axes)) for p in table
+        ]
+    if scan_layers:
+        return [ParamSpec(f"{name}/{p.path}", (layers, *p.shape), ("layers", *p.axes)) for p in table]
+    return [ParamSpec(f"{name}/{i}/{p.path}", p.shape, p.axes) for i in range(layers) for p in table]
+
+
 def _layer_table(config: ModelConfig) -> list[ParamSpec]:
     """The parameters of one layer, paths relative to the layer."""
-    E, H, K, D, M = config.embed, config.heads, config.kv_heads, config.head_dim, config.mlp
     table = [
         *_norm("attention_norm", config),
+        *(_latent_attention(config) if config.latent else _attention(config)),
+        *_norm("mlp_norm", config),
+    ]
+    if not config.num_experts:
+        return [*table, *_mlp("mlp", config, config.mlp)]
+    shared = _mlp("shared", config, config.shared_experts * config.mlp) if config.shared_experts else []
+    return [*table, *shared, *_experts(config)]
+
+
+def _attention(config: ModelConfig) -> list[ParamSpec]:
+    """Grouped queries."""
+    E, H, K, D = config.embed, config.heads, config.kv_heads, config.head_dim
+    return [
         *_projection("attention/query", (E,), ("embed",), (H, D), ("heads", "head_dim"), config),
         *_projection("attention/key", (E,), ("embed",), (K, D), ("kv_heads", "head_dim"), config),
         *_projection("attention/value", (E,), ("embed",), (K, D), ("kv_heads", "head_dim"), config),
         *_projection("attention/output", (H, D), ("heads", "head_dim"), (E,), ("embed",), config),
-        *_norm("mlp_norm", config),
     ]
-    if config.num_experts:
-        return [*table, *_experts(config)]
-    if config.activation == "swiglu":
-        table += _projection("mlp/gate", (E,), ("embed",), (M,), ("mlp",), config)
-    table += _projection("mlp/up", (E,), ("embed",), (M,), ("mlp",), config)
-    table += _projection("mlp/down", (M,), ("mlp",), (E,), ("embed",), config)
-    return table
+
+
+def _latent_attention(config: ModelConfig) -> list[ParamSpec]:
+    """Down to the latent vectors and up to the heads; a norm between. No biases."""
+    to = config.latent
+    assert to is not None
+    E, H, D = config.embed, config.heads, config.head_dim
+    up = ("latent", "heads", "head_dim")
+    shared = to.kv_rank + to.rope_dim
+    return [
+        ParamSpec("attention/query_down/kernel", (E, to.query_rank), ("embed", None)),
+        ParamSpec("attention/query_norm/scale", (to.query_rank,), (None,)),
+        ParamSpec("attention/query_up/kernel", (to.query_rank, H, D), up),
+        ParamSpec("attention/kv_down/kernel", (E, shared), ("embed", None)),
+        ParamSpec("attention/kv_norm/scale", (to.kv_rank,), (None,)),
+        ParamSpec("attention/kv_up/kernel", (to.kv_rank, H, to.nope_dim + to.value_dim), up),
+        ParamSpec("attention/output/kernel", (H, to.value_dim, E), ("heads", "head_dim", "embed")),
+    ]
+
+
+def _mlp(path: str, config: ModelConfig, width: int) -> list[ParamSpec]:
+    """Gate (SwiGLU), up and down."""
+    E, names = config.embed, ("gate", "up") if config.activation == "swiglu" else ("up",)
+    inward = [
+        spec
+        for name in names
+        for spec in _projection(f"{path}/{name}", (E,), ("embed",), (width,), ("mlp",), config)
+    ]
+    return [*inward, *_projection(f"{path}/down", (width,), ("mlp",), (E,), ("embed",), config)]
 
 
 def _experts(config: ModelConfig) -> list[ParamSpec]:
     """The router, and the kernels of all experts of a layer in one array each (SwiGLU, no biases)."""
     X, E, M = config.num_experts, config.embed, config.mlp
+    bias = [ParamSpec("moe/router/bias", (X,), (None,))] if config.router_bias else []
     return [
         ParamSpec("moe/router/kernel", (E, X), ("embed", None)),
+        *bias,
         ParamSpec("moe/gate/kernel", (X, E, M), ("expert", "embed", "mlp")),
         ParamSpec("moe/up/kernel", (X, E, M), ("expert", "embed", "mlp")),
         ParamSpec("moe/down/kernel", (X, M, E), ("expert", "mlp", "embed")),

@@ -17,9 +17,11 @@ from shardlab.model.experts import (
     route,
     with_capacity,
 )
+from shardlab.spec.models import Router
 
 TOKENS, EXPERTS, CHOSEN, EMBED, MLP = 12, 4, 2, 8, 16
 KEYS = jax.random.split(jax.random.key(0), 5)
+ROUTER = Router(experts_per_token=CHOSEN)
 X_TxE = jax.random.normal(KEYS[0], (TOKENS, EMBED))
 LOGITS_TxX = jax.random.normal(KEYS[1], (TOKENS, EXPERTS))
 KERNELS = Kernels(
@@ -50,7 +52,7 @@ def one_by_one(capacity: int) -> np.ndarray:
 
 
 def test_dropless_drops_nothing() -> None:
-    out = dropless(X_TxE, route(LOGITS_TxX, CHOSEN), KERNELS, Exchange())
+    out = dropless(X_TxE, route(LOGITS_TxX, ROUTER), KERNELS, Exchange())
     np.testing.assert_allclose(out, one_by_one(TOKENS), rtol=1e-4, atol=1e-4)
 
 
@@ -59,7 +61,7 @@ def test_dropless_drops_nothing() -> None:
     [("0.5", 3), ("0.6", 4), ("1", 6), ("100", TOKENS)],  # ceil(factor · 12 · 2 / 4)
 )
 def test_an_expert_takes_its_capacity(factor: str, capacity: int) -> None:
-    out = with_capacity(Fraction(factor))(X_TxE, route(LOGITS_TxX, CHOSEN), KERNELS, Exchange())
+    out = with_capacity(Fraction(factor))(X_TxE, route(LOGITS_TxX, ROUTER), KERNELS, Exchange())
     np.testing.assert_allclose(out, one_by_one(capacity), rtol=1e-4, atol=1e-4)
 
 
@@ -76,12 +78,13 @@ def test_the_tight_capacities_drop_something() -> None:
     ],
 )
 def test_balance_loss(assigned: list[float], probability: list[float], loss: float) -> None:
-    load = Load(jnp.array([assigned, assigned]), jnp.array([probability, probability]))
+    f, p = (jnp.array([numbers, numbers]) for numbers in (assigned, probability))
+    load = Load(f, p, f)
     assert float(balance_loss(load)) == pytest.approx(loss)
 
 
 def test_load_counts_every_choice() -> None:
-    load = load_of(route(LOGITS_TxX, CHOSEN))
+    load = load_of(route(LOGITS_TxX[None], ROUTER))
     first_two = np.argsort(-np.asarray(LOGITS_TxX), axis=1)[:, :CHOSEN]
-    np.testing.assert_allclose(load.assigned, np.bincount(first_two.reshape(-1)) / TOKENS, rtol=1e-6)
-    np.testing.assert_allclose(load.probability, jax.nn.softmax(LOGITS_TxX).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(load.assigned[0, 0], np.bincount(first_two.reshape(-1)) / TOKENS, rtol=1e-6)
+    np.testing.assert_allclose(load.probability[0, 0], jax.nn.softmax(LOGITS_TxX).mean(0), rtol=1e-6)

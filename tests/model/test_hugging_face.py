@@ -24,7 +24,7 @@ from shardlab.model.layers import rotate
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import abstract_model, with_params
-from shardlab.spec.models import ModelConfig
+from shardlab.spec.models import ModelConfig, Router
 from shardlab.spec.params import parameter_table
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "hf"
@@ -259,9 +259,9 @@ def test_exact_gelu_does_not_match(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Outcome("gpt2").logits > 10 * TOLERANCE
 
 
-def unweighted(logits: jax.Array, experts_per_token: int) -> Routing:
+def unweighted(logits: jax.Array, router: Router, bias_X: jax.Array | None) -> Routing:
     """Wrong: the experts' probabilities as they are."""
-    right = route(logits, experts_per_token)
+    right = route(logits, router, bias_X)
     return right._replace(weights=jnp.take_along_axis(right.probabilities, right.experts, axis=-1))
 
 

@@ -21,6 +21,9 @@ PUBLISHED = {
     "llama2-7b": 6_738_415_616,  # meta-llama/Llama-2-7b-hf
     "llama2-13b": 13_015_864_320,  # meta-llama/Llama-2-13b-hf
     "llama2-70b": 68_976_648_192,  # meta-llama/Llama-2-70b-hf
+    # Hugging Face DeepseekV3ForCausalLM(DeepseekV3Config()): 671,026,404,352 in parameters, and the biases of
+    # 58 routers for 256 experts; the README's "671B of the main model", without 14B of multi-token prediction
+    "deepseek-v3": 671_026_404_352 + 58 * 256,
 }
 # Billions, as printed: GPT-3 in arXiv:2005.14165 table 2.1; 174.6, 529.6 and 1008.0 in Megatron-LM,
 # arXiv:2104.04473 tables 1 and 2; 22 in arXiv:2205.05198 table 3.

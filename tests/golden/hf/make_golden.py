@@ -1,10 +1,10 @@
-"""Makes the golden files beside it: tiny random Llama, Mixtral and GPT-2 models of Hugging Face, with
-logits and gradients.
+"""Makes the golden files beside it: tiny random Llama, Mixtral, DeepSeek-V3 and GPT-2 models of
+Hugging Face, with logits and gradients.
 
 Run in an environment with torch and transformers (versions used: torch 2.13, transformers 5):
 
     python -m venv /tmp/vhf && /tmp/vhf/bin/pip install torch transformers numpy
-    /tmp/vhf/bin/python tests/golden/hf/make_golden.py
+    /tmp/vhf/bin/python tests/golden/hf/make_golden.py [NAME...]
 
 Each file holds `tokens` and `targets` [B, L], `logits` [B, L, V], `loss` (mean cross-entropy), and for every
 parameter
@@ -13,13 +13,18 @@ too, so
 that none of them can be forgotten. llama_gqa has 4 query heads on 2 KV heads, epsilon 1e-2 and RoPE theta
 100.
 mixtral has 4 experts, 2 for each token; its loss holds 0.5 times the load-balance loss.
+deepseek has one dense layer and two of 8 experts in 4 groups, 3 experts of 2 groups for each token, whose
+biases are as large as the scores' differences; Hugging Face's model has no load-balance loss.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -66,6 +71,34 @@ def mixtral() -> MixtralForCausalLM:
     )
 
 
+def deepseek() -> DeepseekV3ForCausalLM:
+    """A three-layer DeepSeek-V3, the first layer dense."""
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=40,
+            moe_intermediate_size=12,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            n_shared_experts=2,
+            n_routed_experts=8,
+            routed_scaling_factor=2.5,
+            kv_lora_rank=12,
+            q_lora_rank=20,
+            qk_rope_head_dim=4,
+            v_head_dim=6,
+            qk_nope_head_dim=8,
+            n_group=4,
+            topk_group=2,
+            num_experts_per_tok=3,
+            first_k_dense_replace=1,
+            max_position_embeddings=32,
+        )
+    )
+
+
 def gpt2() -> GPT2LMHeadModel:
     """A two-layer GPT-2 without dropout."""
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -81,6 +114,9 @@ def golden(model: torch.nn.Module) -> dict[str, np.ndarray]:
         noise = torch.randn(parameter.shape, generator=generator) * 0.15
         is_scale = "norm" in name or "ln_" in name
         parameter.data = noise + 1.0 if is_scale and name.endswith("weight") else noise
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.15)
     tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     outputs = model.eval()(inputs)
@@ -93,19 +129,23 @@ def golden(model: torch.nn.Module) -> dict[str, np.ndarray]:
     for name, parameter in model.named_parameters():
         arrays[f"weight:{name}"] = parameter.data
         arrays[f"gradient:{name}"] = parameter.grad
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            arrays[f"weight:{name}"] = buffer
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
 def main() -> None:
-    """Write one file per model."""
+    """Write one file per model, or of those that are named."""
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
     models = {
         "llama_gqa": llama(num_key_value_heads=2, rms_norm_eps=1e-2, **rope),
         "llama_default": llama(),
         "gpt2": gpt2(),
         "mixtral": mixtral(),
+        "deepseek": deepseek(),
     }
-    for name, model in models.items():
+    for name, model in ((n, m) for n, m in models.items() if n in (sys.argv[1:] or models)):
         np.savez_compressed(Path(__file__).parent / f"{name}.npz", **golden(model))
 
 
