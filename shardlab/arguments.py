@@ -104,6 +104,7 @@ def _add_explain(verb: argparse.ArgumentParser) -> None:
     _add_format(verb)
     verb.add_argument("--hlo", metavar="FILE", help="write the compiled HLO text")
     verb.add_argument("--save", metavar="FILE", help="write the whole program, for analyze")
+    verb.add_argument("--trace", metavar="FILE", help="write the predicted step as a Perfetto/Chrome trace")
 
 
 def _add_compare(verb: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from shardlab.errors import Problem, ShardlabError, UserError
 if TYPE_CHECKING:
     from shardlab.analysis import Analysis
     from shardlab.audit import Finding
+    from shardlab.case_report import CaseReport
     from shardlab.lab.cases import Question
     from shardlab.order import Orders
     from shardlab.program import Program
@@ -118,11 +119,13 @@ def run_explain(args: argparse.Namespace) -> int:
     from shardlab.lab.study import explain_plan, orders_of
     from shardlab.order import orders_member
 
-    for path in filter(None, (args.hlo, args.save)):
+    for path in filter(None, (args.hlo, args.save, args.trace)):
         _check_writable(path)
     machines = (args.on,) if args.on else ()
     report = explain_plan(args.mesh, _question(args, machines), progress=sys.stderr)
     _write_program(report.program, args.hlo, args.save)
+    if args.trace:
+        _write_trace(report, args.trace)
     orders = orders_of(report) if args.order else None
     if args.json:
         _print_json(to_json(report, instructions=True) | orders_member(orders))
@@ -202,6 +205,21 @@ def _write_program(program: Program | None, hlo: str | None, saved: str | None) 
         raise UserError(
             Problem(hlo or saved or "", error.strerror or str(error), "give another file")
         ) from None
+
+
+def _write_trace(report: CaseReport, path: str) -> None:
+    from shardlab.program import write_atomically
+    from shardlab.report.trace import chrome_trace
+
+    if report.predicted is None or report.step_time_s is None:
+        print(f"{path}: not written, there is no step time", file=sys.stderr)
+        return
+    name = f"{report.case.plan.name} on {report.case.machine}"
+    trace = json.dumps(chrome_trace(report.predicted.timeline, name), allow_nan=False)
+    try:
+        write_atomically(Path(path), trace.encode())
+    except OSError as error:
+        raise UserError(Problem(path, error.strerror or str(error), "give another file")) from None
 
 
 def _print_json(document: object) -> None:
