@@ -39,6 +39,18 @@ examples:
 """
 
 
+FIT_EXAMPLES = """\
+examples:
+  shardlab fit --model llama3-8b --on h100:1x8
+  shardlab fit meshes/h100x8-fsdp8.toml --model llama3-8b --seq 8192 --json
+"""
+SEARCH_EXAMPLES = """\
+examples:
+  shardlab search --model llama3-8b --on h100:1x8 --batch 32
+  shardlab search --model llama3-70b --on v5p:4x4x4 --save best.toml
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line on standard error, exit code 2."""
 
@@ -60,6 +72,10 @@ def parser() -> argparse.ArgumentParser:
     _add_analyze(_verb(verbs, "analyze", "what a compiled program communicates", ANALYZE_EXAMPLES))
     _add_explain(_verb(verbs, "explain", "compile one plan and break down what it costs", EXPLAIN_EXAMPLES))
     _add_compare(_verb(verbs, "compare", "compile several plans and rank them", COMPARE_EXAMPLES))
+    _add_fit(_verb(verbs, "fit", "what fits on a machine, and what each change buys", FIT_EXAMPLES))
+    _add_search(
+        _verb(verbs, "search", "compile the plans a machine suggests, and rank them", SEARCH_EXAMPLES)
+    )
     doctor = _verb(verbs, "doctor", "which targets this machine can compile for", "")
     doctor.add_argument("--deep", action="store_true", help="prove each target with a tiny compile")
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
@@ -111,6 +127,23 @@ def _add_compare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("meshes", nargs="+", metavar="MESH", help="mesh files (TOML)")
     verb.add_argument("--on", metavar="M1,M2,…", help="machines; each plan's own unless said")
     _add_workload(verb)
+    verb.add_argument(
+        "--jobs", type=_positive, metavar="N", help="compiles at a time (default: by cores and memory)"
+    )
+    _add_format(verb)
+
+
+def _add_fit(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("mesh", nargs="?", metavar="MESH", help="mesh file (default: FSDP over all devices)")
+    verb.add_argument("--on", metavar="MACHINE", help="such as h100:1x8, v5e:4x4 (default: the plan's own)")
+    _add_workload(verb)
+    _add_format(verb)
+
+
+def _add_search(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--on", required=True, metavar="MACHINE", help="such as h100:8x8, v5p:4x4x4")
+    _add_workload(verb)
+    verb.add_argument("--save", metavar="FILE", help="write the mesh file of the best plan")
     verb.add_argument(
         "--jobs", type=_positive, metavar="N", help="compiles at a time (default: by cores and memory)"
     )

@@ -154,6 +154,44 @@ def run_compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_fit(args: argparse.Namespace) -> int:
+    """`shardlab fit`: what does not fit is an answer."""
+    from shardlab.lab.fit import fit_model
+    from shardlab.report.fit import fit_json, fit_page
+
+    machines = (args.on,) if args.on else ()
+    fit = fit_model(_question(args, machines), args.mesh, progress=sys.stderr)
+    if args.json:
+        _print_json(fit_json(fit))
+    else:
+        _print_page(fit_page(fit), args.markdown)
+    return 0
+
+
+def run_search(args: argparse.Namespace) -> int:
+    """`shardlab search`: the comparison of what was tried; the best plan as a mesh file with --save."""
+    from shardlab.compare import comparison_json
+    from shardlab.lab.search import search_plans
+    from shardlab.program import write_atomically
+
+    if args.save:
+        _check_writable(args.save)
+    found = search_plans(_question(args, (args.on,)), progress=sys.stderr, jobs=args.jobs)
+    best = next(iter((*found.comparison.ranked, *found.comparison.emulated)), None)
+    if args.save and best is not None:
+        write_atomically(Path(args.save), found.texts[best.case.plan.name].encode())
+    elif args.save:
+        print(f"{args.save}: not written, no plan has an answer", file=sys.stderr)
+    if args.json:
+        _print_json(comparison_json(found.comparison))
+    else:
+        from shardlab.report.comparison import WIDE_COLUMNS, comparison_page
+
+        width = WIDE_COLUMNS if args.markdown else _columns()
+        _print_page(comparison_page(found.comparison, width), args.markdown)
+    return 0
+
+
 def run_doctor(args: argparse.Namespace) -> int:
     """`shardlab doctor`: a missing target is an answer, exit 0."""
     from shardlab.compile.doctor import targets
@@ -253,4 +291,11 @@ def _one_line_each(error: ShardlabError) -> str:
     return "\n".join(visible(" ".join(str(mistake).split())) for mistake in mistakes)
 
 
-VERBS = {"analyze": run_analyze, "explain": run_explain, "compare": run_compare, "doctor": run_doctor}
+VERBS = {
+    "analyze": run_analyze,
+    "explain": run_explain,
+    "compare": run_compare,
+    "fit": run_fit,
+    "search": run_search,
+    "doctor": run_doctor,
+}

@@ -23,7 +23,7 @@ class Quiet:
 
 
 class PlainProgress:
-    """One line per finished case: `[3/12] fsdp8 on cpu:8: analysed in 4.1 s`."""
+    """One line per finished case: `[3/12] fsdp8 on cpu:8: analysed in 4.1 s`; a total of 0 is not known."""
 
     def __init__(self, stream: TextIO, total: int) -> None:
         self.stream, self.total, self.done = stream, total, 0
@@ -31,7 +31,8 @@ class PlainProgress:
     def finish(self, label: str, outcome: str) -> None:
         """Write the line."""
         self.done += 1
-        self.stream.write(f"[{self.done}/{self.total}] {label}: {outcome}\n")
+        count = f"{self.done}/{self.total}" if self.total else f"{self.done}"
+        self.stream.write(f"[{count}] {label}: {outcome}\n")
         self.stream.flush()
 
 
@@ -58,7 +59,7 @@ def _bar(stream: TextIO, total: int) -> Iterator[Progress]:
     )
     console = Console(file=stream, markup=False, highlight=False)
     with bars.Progress(*columns, console=console, transient=True) as bar:
-        yield _Bar(bar, bar.add_task("", total=total))
+        yield _Bar(bar, bar.add_task("", total=total or None))
 
 
 class _Bar:
