@@ -52,7 +52,19 @@ KERNEL_AXES: tuple[LogicalAxes, ...] = (
 
 
 def experts_notes(case: Case, target: str) -> tuple[str, ...]:
-    """What the report says of a dropless dispatch whose all-to-alls are padded."""
+    """What the report says of a dropless dispatch whose all-to-alls are padded, and of the batch that the
+    load-balance loss judges."""
+    return (*_balance_notes(case), *_padding_notes(case, target))
+
+
+def _balance_notes(case: Case) -> tuple[str, ...]:
+    count, model = case.plan.method.accumulate, case.model
+    if case.workload != "train" or count == 1 or not model.num_experts or model.balance == "sequence":
+        return ()
+    return (f"experts: the load-balance loss is the mean of {count} microbatches', each of its own load",)
+
+
+def _padding_notes(case: Case, target: str) -> tuple[str, ...]:
     axes = expert_axes(case.plan.params, case.plan.activations)
     padded = capacity_factor(case.plan.method.experts) is None and target not in RAGGED_TARGETS
     if not case.model.num_experts or not axes or not padded:

@@ -75,9 +75,9 @@ def experts_obstacles(
     found = {}
     if method.pipeline != "none":
         found[f"experts in a pipeline ({method.pipeline})"] = "use pipeline = 'none'"
-    if method.accumulate > 1:
-        what = f"experts with gradient accumulation over {method.accumulate} microbatches"
-        found[what] = "use accumulate = 1: the balance of experts is over the whole batch"
+        if model.dense_layers:
+            what = f"{model.dense_layers} leading dense layers in a pipeline, whose layers are of one kind"
+            found[what] = "use pipeline = 'none'"
     if workload == "decode":
         alike = [a for a in expert_axes(params, activations) if a not in activations.get("batch", ())]
         for name in alike:

@@ -1,6 +1,6 @@
 """Experts on eight devices: each plan trains as one device does, and moves what the literature says."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache, partial
@@ -141,13 +141,32 @@ def test_capacity_trains_as_one_device_with_the_same_groups(name: str) -> None:
 @cache
 def grouped_alone(groups: tuple[int, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What `trained` gives, on one device that takes the groups in turn, each with its own capacity."""
-    case = case_of(ALONE, MIXTURE)
     run = Runtime(compute_dtype=jnp.float32, experts=grouped_experts(with_capacity(Fraction(3, 4)), groups))
+    return steps_of(partial(loss_of, run=run))
+
+
+def test_accumulated_trains_as_one_device_microbatch_by_microbatch() -> None:
+    """Data parallel groups reduce once per step; the load of a microbatch is that of all its devices."""
+
+    def loss(params: dict[str, jax.Array], batch: Batch) -> jax.Array:
+        run = Runtime(compute_dtype=jnp.float32)
+        micro = [jax.tree.map(lambda a, i=i: a[i::2], batch) for i in range(2)]
+        return sum(loss_of(params, each, run=run) for each in micro) / 2
+
+    points, gradients = trained(case_of(of_grid("data-expert", accumulate=2), MIXTURE))
+    expected_points, expected = steps_of(loss)
+    np.testing.assert_allclose(points, expected_points, rtol=1e-5)
+    check_equal(gradients, expected)
+
+
+def steps_of(loss: Callable[..., jax.Array]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What `trained` gives, of a loss on one device."""
+    case = case_of(ALONE, MIXTURE)
     params = dict(state_of(case).params)
     batch = batch_for(step_of(case), case)
     optimizer = make_optimizer(OPTIMIZER, case.parameters())
     state, points, first = optimizer.init(params), [], {}
-    gradients_of = jax.jit(jax.value_and_grad(partial(loss_of, run=run)))
+    gradients_of = jax.jit(jax.value_and_grad(loss))
     for _ in range(5):
         loss, gradients = gradients_of(params, batch)
         norm = np.sqrt(sum(np.sum(np.square(g)) for g in gradients.values()))

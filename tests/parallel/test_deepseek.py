@@ -1,0 +1,85 @@
+"""DeepSeek's model on eight devices: it trains and decodes as one device does, and moves what it should."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulated import PLANS, TENSOR, Rules, case_of, check_equal, inference, plan
+
+from shardlab.model.experts import Load, moved_against_load
+from shardlab.parallel.optimizer import OptimizerConfig, global_norm, make_optimizer
+from shardlab.spec.models import LatentAttention, find_model
+from shardlab.spec.params import parameter_table
+from shardlab.spec.plan import Plan
+
+DEEPSEEK = replace(
+    find_model("tiny-deepseek"),
+    name="small-deepseek",
+    layers=2,
+    embed=32,
+    head_dim=12,
+    mlp=16,
+    dense_mlp=64,
+    vocab=100,
+    context=32,
+    num_experts=8,
+    experts_per_token=4,
+    balance_coefficient=0.02,
+    latent=LatentAttention(query_rank=16, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8),
+)
+FSDP: Rules = {"embed": ("fsdp",), "latent": ("fsdp",)}
+EXPERT: Rules = {"expert": ("expert",)}
+THREE: Rules = {"batch": ("fsdp", "expert"), "expert": ("expert",)}
+
+
+def three_axes(**method: Any) -> Plan:
+    axes = {"fsdp": 2, "expert": 2, "tensor": 2}
+    return plan(axes, FSDP | EXPERT | TENSOR, {**THREE, "norm_seq": ("tensor",)}, **method)
+
+
+def test_trains_as_one_device_with_microbatches() -> None:
+    """Experts x FSDP x tensor x accumulation: the balance of sequences does not depend on microbatches, so one
+    device takes the batch at once."""
+    check_equal(case_of(three_axes(accumulate=2), DEEPSEEK))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_trains_as_one_device_with_data_parallel_groups(accumulate: int) -> None:
+    asked = plan(
+        {"data": 2, "expert": 4},
+        EXPERT,
+        {"batch": ("data", "expert"), "expert": ("expert",)},
+        {"embed": ("data",), "latent": ("data",)},
+        accumulate=accumulate,
+    )
+    check_equal(case_of(asked, DEEPSEEK))
+
+
+def test_choices_are_moved_against_the_load() -> None:
+    """arXiv:2408.15664, algorithm 1: every bias by 0.001, down where the expert has more than the mean."""
+    bias = "layers/moe/router/bias"
+    table = tuple(spec for spec in parameter_table(DEEPSEEK) if spec.path in (bias, "final_norm/scale"))
+    params = {spec.path: jnp.zeros(spec.shape) for spec in table}
+    optimizer = make_optimizer(OptimizerConfig(), table)
+    chosen = jnp.array([[1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0]])
+    load = Load(chosen, chosen, chosen)
+    scale = jax.grad(lambda b: (3 * moved_against_load(jnp.ones(2), b, load)).sum())(jnp.zeros(8))
+    np.testing.assert_allclose(scale, [0.5, 0, 0, 0, 0, 0, 0, -0.5])
+    gradients = {**params, bias: scale[None]}
+    updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    np.testing.assert_allclose(updates[bias], [[-0.001, 0, 0, 0, 0, 0, 0, 0.001]])
+    assert float(global_norm(gradients)) == 0
+    assert bias not in state[1][0].mu
+
+
+@pytest.mark.full
+def test_decodes_as_one_device() -> None:
+    """The cache has no heads: it is whole on every device of tensor parallelism, or split over positions."""
+    axes = {"fsdp": 2, "expert": 2, "tensor": 2}
+    asked = plan(axes, FSDP | EXPERT | TENSOR, {**THREE, "cache": ("tensor",)})
+    expected = inference(PLANS["one-device"], DEEPSEEK)
+    np.testing.assert_allclose(inference(asked, DEEPSEEK), expected, rtol=1e-4, atol=1e-5)
