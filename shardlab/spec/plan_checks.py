@@ -13,7 +13,9 @@ from shardlab.spec.models import find_model
 from shardlab.spec.plan_schema import Check, Method, PlanTable
 from shardlab.spec.sharding import ACTIVATION_ARRAYS, CACHE_ARRAY, PARAM_ARRAYS, double_use
 
-PARAM_AXES = ("embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "layers", "expert", "stage")
+PARAM_AXES = (
+    "embed", "latent", "heads", "kv_heads", "head_dim", "mlp", "vocab", "layers", "expert", "stage",
+)  # fmt: skip
 ACTIVATION_AXES = (
     "batch", "seq", "norm_seq", "kv_seq", "embed", "heads", "kv_heads", "mlp", "vocab", "expert", "cache",
 )  # fmt: skip

@@ -22,6 +22,7 @@ PARAM_ARRAYS: Mapping[str, tuple[str, ...]] = {
     "token embedding": ("vocab", "embed"),
     "query projection": ("stage", "layers", "embed", "heads", "head_dim"),
     "key and value projections": ("stage", "layers", "embed", "kv_heads", "head_dim"),
+    "latent up-projections": ("stage", "layers", "latent", "heads", "head_dim"),
     "output projection": ("stage", "layers", "heads", "head_dim", "embed"),
     "MLP projections": ("stage", "layers", "embed", "mlp"),
     "expert MLP projections": ("stage", "layers", "expert", "embed", "mlp"),

@@ -41,8 +41,8 @@ def three_axes(**method: Any) -> Plan:
 
 
 def test_trains_as_one_device_with_microbatches() -> None:
-    """Experts x FSDP x tensor x accumulation: the balance of sequences does not depend on microbatches, so one
-    device takes the batch at once."""
+    """Experts x FSDP x tensor x accumulation. The balance of sequences does not depend on microbatches, so
+    one device takes the batch at once."""
     check_equal(case_of(three_axes(accumulate=2), DEEPSEEK))
 
 
