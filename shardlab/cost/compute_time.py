@@ -46,8 +46,8 @@ class ComputeTimes:
     attention_kernel: str = ATTENTION_KERNEL
 
     def instruction_s(self, row: InstructionCost) -> float | None:
-        """Seconds of one execution; None where its memory traffic is unknown."""
-        if row.traffic is None:
+        """Seconds of one execution; None where its memory traffic is unknown, or how fast the host is."""
+        if row.traffic is None or (row.traffic.host_bytes and self.tables.host_gb_per_s is None):
             return None
         return self.work_s(row.products, row.traffic)
 
@@ -68,12 +68,14 @@ class ComputeTimes:
         return self.matmul.time_s(MatmulShape(1, edge, edge, edge, "bf16"))
 
     def memory_s(self, traffic: Traffic) -> float:
-        """Seconds that the bytes take, without overhead. On a TPU what is not HBM is VMEM."""
+        """Seconds that the bytes take, without overhead. What is neither HBM nor the host's is VMEM."""
         moved = traffic.read_bytes + traffic.written_bytes
         share = traffic.read_bytes / moved if moved else 0.0
         hbm_s = moved / (self.hbm_bytes_per_s * hbm_share(self.tables.hbm, share)) if moved else 0.0
         vmem = float(compute_constants()["tpu"]["vmem_over_hbm"]) * self.hbm_bytes_per_s
-        return max(hbm_s, traffic.other_bytes / vmem)
+        host_rate = (self.tables.host_gb_per_s or math.inf) * 1e9 / self.chip.xla_devices
+        host_s = traffic.host_bytes / host_rate
+        return max(hbm_s, (traffic.other_bytes - traffic.host_bytes) / vmem, host_s)
 
     @property
     def _kernel_s(self) -> float:

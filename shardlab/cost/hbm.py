@@ -49,11 +49,15 @@ _OPAQUE = "a kernel whose memory traffic the program does not show"
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes of one execution: read from HBM, written to HBM, and read or written in other memory."""
+    """Bytes of one execution: read from HBM, written to HBM, and read or written in other memory.
+
+    host_bytes: the part of `other_bytes` that is in the host's memory.
+    """
 
     read_bytes: int
     written_bytes: int
     other_bytes: int = 0
+    host_bytes: int = 0
 
 
 def fused_computations(sites: CallSites) -> frozenset[str]:
@@ -105,7 +109,7 @@ def instruction_traffic(
 def _by_memory(
     traffic: FusedTraffic, shapes: list[Shape | None], results: list[Shape], backend: str
 ) -> Traffic:
-    read = written = other = 0
+    read = written = other = host = 0
     for position, size in traffic.reads.items():
         shape = shapes[position] if position < len(shapes) else None
         if shape is None:
@@ -113,9 +117,11 @@ def _by_memory(
         for leaf in array_leaves(shape):
             moved = _known(try_shape_bytes(leaf) if shape.leaves else size)
             read, other = _add(read, other, moved, leaf, backend)
+            host += moved if leaf.memory_space == HOST_MEMORY else 0
     for leaf, size in zip(results, traffic.writes, strict=True):
         written, other = _add(written, other, _known(size), leaf, backend)
-    return Traffic(read, written, other)
+        host += _known(size) if leaf.memory_space == HOST_MEMORY else 0
+    return Traffic(read, written, other, host)
 
 
 def _add(hbm: int, other: int, moved: int, shape: Shape, backend: str) -> tuple[int, int]:

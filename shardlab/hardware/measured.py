@@ -71,7 +71,8 @@ class ChipTables:
 
     cores: streaming multiprocessors of a GPU. mxu: edge of a TPU's matrix unit. matmul: the grid (GPU) or
     the chip (TPU) whose curve is taken; measured: whether that is this chip's own. gemm, hbm, attention:
-    the chip whose rows in these tables are taken.
+    the chip whose rows in these tables are taken. host_gb_per_s: to the host's memory, one way, per
+    chip; None where no source says.
     """
 
     name: str
@@ -82,6 +83,7 @@ class ChipTables:
     cores: int = 0
     mxu: int = 0
     measured: bool = False
+    host_gb_per_s: float | None = None
     source: str = ""
 
 

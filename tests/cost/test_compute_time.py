@@ -8,6 +8,7 @@ import pytest
 
 from shardlab.cost.compute_time import ComputeTimes, compute_times
 from shardlab.cost.hbm import Traffic
+from shardlab.cost.instructions import InstructionCost
 from shardlab.cost.kernels import AttentionShape, Work
 from shardlab.cost.products import MatmulShape
 from shardlab.hardware.data_files import load_chip, shipped
@@ -88,6 +89,28 @@ def test_vmem_of_a_tpu_is_not_hbm() -> None:
     times = times_of("v5e")
     assert times.work_s([], Traffic(0, 0, 22 * 819 * 10**9)) == pytest.approx(1)
     assert times.work_s([], Traffic(1, 0)) > 1e-6
+
+
+def test_the_host_is_as_far_as_its_link() -> None:
+    """v6e: 32 GB/s to the host (scaling book). Of tpu7x no source says, so the time is not known."""
+    moved = Traffic(10**9, 0, 10**9, 10**9)
+    assert times_of("v6e").memory_s(moved) == pytest.approx(1 / 32)
+    row = InstructionCost(
+        name="s",
+        computation="main",
+        kind="copy",
+        executions=(1, 1),
+        matmul_flops=0,
+        attention_flops=0,
+        recompute=False,
+        traffic=moved,
+        phase="other",
+        layer="",
+        op_name="",
+        source="",
+    )
+    assert times_of("v6e").instruction_s(row) == pytest.approx(1 / 32, rel=1e-3)
+    assert times_of("tpu7x").instruction_s(row) is None
 
 
 def test_a_chip_says_what_its_prices_rest_on() -> None:

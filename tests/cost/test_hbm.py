@@ -128,7 +128,7 @@ CASES = {
             "s = (f32[64,16]{1,0:S(5)}, f32[64,16]{1,0}, u32[]{:S(2)}) copy-start(x)",
             "ROOT d = f32[64,16]{1,0:S(5)} copy-done(s)",
         ),
-        Traffic(B, 0, B),
+        Traffic(B, 0, B, B),
     ),
     "asynchronous-gather-counts-once": (
         (
@@ -203,9 +203,9 @@ def test_instructions_by_hand(lines: tuple[str, ...], expected: Traffic | None) 
 def test_memory_spaces_of_a_gpu_are_hbm_but_for_the_host() -> None:
     lines = ("c = f32[64,16]{1,0:S(1)} copy(x)", "ROOT h = f32[64,16]{1,0:S(5)} copy(c)")
     rows = cost_of(entry(X, *lines), "gpu").instructions
-    assert [row.traffic for row in rows] == [Traffic(B, B), Traffic(B, 0, B)]
+    assert [row.traffic for row in rows] == [Traffic(B, B), Traffic(B, 0, B, B)]
     rows = cost_of(entry(X, *lines), "tpu").instructions
-    assert [row.traffic for row in rows] == [Traffic(B, 0, B), Traffic(0, 0, 2 * B)]
+    assert [row.traffic for row in rows] == [Traffic(B, 0, B), Traffic(0, 0, 2 * B, B)]
 
 
 FUSED = """fused {
