@@ -60,17 +60,38 @@ def cudnn_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.A
             return jax.nn.dot_product_attention(
                 q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, is_causal=True, implementation="cudnn"
             )
-        # The public function wants values of the keys' head size; what it calls does not.
-        from jax._src.cudnn import fused_attention_stablehlo as fused
+    return _cudnn_latent_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD)
 
+
+@jax.custom_vjp
+def _cudnn_latent_attention(q_BxLxHxD: jax.Array, k_BxLxHxD: jax.Array, v_BxLxHxV: jax.Array) -> jax.Array:
+    """The same with values of another head size, which JAX's public function refuses and what it calls does
+    not. Differentiated here, because that asks for the chip once more, after this function has returned."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    with _cudnn_for_tracing():
         out: jax.Array = fused.dot_product_attention(
             q_BxLxHxD,
-            k_BxLxKxD,
-            v_BxLxKxD,
+            k_BxLxHxD,
+            v_BxLxHxV,
             scale=q_BxLxHxD.shape[-1] ** -0.5,
             mask_type=fused.MaskType.CAUSAL,
         )
         return out
+
+
+def _cudnn_forward(*qkv: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
+    with _cudnn_for_tracing():
+        return jax.vjp(_cudnn_latent_attention.fun, *qkv)
+
+
+def _cudnn_backward(
+    pull: Callable[[jax.Array], tuple[jax.Array, ...]], d_out_BxLxHxV: jax.Array
+) -> tuple[jax.Array, ...]:
+    return pull(d_out_BxLxHxV)
+
+
+_cudnn_latent_attention.defvjp(_cudnn_forward, _cudnn_backward)
 
 
 @contextmanager

@@ -43,14 +43,14 @@ class Layer(nnx.Module):
             normed = for_products(self.attention_norm(x_BxLxE, run), run)
         attention: Callable[..., tuple[jax.Array, Cached]] = self.attention
         with jax.named_scope("attention"):
-            out_BxLxE, keys_values = attention(normed, position_L, run, cache)
+            out_BxLxE, keys_values = attention(normed, position_L, run.within("attention"), cache)
         x_BxLxE = residual(x_BxLxE, out_BxLxE, run)
         if hasattr(self, "moe"):
             return self._through_experts(x_BxLxE, keys_values, run)
         with jax.named_scope("mlp_norm"):
             normed = for_products(self.mlp_norm(x_BxLxE, run), run)
         with jax.named_scope("mlp"):
-            out_BxLxE = self.mlp(normed, run)
+            out_BxLxE = self.mlp(normed, run.within("mlp"))
         return residual(x_BxLxE, out_BxLxE, run), keys_values, None
 
     def _through_experts(
@@ -62,9 +62,10 @@ class Layer(nnx.Module):
             normed = run.constrain(self.mlp_norm(x_BxLxE, run), ("batch", "norm_seq", "embed"))
         if hasattr(self, "shared"):
             with jax.named_scope("shared"):
-                x_BxLxE = residual(x_BxLxE, self.shared(for_products(normed, run), run), run)
+                out_BxLxE = self.shared(for_products(normed, run), run.within("shared"))
+                x_BxLxE = residual(x_BxLxE, out_BxLxE, run)
         with jax.named_scope("moe"):
-            out_BxLxE, load = self.moe(normed, run)
+            out_BxLxE, load = self.moe(normed, run.within("moe"))
         return residual(x_BxLxE, out_BxLxE, run), cached, load
 
 

@@ -6,7 +6,7 @@ The defaults run on one device without any mesh; `parallel/step.py` builds the o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -67,6 +67,7 @@ class Runtime:
     constrain: places activations. place_weight: gathers a parameter for use, and places its gradient.
     lookup: the token embedding. experts: what a layer's experts do.
     project: every product with a projection's kernel.
+    block: what differs for the parameters of a block family (`spec.sharding.BLOCK_ARRAYS`), where some does.
     """
 
     compute_dtype: DTypeLike = jnp.bfloat16
@@ -79,6 +80,15 @@ class Runtime:
     lookup: Lookup = take_rows
     experts: Experts = DROPLESS_ALONE
     project: Callable[[jax.Array, LogicalAxes, jax.Array, int, Runtime], jax.Array] = project
+
+    block: Callable[[str], Runtime] | None = None
+
+    def within(self, name: str) -> Runtime:
+        """How a block family runs: as the rest, but for where its parameters are."""
+        if self.block is None:
+            return self
+        other = self.block(name)
+        return replace(self, place_weight=other.place_weight, experts=other.experts, block=None)
 
     def positions_of(self, length: int) -> jax.Array:
         """The position of each of a sequence's tokens, int32 [L]."""

@@ -65,7 +65,7 @@ def _balance_notes(case: Case) -> tuple[str, ...]:
 
 
 def _padding_notes(case: Case, target: str) -> tuple[str, ...]:
-    axes = expert_axes(case.plan.params, case.plan.activations)
+    axes = expert_axes(case.plan.params_in("moe"), case.plan.activations)
     padded = capacity_factor(case.plan.method.experts) is None and target not in RAGGED_TARGETS
     if not case.model.num_experts or not axes or not padded:
         return ()

@@ -137,4 +137,5 @@ def shardings_inside(shardings: Shardings, taken: set[str]) -> Shardings:
         optimizer=rest(shardings.optimizer),
         compute=rest(shardings.compute),
         activations=rest(shardings.activations),
+        blocks={name: shardings_inside(block, taken) for name, block in shardings.blocks.items()},
     )

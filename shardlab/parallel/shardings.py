@@ -5,7 +5,7 @@ optimizer state and activations on a mesh. What a rule means is decided in `spec
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from shardlab.model.runtime import GATHERED_WEIGHT
 from shardlab.spec.params import LogicalAxes, ParamSpec
 from shardlab.spec.plan import Plan, Rules
-from shardlab.spec.sharding import array_sharding
+from shardlab.spec.sharding import array_sharding, block_of
 
 # Logical axes that count tokens of the step's own input; decode and the last logits of prefill have one.
 SEQUENCE_AXES = ("seq", "norm_seq", "kv_seq")
@@ -27,7 +27,7 @@ class Shardings:
 
     params, gradients (those of the optimizer: ZeRO-1 reduce-scatters to where the state is), weights in use,
     activations:
-    one rule table each.
+    one rule table each. blocks: those of block families that have their own.
     """
 
     mesh: Mesh | AbstractMesh
@@ -35,6 +35,11 @@ class Shardings:
     optimizer: Rules
     compute: Rules
     activations: Rules
+    blocks: Mapping[str, Shardings] = field(default_factory=dict)
+
+    def within(self, block: str | None) -> Shardings:
+        """The shardings of a block family's parameters."""
+        return self.blocks.get(block, self) if block is not None else self
 
     @property
     def free_axes(self) -> set[str]:
@@ -44,11 +49,13 @@ class Shardings:
 
     def param(self, spec: ParamSpec) -> NamedSharding:
         """Of a stored parameter."""
-        return self._named(spec.shape, spec.axes, self.params, spec.path)
+        rules = self.within(block_of(spec.path)).params
+        return self._named(spec.shape, spec.axes, rules, spec.path)
 
     def optimizer_state(self, spec: ParamSpec) -> NamedSharding:
         """Of an optimizer moment of this parameter, and of its gradient."""
-        return self._named(spec.shape, spec.axes, self.optimizer, f"optimizer state of {spec.path}")
+        rules = self.within(block_of(spec.path)).optimizer
+        return self._named(spec.shape, spec.axes, rules, f"optimizer state of {spec.path}")
 
     def activation(self, shape: tuple[int, ...], axes: LogicalAxes) -> NamedSharding:
         """Of an activation with one logical axis per dimension. A sequence of one token is not split."""
@@ -105,14 +112,23 @@ def shardings_of(plan: Plan, mesh: Mesh) -> Shardings:
     split = plan.activations.get("seq", ())
     keys = split if plan.method.context != "none" else ()
     activations = {"norm_seq": split, "kv_seq": keys, **plan.activations}
-    compute = {
-        axis: tuple(name for name in names if name in activations.get(axis, ()))
-        for axis, names in plan.params.items()
-    }
-    optimizer = plan.optimizer or plan.params
-    return Shardings(
-        mesh=mesh, params=plan.params, optimizer=optimizer, compute=compute, activations=activations
-    )
+
+    def of(params: Rules, optimizer: Rules, blocks: Mapping[str, Shardings]) -> Shardings:
+        compute = {
+            axis: tuple(name for name in names if name in activations.get(axis, ()))
+            for axis, names in params.items()
+        }
+        return Shardings(
+            mesh=mesh,
+            params=params,
+            optimizer=optimizer,
+            compute=compute,
+            activations=activations,
+            blocks=blocks,
+        )
+
+    blocks = {name: of(rules["params"], rules["optimizer"], {}) for name, rules in plan.blocks.items()}
+    return of(plan.params, plan.optimizer or plan.params, blocks)
 
 
 def microbatches(tokens_BxL: jax.Array, count: int, shardings: Shardings) -> jax.Array:

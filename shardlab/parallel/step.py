@@ -173,6 +173,7 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
             place_weight=shardings.place_weight,
             lookup=mesh_lookup(shardings),
             experts=mesh_experts(case, shardings, family),
+            block=(lambda name: runtime_on(shardings.within(name))) if shardings.blocks else None,
         )
 
     return _Setup(

@@ -21,6 +21,7 @@ from shardlab.spec.sharding import (
     ACTIVATION_ARRAYS,
     CACHE_ARRAY,
     array_sharding,
+    block_of,
     num_ways,
     replicated_kv_heads,
     split_groups,
@@ -66,7 +67,9 @@ class Case(BaseModel):
         """Why the plan's methods cannot be with this model and workload: reason -> what can."""
         plan = self.plan
         found = obstacles(plan, self.model.layers, self.workload)
-        found |= experts_obstacles(self.model, plan.params, plan.activations, plan.method, self.workload)
+        found |= experts_obstacles(
+            self.model, plan.params_in("moe"), plan.activations, plan.method, self.workload
+        )
         return found | context_obstacles(plan, self.model, self.seq, self.workload)
 
     def notes(self) -> tuple[str, ...]:
@@ -155,12 +158,13 @@ def _arrays(case: Case) -> Iterator[_Array]:
     """Every array that the rules split: parameters, their optimizer state, the key activations."""
     train = case.workload == "train"
     for spec in case.parameters():
-        yield spec.shape, spec.axes, case.plan.params, spec.path
+        block = block_of(spec.path)
+        yield spec.shape, spec.axes, case.plan.params_in(block), spec.path
         if train:
             yield (
                 spec.shape,
                 spec.axes,
-                case.plan.optimizer,
+                case.plan.optimizer_in(block),
                 f"optimizer state of {spec.path}",
             )
     extents = _extents(case)

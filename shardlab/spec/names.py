@@ -45,7 +45,7 @@ def reduced_once(plan: Plan) -> tuple[str, ...]:
     Those that split neither parameters nor the sums of gradients: over the others (FSDP, ZeRO-2) every
     microbatch's gradients are scattered at once, which is what sharding them saves memory by.
     """
-    kept = {*_used(plan.params), *_used(plan.gradients)}
+    kept = {*_used(plan.all_params), *_used(plan.gradients)}
     return tuple(axis for axis in plan.activations.get("batch", ()) if axis not in kept)
 
 
@@ -77,7 +77,7 @@ def _data_names(plan: Plan) -> Iterable[str]:
     """
     batch = _live(plan, plan.activations.get("batch", ()))
     tokens = _live(plan, plan.activations.get("seq", ()))
-    weights, states = _used(_without_experts(plan)), _used(plan.optimizer)
+    weights, states = _used(_without_experts(plan)), _used(plan.all_optimizer)
     sharded = [axis for axis in (*batch, *tokens) if axis in weights]
     replicated = [axis for axis in batch if axis not in weights]
     if sharded and replicated:
@@ -87,7 +87,7 @@ def _data_names(plan: Plan) -> Iterable[str]:
     elif replicated:
         yield "data parallel"
     replicated += [axis for axis in tokens if axis not in weights]
-    split = [a for a in replicated if a in states and a not in plan.params.get("expert", ())]
+    split = [a for a in replicated if a in states and a not in plan.params_in("moe").get("expert", ())]
     if split:
         yield "ZeRO-2" if any(axis in _used(plan.gradients) for axis in split) else "ZeRO-1"
     if plan.method.accumulate > 1:
@@ -109,7 +109,7 @@ def _model_names(plan: Plan) -> Iterable[str]:
         yield "sequence parallel (Megatron)"
     if sequence:
         yield CONTEXTS[plan.method.context]
-    if _live(plan, expert_axes(plan.params, plan.activations)):
+    if _live(plan, expert_axes(plan.params_in("moe"), plan.activations)):
         yield "expert parallel"
     if any(axis not in batch for axis in _live(plan, layers)):
         yield "layers sharded"
@@ -119,8 +119,8 @@ def _model_names(plan: Plan) -> Iterable[str]:
 
 def _other_names(plan: Plan) -> Iterable[str]:
     """Axes that have no name in the literature, and those that do nothing."""
-    named = {*plan.activations.get("batch", ()), *plan.activations.get("seq", ()), *_used(plan.params)}
-    activations, states = _used(plan.activations), _used(plan.optimizer)
+    named = {*plan.activations.get("batch", ()), *plan.activations.get("seq", ()), *_used(plan.all_params)}
+    activations, states = _used(plan.activations), _used(plan.all_optimizer)
     for axis in _live(plan, plan.axes):
         if axis in named:
             continue
@@ -130,9 +130,9 @@ def _other_names(plan: Plan) -> Iterable[str]:
 
 def _without_experts(plan: Plan) -> Rules:
     """The rules of parameters, of experts only those mesh axes over which they are gathered for use."""
-    owned = expert_axes(plan.params, plan.activations)
-    gathered = tuple(axis for axis in plan.params.get("expert", ()) if axis not in owned)
-    return {**plan.params, "expert": gathered}
+    owned = expert_axes(plan.params_in("moe"), plan.activations)
+    gathered = tuple(axis for axis in plan.params_in("moe").get("expert", ()) if axis not in owned)
+    return {**plan.all_params, "expert": gathered}
 
 
 def _live(plan: Plan, axes: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from shardlab.spec import plan_checks as checks
 from shardlab.spec.experts import experts_problems
 from shardlab.spec.plan_checks import ACTIVATION_AXES, PARAM_AXES
 from shardlab.spec.plan_file import PlanText, read_flags_file, read_plan_text
-from shardlab.spec.plan_schema import Check, Method, PlanTable, RuleLists, read_table
+from shardlab.spec.plan_schema import BlockTable, Check, Method, PlanTable, RuleLists, read_table
 
 __all__ = ["ACTIVATION_AXES", "PARAM_AXES", "Check", "Method", "Plan", "Rules", "load_plan", "plan_from_text"]
 
@@ -30,7 +30,7 @@ class Plan(BaseModel):
     """One mesh file. `axes` is ordered major to minor. `params`, `activations`, `optimizer` are complete:
     what follows from another table (heads of activations, optimizer from params, norm_seq from seq) has been
     filled in. gradients: where their sums are kept between microbatches; what it leaves out is as in params.
-    blocks: empty until a block family can differ.
+    blocks: by block family (`spec.sharding.BLOCK_ARRAYS`) its own `params` and `optimizer`, complete too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +54,24 @@ class Plan(BaseModel):
     def num_devices(self) -> int:
         """Devices of the logical mesh: the product of the axes."""
         return math.prod(self.axes.values())
+
+    def params_in(self, block: str | None) -> Rules:
+        """The rules of the parameters of one block family, or of what is in none."""
+        return self.blocks[block]["params"] if block in self.blocks else self.params
+
+    def optimizer_in(self, block: str | None) -> Rules:
+        """Those of their optimizer state."""
+        return self.blocks[block]["optimizer"] if block in self.blocks else self.optimizer
+
+    @property
+    def all_params(self) -> Rules:
+        """For each logical axis every mesh axis that splits it in some block."""
+        return _union(self.params, *(block["params"] for block in self.blocks.values()))
+
+    @property
+    def all_optimizer(self) -> Rules:
+        """`all_params` of the optimizer state."""
+        return _union(self.optimizer, *(block["optimizer"] for block in self.blocks.values()))
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -88,7 +106,11 @@ def _filled_in(table: PlanTable, name: str, path: str, on: str | None, flags: tu
     """The plan, with what one table takes from another."""
     params = _tuples(table.params)
     activations = _tuples(table.activations)
-    follow = {axis: params[axis] for axis in FOLLOWS_PARAMS if axis in params}
+    optimizer = params | _tuples(table.optimizer)
+    blocks = {name: _block(block, params, optimizer) for name, block in table.blocks.items()}
+    experts = blocks["moe"]["params"] if "moe" in blocks else params
+    shapes = params | ({"expert": experts["expert"]} if "expert" in experts else {})
+    follow = {axis: shapes[axis] for axis in FOLLOWS_PARAMS if axis in shapes}
     if "seq" in activations:
         follow["norm_seq"] = activations["seq"]
         if table.method.context != "none":
@@ -103,7 +125,8 @@ def _filled_in(table: PlanTable, name: str, path: str, on: str | None, flags: tu
         params=params,
         activations=follow | activations,
         gradients=_tuples(table.gradients),
-        optimizer=params | _tuples(table.optimizer),
+        optimizer=optimizer,
+        blocks=blocks,
         method=table.method,
         flags=flags,
         check=table.check,
@@ -124,12 +147,12 @@ def _problems(plan: Plan, table: PlanTable, text: PlanText) -> list[Problem]:
         problems += checks.order_problems(plan.order, plan.num_devices, where)
     if plan.on is not None:
         problems += checks.machine_problems(plan.on, plan.axes if grid_known else None, where)
-    problems += checks.double_use_problems(plan.params, plan.activations, plan.optimizer, where)
+    problems += checks.double_use_problems(plan.params, plan.activations, plan.optimizer, plan.blocks, where)
     problems += checks.zero_problems(plan.params, plan.gradients, plan.optimizer, where)
-    problems += checks.blocks_problems(table, where)
+    problems += checks.blocks_problems(table, plan.blocks, where)
     problems += checks.method_problems(plan.method, where)
     problems += checks.pipeline_problems(plan.params, plan.activations, plan.method, where)
-    problems += experts_problems(plan.params, plan.activations, plan.method, where)
+    problems += experts_problems(plan.params_in("moe"), plan.activations, plan.method, where)
     problems += checks.context_problems(plan.activations, plan.method, where)
     problems += checks.flags_problems(plan.flags, where)
     return problems + checks.check_problems(plan.check, where)
@@ -153,6 +176,20 @@ def _resolved(on: str | None, folder: Path | None) -> str | None:
     if on is None or folder is None or not on.partition(":")[0].endswith(".toml"):
         return on
     return str(folder / on)
+
+
+def _block(block: BlockTable, params: Rules, optimizer: Rules) -> dict[str, Rules]:
+    """A block family's complete rules. Its optimizer state follows its own parameters, then [optimizer]."""
+    own = _tuples(block.params)
+    return {"params": params | own, "optimizer": optimizer | own | _tuples(block.optimizer)}
+
+
+def _union(*tables: Rules) -> Rules:
+    """For each logical axis the mesh axes of all tables, each once."""
+    names = dict.fromkeys(axis for table in tables for axis in table)
+    return {
+        axis: tuple(dict.fromkeys(name for table in tables for name in table.get(axis, ()))) for axis in names
+    }
 
 
 def _tuples(rules: RuleLists) -> Rules:

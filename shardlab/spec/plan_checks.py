@@ -10,12 +10,14 @@ from shardlab.errors import Problem, UserError
 from shardlab.hardware.catalog import MAX_DEVICES, load_machine
 from shardlab.hardware.toml_file import KeyPath, Table, did_you_mean, quoted
 from shardlab.spec.models import find_model
-from shardlab.spec.plan_schema import Check, Method, PlanTable
-from shardlab.spec.sharding import ACTIVATION_ARRAYS, CACHE_ARRAY, PARAM_ARRAYS, double_use
+from shardlab.spec.plan_schema import BlockTable, Check, Method, PlanTable
+from shardlab.spec.sharding import ACTIVATION_ARRAYS, BLOCK_ARRAYS, CACHE_ARRAY, PARAM_ARRAYS, double_use
 
 PARAM_AXES = (
     "embed", "latent", "heads", "kv_heads", "head_dim", "mlp", "vocab", "layers", "expert", "stage",
 )  # fmt: skip
+# Of one layer's parts: where layers and stages lie is the same for all.
+BLOCK_AXES = tuple(axis for axis in PARAM_AXES if axis not in ("vocab", "layers", "stage"))
 ACTIVATION_AXES = (
     "batch", "seq", "norm_seq", "kv_seq", "embed", "heads", "kv_heads", "mlp", "vocab", "expert", "cache",
 )  # fmt: skip
@@ -51,18 +53,36 @@ def rules_problems(table: PlanTable, axes: Iterable[str], where: Where) -> list[
         (("optimizer",), table.optimizer, PARAM_AXES),
     ]
     problems = []
+    for name, block in table.blocks.items():
+        tables += [
+            (("blocks", name, "params"), block.params, BLOCK_AXES),
+            (("blocks", name, "optimizer"), block.optimizer, BLOCK_AXES),
+        ]
     for key, rules, logical in tables:
         problems += _table_problems(key, rules, logical, axes, where)
     return problems
 
 
-def blocks_problems(table: PlanTable, where: Where) -> list[Problem]:
-    """Rules for one block family are not applied yet, so they are refused; an empty table says nothing."""
-    return [
-        Problem(where(("blocks", name)), "rules for one block family are not built yet", "remove them")
-        for name, block in table.blocks.items()
-        if block.params or block.optimizer
-    ]
+def blocks_problems(
+    table: PlanTable, blocks: Mapping[str, Mapping[str, Rules]], where: Where
+) -> list[Problem]:
+    """Block families exist, and the rules of each are consistent in themselves. blocks: complete."""
+    problems = []
+    for name, block in table.blocks.items():
+        if name not in BLOCK_ARRAYS:
+            fix = did_you_mean(name, BLOCK_ARRAYS, "block families")
+            problems.append(Problem(where(("blocks", name)), "unknown block family", fix))
+            continue
+        params, optimizer = (blocks.get(name, {}).get(kind, {}) for kind in ("params", "optimizer"))
+        arrays = {what: PARAM_ARRAYS[what] for what in BLOCK_ARRAYS[name]}
+
+        def at(key: KeyPath, name: str = name, block: BlockTable = block) -> str:
+            own = block.params if key[0] == "params" else block.optimizer
+            return where(("blocks", name, *key) if key[1] in own else ("blocks", name))
+
+        problems += _double_use([(("params",), params, arrays), (("optimizer",), optimizer, arrays)], at)
+        problems += zero_problems(params, {}, optimizer, at)
+    return problems
 
 
 def _table_problems(
@@ -83,18 +103,30 @@ def _table_problems(
     return problems
 
 
-def double_use_problems(params: Rules, activations: Rules, optimizer: Rules, where: Where) -> list[Problem]:
-    """No mesh axis splits two dimensions of one array. The tables are complete: what follows is filled in."""
-    weights = PARAM_ARRAYS.items()
-    streams = [*ACTIVATION_ARRAYS.items(), ("KV cache", CACHE_ARRAY)]
-    tables: list[tuple[KeyPath, Rules, Iterable[tuple[str, Sequence[str | None]]]]] = [
-        (("params",), params, weights),
-        (("activations",), activations, streams),
-        (("optimizer",), optimizer, weights),
-    ]
+def double_use_problems(
+    params: Rules, activations: Rules, optimizer: Rules, blocks: Iterable[str], where: Where
+) -> list[Problem]:
+    """No mesh axis splits two dimensions of one array. The tables are complete: what follows is filled in.
+    blocks: those that have rules of their own."""
+    own = {what for name in blocks for what in BLOCK_ARRAYS.get(name, ())}
+    weights = {what: axes for what, axes in PARAM_ARRAYS.items() if what not in own}
+    streams = {**ACTIVATION_ARRAYS, "KV cache": CACHE_ARRAY}
+    return _double_use(
+        [
+            (("params",), params, weights),
+            (("activations",), activations, streams),
+            (("optimizer",), optimizer, weights),
+        ],
+        where,
+    )
+
+
+def _double_use(
+    tables: Iterable[tuple[KeyPath, Rules, Mapping[str, Sequence[str | None]]]], where: Where
+) -> list[Problem]:
     problems: dict[tuple[str, ...], Problem] = {}
     for key, rules, arrays in tables:
-        for what, axes in arrays:
+        for what, axes in arrays.items():
             for clash in double_use(axes, rules):
                 # The same clash shows in several arrays, and in tables that follow another: report it once.
                 same = (clash.mesh_axis, *sorted((clash.first, clash.second)))

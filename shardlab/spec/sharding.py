@@ -28,6 +28,27 @@ PARAM_ARRAYS: Mapping[str, tuple[str, ...]] = {
     "expert MLP projections": ("stage", "layers", "expert", "embed", "mlp"),
 }
 
+# Block families, named after the part of a layer that parameter paths name (`layers/moe/gate/kernel`), and
+# which of PARAM_ARRAYS each has. `mlp` is the MLP of a dense model or of leading dense layers, `moe` the
+# experts with their router, `shared` the shared experts.
+BLOCK_ARRAYS: Mapping[str, tuple[str, ...]] = {
+    "attention": (
+        "query projection",
+        "key and value projections",
+        "latent up-projections",
+        "output projection",
+    ),
+    "mlp": ("MLP projections",),
+    "moe": ("expert MLP projections",),
+    "shared": ("MLP projections",),
+}
+
+
+def block_of(path: str) -> str | None:
+    """The block family of a parameter; None for what is in no block: tables, norms of layers, the head."""
+    return next((part for part in path.split("/") if part in BLOCK_ARRAYS), None)
+
+
 # Logical axes of the key activations; `norm_seq` is the sequence of the residual stream and the norms.
 ACTIVATION_ARRAYS: Mapping[str, tuple[str | None, ...]] = {
     "tokens": ("batch", "seq"),

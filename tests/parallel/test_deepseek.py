@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulated import PLANS, TENSOR, Rules, case_of, check_equal, inference, plan
+from emulated import PLANS, TENSOR, Rules, case_of, check_equal, inference, plan, step_of
 
 from shardlab.model.experts import Load, moved_against_load
 from shardlab.parallel.optimizer import OptimizerConfig, global_norm, make_optimizer
 from shardlab.spec.models import LatentAttention, find_model
 from shardlab.spec.params import parameter_table
-from shardlab.spec.plan import Plan
+from shardlab.spec.plan import Plan, plan_from_text
 
 DEEPSEEK = replace(
     find_model("tiny-deepseek"),
@@ -44,6 +44,55 @@ def test_trains_as_one_device_with_microbatches() -> None:
     """Experts x FSDP x tensor x accumulation. The balance of sequences does not depend on microbatches, so
     one device takes the batch at once."""
     check_equal(case_of(three_axes(accumulate=2), DEEPSEEK))
+
+
+def blocks() -> Plan:
+    """Attention split over all devices, experts whole in `embed` and split over `expert`."""
+    asked = plan_from_text(
+        """
+[axes]
+fsdp = 2
+expert = 4
+[params]
+embed = ["fsdp"]
+vocab = []
+[activations]
+batch = ["fsdp", "expert"]
+[blocks.moe.params]
+embed = []
+expert = ["expert"]
+[blocks.moe.optimizer]
+embed = ["fsdp"]
+[blocks.attention.params]
+embed = ["fsdp", "expert"]
+latent = ["fsdp", "expert"]
+"""
+    )
+    return asked.model_copy(update={"on": "cpu:8"})
+
+
+def test_rules_of_blocks_place_their_parameters() -> None:
+    asked = blocks()
+    assert asked.activations["expert"] == ("expert",)
+    step = step_of(case_of(asked, DEEPSEEK))
+    state = step.arguments[0]
+
+    def splits(arrays: dict[str, Any], path: str) -> list[object]:
+        return [*arrays[path].sharding.spec]
+
+    moments = state.optimizer[1][0].mu
+    assert splits(state.params, "layers/moe/up/kernel") == [None, "expert", None, None]
+    assert splits(moments, "layers/moe/up/kernel") == [None, "expert", "fsdp", None]
+    query = [None, ("fsdp", "expert"), None, None]
+    for stack in ("layers", "dense_layers"):
+        assert splits(state.params, f"{stack}/attention/query_up/kernel") == query
+        assert splits(moments, f"{stack}/attention/query_up/kernel") == query
+    assert splits(state.params, "layers/shared/up/kernel") == [None, "fsdp", None]
+
+
+@pytest.mark.full
+def test_blocks_train_as_one_device() -> None:
+    check_equal(case_of(blocks(), DEEPSEEK))
 
 
 @pytest.mark.full
