@@ -62,8 +62,8 @@ print(best)
 _MEMORY = """
 import json, sys, tracemalloc
 import shardlab
-text = open(sys.argv[1]).read()
 tracemalloc.start()
+text = open(sys.argv[1]).read()
 shardlab.analyze(text, json.loads(sys.argv[2]))
 print(tracemalloc.get_traced_memory()[1])
 """
@@ -176,7 +176,7 @@ def against_xla(what: str, path: Path, text: str, mesh: Mapping[str, int], repea
     once = analyze_seconds(text, mesh, repeats)
     _report(f"{what}: shardlab.analyze", text, once, f"{once / xla:.2f} of XLA's time")
     memory = int(child(_MEMORY, str(path), json.dumps(mesh)))
-    print(f"{what + ': peak memory':<42} {memory / 1e6:8.1f} MB: {memory / len(text):.2f} of the text")
+    print(f"{what + ': peak memory':<42} {memory / 1e6:8.1f} MB: {memory / len(text):.2f} of the text, itself included")
     return once
 
 

@@ -126,7 +126,7 @@ def sites_of(caller: str, instruction: Instruction) -> Iterator[CallSite]:
     if not attributes or opcode.endswith(("-update", "-done")):
         return
     position = 0
-    for key, role in _ROLES.items():
+    for key, role in () if _ROLES.keys().isdisjoint(attributes) else _ROLES.items():
         if key not in attributes:
             continue
         started = role == "call" and opcode.endswith("-start")

@@ -18,6 +18,7 @@ from shardlab.hlo.lookup import names_of, operand_names, raw_metadata
 from shardlab.hlo.module import Computation, Instruction
 
 MAX_VISITED = 64
+MAX_REMEMBERED = 16  # collectives come computation by computation, and this is large
 
 _TOWARDS_USERS = ("all-gather", "collective-permute")
 
@@ -38,7 +39,7 @@ class _Wires:
 
 @dataclass(slots=True)
 class Neighbours:
-    """Finds named neighbours; remembers who uses what, per computation."""
+    """Finds named neighbours; remembers who uses what in the computations that it was asked about last."""
 
     _wires: dict[str, _Wires] = field(default_factory=dict)
 
@@ -50,6 +51,8 @@ class Neighbours:
         """
         wires = self._wires.get(computation.name)
         if wires is None:
+            if len(self._wires) == MAX_REMEMBERED:
+                del self._wires[next(iter(self._wires))]
             wires = self._wires[computation.name] = _wires_of(computation)
         for towards_users in (True, False) if kind in _TOWARDS_USERS else (False, True):
             found = _nearest(computation, instruction.name, wires, towards_users=towards_users)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from shardlab.errors import ParseError
 from shardlab.hlo.attributes import computation_names, is_true, tuple_index
-from shardlab.hlo.lookup import of_opcodes
+from shardlab.hlo.lookup import of_opcodes, shape_of
 from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
 from shardlab.hlo.shape import array_leaves, try_shape_bytes
 
@@ -155,11 +155,11 @@ def _operand_shapes(computation: Computation, instruction: Instruction, kind: st
 
 
 def _shape_of(computation: Computation, instruction: Instruction, operand: Operand) -> Shape:
-    source = computation.instructions.get(operand.name)
-    if source is None:
+    shape = shape_of(computation.instructions, operand.name)
+    if shape is None:
         message = f"{instruction.name}: operand %{operand.name} is not defined in {computation.name}"
         raise ParseError(message, line=instruction.line, column=1)
-    return element_at(source.shape, operand.index)
+    return element_at(shape, operand.index)
 
 
 def _gathered(instruction: Instruction) -> list[Shape]:

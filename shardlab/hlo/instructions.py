@@ -19,7 +19,7 @@ from shardlab.errors import ParseError
 from shardlab.hlo.lexer import NAME, WORD, Text, split_top_level
 from shardlab.hlo.module import Instruction, Operand, Shape
 from shardlab.hlo.opcodes import PLAIN
-from shardlab.hlo.printed import ATTRIBUTE, NAMES, PARTS, ROW
+from shardlab.hlo.printed import ATTRIBUTE, NAMES, PARTS, RESULT, ROW, WHOLE
 from shardlab.hlo.shape import parse_shape
 
 _LITERAL_OPCODES = ("constant", "parameter")
@@ -140,13 +140,16 @@ class Instructions(Mapping[str, Instruction]):
         self._span = start, end
         root = last = ""
         for rows in self._rows():
-            kinds = {row[2] for row in rows}
-            if not rows or "" in kinds:
+            if not rows:
                 return ""
-            last = rows[-1][1]
-            root = next((row[1] for row in reversed(rows) if row[0]), root)
+            roots, names, opcodes, _, _ = zip(*rows, strict=True)
+            kinds = set(opcodes)
+            if "" in kinds:
+                return ""
+            last = names[-1]
+            root = last if roots[-1] else next((row[1] for row in reversed(rows) if row[0]), root)
             if self._found is None and kinds <= PLAIN and end - start <= _BLOCK:
-                return root or last if len({row[1] for row in rows}) == len(rows) else ""
+                return root or last if len(set(names)) == len(rows) else ""
             self.is_plain = self.is_plain and kinds <= PLAIN
             if not self._list(rows):
                 return ""
@@ -226,12 +229,20 @@ class Instructions(Mapping[str, Instruction]):
 
     def printed_operands(self) -> dict[str, list[str]]:
         """Names of operands by instruction; instructions of which lines do not tell it are missing."""
-        rows = PARTS.findall(self._text.text, *self._span) if self._span is not None else []
+        rows = WHOLE.findall(self._text.text, *self._span) if self._span is not None else []
         return {
             name: [] if opcode in _LITERAL_OPCODES or not inner else inner.replace("%", "").split(", ")
             for _, name, _, opcode, inner in rows
             if opcode in _LITERAL_OPCODES or not _NOT_NAMES.search(inner)
         }
+
+    def printed_shape(self, name: str) -> Shape | None:
+        """The shape of an instruction; None when it has been read, is not there, or its line does not tell."""
+        found = self._listed().get(name)
+        if type(found) is not int:
+            return None
+        match = RESULT.match(self._text.text, self._lines.start_of(found))
+        return shape_at(self._text, *match.span(3)) if match else None
 
     def printed_metadata(self, name: str) -> str | None:
         """The raw metadata of an instruction, `` if it has none; None when its line does not tell."""

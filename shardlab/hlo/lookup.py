@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from shardlab.hlo.attributes import computation_names
 from shardlab.hlo.instructions import Instructions
-from shardlab.hlo.module import Instruction
+from shardlab.hlo.module import Instruction, Shape
 from shardlab.hlo.opcodes import PLAIN
 
 
@@ -52,6 +52,14 @@ def operand_names(instructions: Mapping[str, Instruction]) -> dict[str, list[str
         if name not in found:
             found[name] = [operand.name for operand in instructions[name].operands]
     return found
+
+
+def shape_of(instructions: Mapping[str, Instruction], name: str) -> Shape | None:
+    """The shape of an instruction, None if it is not there; without reading all of it where its line tells."""
+    shape = instructions.printed_shape(name) if isinstance(instructions, Instructions) else None
+    if shape is None and name in instructions:
+        return instructions[name].shape
+    return shape
 
 
 def raw_metadata(instructions: Mapping[str, Instruction], name: str) -> str:

@@ -50,6 +50,12 @@ if it is a fusion; or else the line itself."""
 PARTS = re.compile(rf"^{_BEFORE}({_SHAPE})\ ([a-z][a-z0-9\-]*+)\(({_IN_PARENS})\)", re.MULTILINE)
 """Root, name, shape, opcode and operands of an instruction that `ROW` has matched; its tail follows."""
 
+WHOLE = re.compile(PARTS.pattern + r"[^\n]*+", re.MULTILINE)
+"""`PARTS` to the end of the line: a search for all of them looks for the next line where this one ends."""
+
+RESULT = re.compile(rf"{_BEFORE}({_SHAPE})\ ")
+"""The start of `PARTS`: root, name and shape."""
+
 HEAD = re.compile(
     rf"\n*+(?!HloModule\s)(ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\ {_SHAPE}\ )?+\{{(?=\n)"
 )

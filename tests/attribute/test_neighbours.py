@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from shardlab.attribute.neighbours import MAX_VISITED, Neighbours
+from shardlab.attribute.neighbours import MAX_REMEMBERED, MAX_VISITED, Neighbours
 from shardlab.hlo.reader import parse
 
 
@@ -75,3 +75,15 @@ def test_one_search_does_not_hide_what_another_finds() -> None:
         assert (
             neighbours.op_name(computation, computation.instructions["used"], "all-reduce") == "jit(f)/made"
         )
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    """Who uses what is as large as the text: of a program of many computations only the last are kept."""
+    text = f"HloModule m\n\nENTRY %main (s: (f32[8], f32[8])) -> (f32[8], f32[8]) {{\n{STATE}{BOTH_WAYS}}}\n"
+    (module,) = parse(text)
+    neighbours = Neighbours()
+    for number in range(3 * MAX_REMEMBERED):
+        computation = replace(module.computations["main"], name=f"c{number}")
+        here = computation.instructions["here"]
+        assert neighbours.op_name(computation, here, "all-gather") == "jit(f)/used"
+    assert len(neighbours._wires) == MAX_REMEMBERED

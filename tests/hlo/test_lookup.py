@@ -18,6 +18,7 @@ from shardlab.hlo.lookup import (
     of_opcodes,
     operand_names,
     raw_metadata,
+    shape_of,
 )
 from shardlab.hlo.module import Computation
 from shardlab.hlo.reader import parse
@@ -71,6 +72,8 @@ def test_the_index_says_what_the_instructions_say(source: Path | str) -> None:
         got, want = indexed.instructions, records.instructions
         # Answers first, from what the index knows; reading the instructions would change how it answers.
         assert operand_names(got) == operand_names(want)
+        assert {name: shape_of(got, name) for name in want} == {n: one.shape for n, one in want.items()}
+        assert shape_of(got, "?") is None
         assert {name: raw_metadata(got, name) for name in want} == {
             name: one.attributes.get("metadata", "") for name, one in want.items()
         }
