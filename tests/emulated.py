@@ -115,7 +115,22 @@ def step_of(case: Case) -> Step:
 
 
 def state_of(case: Case, seed: int = 0) -> TrainState:
-    return init_state(case, mesh_of(case.plan), seed, optimizer=OPTIMIZER)
+    """A fresh state where the step wants it: the numbers of one device, since compiling `init_state` for each
+    plan takes as long as its step. That `init_state` gives the same on a mesh, `test_step.py` tests."""
+    if case.plan.method.pipeline != "none":
+        return init_state(case, mesh_of(case.plan), seed, optimizer=OPTIMIZER)
+    placed = step_of(case.model_copy(update={"workload": "train"})).arguments[0]
+    return jax.tree.map(
+        lambda array, leaf: jax.device_put(array.copy(), leaf.sharding),
+        _state_alone(case.model, seed, case.scan_layers),
+        placed,
+    )
+
+
+@cache
+def _state_alone(model: ModelConfig, seed: int, scan_layers: bool) -> TrainState:
+    case = case_of(PLANS["one-device"], model, scan_layers=scan_layers)
+    return jax.tree.map(np.asarray, init_state(case, mesh_of(case.plan), seed, optimizer=OPTIMIZER))
 
 
 def batch_for(step: Step, case: Case) -> Batch:

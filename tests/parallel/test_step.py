@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from emulated import (
     GROUPED,
+    OPTIMIZER,
     PLANS,
     SMALL,
     batch_for,
@@ -23,7 +24,7 @@ from emulated import (
 )
 
 from shardlab.errors import Infeasible
-from shardlab.parallel.step import build_step
+from shardlab.parallel.step import TrainState, build_step, init_state
 from shardlab.spec.models import ModelConfig
 
 MANY = [name for name in PLANS if name != "one-device"]
@@ -89,6 +90,24 @@ def shard_elements(tree: object) -> int:
     return sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(tree))
 
 
+@cache
+def fresh_state(name: str) -> TrainState:
+    """What `init_state` gives on the mesh of a plan."""
+    plan = PLANS[name]
+    return init_state(case_of(plan), mesh_of(plan), 0, optimizer=OPTIMIZER)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "data-fsdp-tensor"])
+def test_a_fresh_state_has_the_same_numbers_on_every_mesh(name: str) -> None:
+    expected = fresh_state("one-device")
+    for found, alone, there in zip(
+        *map(jax.tree.leaves, (fresh_state(name), expected, step_of(case_of(PLANS[name])).arguments[0])),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, alone)
+        assert found.sharding.is_equivalent_to(there.sharding, found.ndim)
+
+
 @pytest.mark.parametrize(
     ("name", "params_split", "moments_split"),
     [("data", 1, 1), ("zero1", 1, 8), ("fsdp", 8, 8), ("hybrid", 4, 4)],
@@ -96,7 +115,7 @@ def shard_elements(tree: object) -> int:
 def test_each_device_holds_its_share(name: str, params_split: int, moments_split: int) -> None:
     """Every array has an embed dimension that 8 divides, so shares are exact. Counters are the rest of the
     state."""
-    state = state_of(case_of(PLANS[name]))
+    state = fresh_state(name)
     total = sum(leaf.size for leaf in state.params.values())
     counters = sum(leaf.ndim == 0 for leaf in jax.tree.leaves(state.optimizer))
     assert shard_elements(state.params) == total // params_split
