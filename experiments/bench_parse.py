@@ -176,7 +176,8 @@ def against_xla(what: str, path: Path, text: str, mesh: Mapping[str, int], repea
     once = analyze_seconds(text, mesh, repeats)
     _report(f"{what}: shardlab.analyze", text, once, f"{once / xla:.2f} of XLA's time")
     memory = int(child(_MEMORY, str(path), json.dumps(mesh)))
-    print(f"{what + ': peak memory':<42} {memory / 1e6:8.1f} MB: {memory / len(text):.2f} of the text, itself included")
+    times = memory / len(text)
+    print(f"{what + ': peak memory':<42} {memory / 1e6:8.1f} MB: {times:.2f} of the text, itself included")
     return once
 
 

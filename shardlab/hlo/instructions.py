@@ -237,7 +237,7 @@ class Instructions(Mapping[str, Instruction]):
         }
 
     def printed_shape(self, name: str) -> Shape | None:
-        """The shape of an instruction; None when it has been read, is not there, or its line does not tell."""
+        """Its shape; None when it has been read, is not there, or its line does not tell."""
         found = self._listed().get(name)
         if type(found) is not int:
             return None

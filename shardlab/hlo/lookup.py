@@ -55,7 +55,7 @@ def operand_names(instructions: Mapping[str, Instruction]) -> dict[str, list[str
 
 
 def shape_of(instructions: Mapping[str, Instruction], name: str) -> Shape | None:
-    """The shape of an instruction, None if it is not there; without reading all of it where its line tells."""
+    """The shape of one, without reading all of it where its line tells; None if it is not there."""
     shape = instructions.printed_shape(name) if isinstance(instructions, Instructions) else None
     if shape is None and name in instructions:
         return instructions[name].shape
