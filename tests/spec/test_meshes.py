@@ -70,10 +70,8 @@ def test_the_name_gives_the_sizes_of_the_axes(path: Path) -> None:
     ("stem", "model"),
     [(path.stem, model) for path in MESHES for model in MODELS if path.stem.endswith(f"-{model}")],
 )
-def test_the_name_of_a_published_layout_says_the_model(stem: str, model: str) -> None:
-    plan = load_plan(MESHES[0].with_name(f"{stem}.toml"))
-    assert plan.check.model == model
-    assert re.search(r"arXiv:|@[0-9a-f]{7}", plan.description), "where it was published"
+def test_a_name_that_ends_in_a_model_says_what_is_compiled(stem: str, model: str) -> None:
+    assert load_plan(MESHES[0].with_name(f"{stem}.toml")).check.model == model
 
 
 @pytest.mark.parametrize(
