@@ -16,8 +16,12 @@ from shardlab.cost.instructions import InstructionCost, StepCost
 from shardlab.cost.timeline import Timeline, simulate
 from shardlab.cost.walk import Kernel, Place, Transfer
 from shardlab.hardware.machine import Machine
+from shardlab.hlo.attributes import channel_id, frontend_attributes
+from shardlab.hlo.lookup import of_opcodes
+from shardlab.hlo.module import Computation, Instruction, Operand
 
 NOT_VALIDATED = "not validated"
+RENDEZVOUS = "_xla_host_transfer_rendezvous"
 _POINT_TO_POINT = frozenset({"send", "collective-permute"})
 
 
@@ -64,6 +68,8 @@ def kernels(part: Attributed, cost: StepCost, times: ComputeTimes) -> dict[Place
     """What the compute stream does, by the scheduled instruction."""
     found: dict[Place, Kernel] = {}
     for row in cost.instructions:
+        if row.kind == "recv":  # what arrives is its send's transfer
+            continue
         place = scheduled_place(part.graph.sites, row.computation, row.name)
         kernel = _kernel(row, times.instruction_s(row))
         found[place] = _together(found[place], kernel) if place in found else kernel
@@ -90,7 +96,8 @@ def transfers(part: Attributed, family: str) -> dict[Place, tuple[Transfer, ...]
     rows = zip(part.analysis.collectives, part.collectives, part.members, strict=True)
     for row, collective, joined in rows:
         place = scheduled_place(sites, collective.computation, collective.instruction.name)
-        done = chains.end(part.module.computations[place[0]], collective.instruction)
+        where = part.module.computations[place[0]]
+        done = chains.end(where, collective.instruction) or received(where, collective.instruction)
         transfer = Transfer(
             name=row.name,
             kind=row.kind,
@@ -106,6 +113,22 @@ def transfers(part: Attributed, family: str) -> dict[Place, tuple[Transfer, ...]
         )
         found[place] = (*found.get(place, ()), transfer)
     return found
+
+
+def received(where: Computation, send: Instruction) -> Instruction | None:
+    """The recv-done that awaits what this send's peer sends: a recv of the same channel or rendezvous."""
+    if send.opcode != "send":
+        return None
+    meeting = frontend_attributes(send).get(RENDEZVOUS)
+    for recv in of_opcodes(where.instructions, ("recv",)):
+        if meeting is not None:
+            same = frontend_attributes(recv).get(RENDEZVOUS) == meeting
+        else:
+            same = channel_id(recv) is not None and channel_id(recv) == channel_id(send)
+        if same:
+            dones = of_opcodes(where.instructions, ("recv-done",))
+            return next((done for done in dones if done.operands[:1] == (Operand(recv.name),)), None)
+    return None
 
 
 def kinds_joined(joined: Members, kinds: Sequence[int]) -> frozenset[tuple[int, int]]:

@@ -125,6 +125,35 @@ def test_a_tpu_chain_is_one_transfer_that_its_last_fusion_ends() -> None:
     assert list(instructions).index(place[1]) < list(instructions).index(one.done)
 
 
+PAIRS = "_xla_send_recv_source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7}}"
+SENT = "(f32[33554432]{0}, u32[], token[])"
+SEND_RECV = f"""\
+HloModule step, is_scheduled=true, num_partitions=8
+
+ENTRY main {{
+  x = bf16[4096,4096]{{1,0}} parameter(0)
+  shard = f32[33554432]{{0}} parameter(1)
+  tok = token[] after-all()
+  r = {SENT} recv(tok), channel_id=3, frontend_attributes={{{PAIRS}}}
+  s = {SENT} send(shard, tok), channel_id=3, frontend_attributes={{{PAIRS}}}
+  here = (f32[33554432]{{0}}, token[]) recv-done(r), channel_id=3
+  y = bf16[4096,4096]{{1,0}} dot(x, x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT gone = token[] send-done(s), channel_id=3
+}}
+"""
+
+
+def test_what_is_received_is_awaited_where_it_is_used() -> None:
+    """The product stands after the recv-done: nothing hides the transfer, though its send-done comes last."""
+    found = made(SEND_RECV)
+    assert found.analysis is not None
+    (row,) = found.analysis.collectives
+    assert row.time_s
+    line = predicted(found).timeline
+    assert line.step_time_s == pytest.approx(row.time_s + PRODUCT_S, rel=1e-4)
+    assert line.exposed_communication_s == pytest.approx(row.time_s)
+
+
 def time_line(step_s: float | None) -> Prediction:
     entry = PathEntry(name="y", kind="fusion", stream="compute", layer="layers/mlp", axes=None, time_s=1.0)
     block = Block(events=(), duration_s=1.0, compute_s=1.0, communication_s=0.0, exposed_s=0.0, path=())
