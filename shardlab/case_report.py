@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 from shardlab.analysis import Analysis, attribute
 from shardlab.audit import Finding, audit, finding_json
+from shardlab.cost.energy import Energy, step_energy
 from shardlab.cost.flops import Flops, model_flops
 from shardlab.cost.instructions import InstructionCost, StepCost, step_cost
 from shardlab.cost.liveness import temporaries_at_peak
@@ -64,6 +65,7 @@ class CaseReport:
     tier_s: Mapping[str, float] | None = None
     predicted: Prediction | None = None
     mfu: float | None = None
+    energy: Energy | None = None
     findings: tuple[Finding, ...] = ()
     infeasible: str | None = None
     failure: str | None = None
@@ -85,8 +87,7 @@ class CaseReport:
         """Tokens of the global batch per second and device; of a decode step one per sequence."""
         if not self.step_time_s:
             return None
-        tokens = self.case.batch * (1 if self.case.workload == "decode" else self.case.seq)
-        return tokens / self.step_time_s / math.prod(self.case.plan.axes.values())
+        return _tokens(self.case) / self.step_time_s / math.prod(self.case.plan.axes.values())
 
 
 def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
@@ -121,6 +122,7 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
         tier_s=time.tier_s or None,
         predicted=predicted,
         mfu=_mfu(known.model_flops, predicted, machine),
+        energy=_energy(case, predicted, machine),
         findings=audit(part, machine),
         notes=(*known.notes, *_flops_notes(cost.flops), *_prediction_notes(predicted)),
     )
@@ -131,6 +133,19 @@ def _mfu(model: int | None, predicted: Prediction | None, machine: Machine) -> f
     if model is None or predicted is None or not predicted.timeline.step_time_s or peak is None:
         return None
     return model / (predicted.timeline.step_time_s * peak * machine.num_devices)
+
+
+def _tokens(case: Case) -> int:
+    """Of the global batch; of a decode step one per sequence."""
+    return case.batch * (1 if case.workload == "decode" else case.seq)
+
+
+def _energy(case: Case, predicted: Prediction | None, machine: Machine) -> Energy | None:
+    """None without a step time."""
+    step_time_s = predicted.timeline.step_time_s if predicted is not None else None
+    if predicted is None or not step_time_s or predicted.busy_s is None:
+        return None
+    return step_energy(machine, step_time_s, predicted.busy_s / step_time_s, _tokens(case))
 
 
 def unanswered(case: Case, *, infeasible: str | None = None, failure: str | None = None) -> CaseReport:
@@ -211,6 +226,7 @@ def _prediction_json(report: CaseReport) -> Json:
         mfu=report.mfu,
         tokens_per_s_per_device=report.tokens_per_s_per_device,
         communication_by_tier_s=dict(report.tier_s) if report.tier_s else None,
+        **(asdict(report.energy) if report.energy is not None else {}),
     )
     if predicted is None or line is None:
         return members

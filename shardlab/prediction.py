@@ -30,13 +30,14 @@ class Prediction:
     """The timeline of a step, and what its prices rest on (`ComputeTimes.basis`).
 
     error_class: the error measured on this kind of machine, `not validated` where none was. devices: of each
-    of `timeline.stages`, by flattened id, as `0-3,8`.
+    of `timeline.stages`, by flattened id, as `0-3,8`. busy_s: of a step, of the products at the chip's peak.
     """
 
     timeline: Timeline
     basis: tuple[tuple[str, str], ...]
     devices: tuple[str, ...] = ()
     error_class: str = NOT_VALIDATED
+    busy_s: float | None = None
 
 
 def predict(
@@ -61,7 +62,19 @@ def predict(
         device_ranges([device for device, kind in enumerate(kinds) if kind == stage.kind])
         for stage in timeline.stages
     )
-    return Prediction(timeline=timeline, basis=tuple(times.basis.items()), devices=devices)
+    return Prediction(
+        timeline=timeline,
+        basis=tuple(times.basis.items()),
+        devices=devices,
+        busy_s=_busy_s(cost, times),
+    )
+
+
+def _busy_s(cost: StepCost, times: ComputeTimes) -> float | None:
+    """Of the busiest device; None in a loop that cannot be bounded, or where work is not counted."""
+    if cost.flops.unknown or any(row.products and row.executions[1] is None for row in cost.instructions):
+        return None
+    return sum((row.executions[1] or 0) * times.peak_s(row.products) for row in cost.instructions)
 
 
 def kernels(part: Attributed, cost: StepCost, times: ComputeTimes) -> dict[Place, Kernel]:

@@ -122,6 +122,7 @@ def _host_machine(file: MachineFile, spec: str, size: str) -> Machine:
         domains=_domains(file, sizes),
         hosts=hosts,
         power_static_w=file.power_static_w,
+        power_active_w=file.power_active_w,
         price_per_hour_usd=file.price_per_hour_usd,
     )
 
@@ -176,6 +177,7 @@ def _torus_machine(file: MachineFile, torus: Torus, spec: str, size: str) -> Mac
         torus=shape,
         wraps=torus.wraps(shape),
         power_static_w=file.power_static_w,
+        power_active_w=file.power_active_w,
         price_per_hour_usd=file.price_per_hour_usd,
     )
 

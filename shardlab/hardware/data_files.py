@@ -113,6 +113,7 @@ class MachineFile:
     hosts: int | None = None
     chips_per_host: int | None = None
     power_static_w: float | None = None
+    power_active_w: float | None = None
     price_per_hour_usd: float | None = None
     description: str = ""
 

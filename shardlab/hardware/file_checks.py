@@ -16,6 +16,7 @@ _MACHINE: _Fields = {
     "description": (_TEXT, False), "chip": ((str, dict), True), "hosts": (_COUNT, False),
     "chips_per_host": (_COUNT, False), "max_chips_per_host": (_COUNT, True), "source": (_MAP, False),
     "domain": ((list,), True), "torus": (_MAP, False), "power_static_w": (_FIGURE, False),
+    "power_active_w": (_FIGURE, False),
     "price_per_hour_usd": (_FIGURE, False),
 }  # fmt: skip
 _CHIP: _Fields = {

@@ -121,7 +121,8 @@ class Machine:
 
     spec: as the user wrote it (`h100:64x8`, `v5e:16x16*2`, `cpu:8`).
     torus: TPU torus extents of one slice in chips, () otherwise; wraps: which of them have wraparound links.
-    power_static_w, price_per_hour_usd: of one host with its chips, where a source says.
+    power_static_w, power_active_w, price_per_hour_usd: of one host with its chips, where a source says
+    (`cost/energy.py` says what the first two mean).
     """
 
     spec: str
@@ -135,6 +136,7 @@ class Machine:
     emulated: bool = False
     attached: bool = False
     power_static_w: float | None = None
+    power_active_w: float | None = None
     price_per_hour_usd: float | None = None
 
     @property

@@ -175,3 +175,36 @@ def chip_tables(name: str) -> ChipTables | None:
 def _rows(file: str) -> list[dict[str, str]]:
     lines = (MEASURED / file).read_text("utf-8").splitlines()
     return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredPower:
+    """Mean power of a node during training. cooling: `immersion` nodes have no fans, `air` cooled ones do.
+
+    scored: `fitted` for what the machines' figures were taken from, `scored` for what they are held against,
+    `no figures` for chips without any.
+    """
+
+    system: str
+    cooling: str
+    workload: str
+    chip: str
+    nodes: int
+    accelerators: int
+    node_power_w: float
+    step_time_s: float
+    batch: int
+    seq: int
+    scored: str
+    source: str
+
+
+@cache
+def node_powers() -> tuple[MeasuredPower, ...]:
+    """The measured nodes."""
+    numbers: dict[str, type[float]] = {"nodes": int, "accelerators": int, "batch": int, "seq": int}
+    numbers |= {"node_power_w": float, "step_time_s": float}
+    return tuple(
+        MeasuredPower(**{key: numbers.get(key, str)(value) for key, value in row.items()})  # type: ignore[arg-type]
+        for row in _rows("node_power.csv")
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shardlab.case_report import CaseReport
 from shardlab.report.figures import axes_text, percent
 from shardlab.report.page import Column, Line, Table, cell, code
-from shardlab.units import format_seconds
+from shardlab.units import format_count, format_seconds
 
 _CAPTION = "all executions of an instruction together; the entries of the whole path add up to the step"
 
@@ -31,8 +31,21 @@ def step_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
         ("step time", f"{format_seconds(line.step_time_s)} predicted, {predicted.error_class}"),
         ("step is", ", ".join(parts)),
         *((("use", ", ".join(used)),) if used else ()),
+        *energy_facts(report),
         ("prices", prices),
     )
+
+
+def energy_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
+    """Joules and money of a step, where the machine has figures for them."""
+    energy, parts = report.energy, []
+    if energy is not None and energy.energy_j is not None and energy.node_power_w is not None:
+        parts.append(f"{format_count(energy.energy_j, 'J')} per step")
+        parts.append(f"{energy.joules_per_token:.3g} J per token")
+        parts.append(f"{format_count(energy.node_power_w, 'W')} per host")
+    if energy is not None and energy.usd_per_million_tokens is not None:
+        parts.append(f"${energy.usd_per_million_tokens:.3g} per million tokens")
+    return (("energy", ", ".join(parts)),) if parts else ()
 
 
 def path_tables(report: CaseReport, top: int) -> tuple[Table, ...]:
