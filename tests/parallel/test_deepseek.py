@@ -1,16 +1,21 @@
 """DeepSeek's model on eight devices: it trains and decodes as one device does, and moves what it should."""
 
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_plans import compiled_case
 from emulated import PLANS, TENSOR, Rules, case_of, check_equal, inference, plan, step_of
 
+from shardlab.analysis import CollectiveRow, analyze
+from shardlab.errors import Infeasible
 from shardlab.model.experts import Load, moved_against_load
 from shardlab.parallel.optimizer import OptimizerConfig, global_norm, make_optimizer
+from shardlab.spec.case import make_case
 from shardlab.spec.models import LatentAttention, find_model
 from shardlab.spec.params import parameter_table
 from shardlab.spec.plan import Plan, plan_from_text
@@ -132,3 +137,74 @@ def test_decodes_as_one_device() -> None:
     asked = plan(axes, FSDP | EXPERT | TENSOR, {**THREE, "cache": ("tensor",)})
     expected = inference(PLANS["one-device"], DEEPSEEK)
     np.testing.assert_allclose(inference(asked, DEEPSEEK), expected, rtol=1e-4, atol=1e-5)
+
+
+MOE = DEEPSEEK.layers - DEEPSEEK.dense_layers
+WIDE = replace(DEEPSEEK, name="wide-deepseek", embed=128, mlp=128, dense_mlp=256, vocab=512)
+
+
+def data_and_experts(**method: Any) -> Plan:
+    axes, batch = {"data": 2, "expert": 4}, ("data", "expert")
+    return plan(axes, EXPERT, {"batch": batch, "expert": ("expert",)}, **method)
+
+
+def exchanged(slots: int, embed: int, element_bytes: int) -> Fraction:
+    """Bytes per device and pass over the batch, with full remat: in every layer of experts rows go out and
+    answers back, forward, forward again, and backward (GShard, arXiv:2006.16668, section 3.1)."""
+    return MOE * 6 * Fraction(3, 4) * slots * embed * element_bytes
+
+
+def sent(rows: list[CollectiveRow], dtype: str) -> Fraction:
+    """Bytes per device and step of all-to-alls between experts."""
+    found = [r for r in rows if (r.kind, r.axes, r.dtypes) == ("all-to-all", ("expert",), (dtype,))]
+    assert all("layers/moe/experts" in row.layer for row in found)
+    assert all(row.executions[0] == row.executions[1] for row in found)
+    return sum((row.wire_bytes * row.executions[0] for row in found), Fraction(0))
+
+
+def check_absent(rows: list[CollectiveRow]) -> None:
+    """Over the experts' axis neither kernels nor tokens are gathered; the shared expert and the dense layers
+    exchange nothing; and of what goes over data, only gradients are large."""
+    for row in rows:
+        axes = row.axes or ("unknown",)
+        if "expert" in axes:
+            assert row.kind in ("all-to-all", "ragged-all-to-all", "all-reduce"), row
+            assert row.kind != "all-reduce" or "moe/experts" not in row.layer, row
+        if row.kind == "all-to-all":
+            assert "shared" not in row.layer and "dense_layers" not in row.layer, row
+
+
+def test_what_experts_exchange_for_every_microbatch() -> None:
+    """16 sequences of 16 over 8 devices in 2 microbatches: 16 tokens, so 4 · 1.25 · 16 / 8 = 10 slots each.
+    Over data, gradients are reduced once per step."""
+    asked = data_and_experts(experts="capacity 1.25", accumulate=2)
+    step = step_of(case_of(asked, DEEPSEEK))
+    rows = list(
+        analyze(step.function.lower(*step.arguments).compile().as_text(), axes=asked.axes).collectives
+    )
+    assert sent(rows, "f32") == 2 * exchanged(8 * 10, DEEPSEEK.embed, 4)
+    check_absent(rows)
+    over_data = [row for row in rows if row.axes == ("data",)]
+    assert over_data and all(row.kind == "all-reduce" and row.executions == (1, 1) for row in over_data)
+    owned = 3 * MOE * 2 * DEEPSEEK.embed * DEEPSEEK.mlp * 4  # kernels of two experts of eight
+    assert sum(row.wire_bytes for row in over_data) >= owned  # 2 · 1/2 of them
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "machine",
+    [pytest.param("h100:1x8", marks=pytest.mark.gpu), pytest.param("v5e:2x4", marks=pytest.mark.tpu)],
+)
+def test_what_experts_exchange_ahead_of_time(machine: str) -> None:
+    """8 sequences of 256 over 8 devices: 256 tokens, 4 · 1.25 · 256 / 8 = 160 slots per expert, bf16."""
+    asked = data_and_experts(experts="capacity 1.25")
+    program, _ = compiled_case(make_case(asked, WIDE, machine, batch=8, seq=256))
+    rows = list(analyze(program).collectives)
+    assert sent(rows, "bf16") == exchanged(8 * 160, WIDE.embed, 2)
+    check_absent(rows)
+
+
+def test_a_pipeline_has_layers_of_one_kind() -> None:
+    asked = plan({"stage": 2}, {"stage": ("stage",)}, {}, pipeline="1f1b", microbatches=2)
+    with pytest.raises(Infeasible, match="leading dense layers in a pipeline"):
+        make_case(asked, DEEPSEEK, "cpu:2", batch=4, seq=16)
