@@ -100,7 +100,9 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
         program=program,
         memory=fit if fit.peak_bytes is not None else None,
         memory_band=memory_band(program.memory, program.autotuned, _compute_major(machine)),
-        model_flops=model_flops(case.model, case.batch, case.seq, case.workload),
+        model_flops=model_flops(
+            case.model, case.batch, case.seq, case.workload, chunk=case.plan.method.chunk
+        ),
         emulated=machine.emulated,
         notes=_notes(case, program, fit),
     )

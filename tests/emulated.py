@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from shardlab.model.cache import KeysValues, Slots
 from shardlab.parallel.context import in_step_order
 from shardlab.parallel.optimizer import OptimizerConfig
 from shardlab.parallel.pipeline import from_stages
@@ -154,21 +155,48 @@ def curve(case: Case, steps: int = 5, seed: int = 0) -> Sequence[tuple[float, fl
     return points
 
 
-def inference(plan: Plan, model: ModelConfig) -> np.ndarray:
-    """Logits of prefill, then of one decoded token, whose cache is prefill's: [2, B, V], padding left out."""
-    prefill = step_of(case_of(plan, model, workload="prefill"))
+def inference(plan: Plan, model: ModelConfig) -> tuple[np.ndarray, KeysValues]:
+    """Logits of prefill, then of one decoded token, whose cache is prefill's: [2, B, V], padding left out.
+    And the cache."""
+    first, cache = prefilled(plan, model)
     decode = step_of(case_of(plan, model, workload="decode"))
-    params = {
-        path: jax.device_put(array, prefill.arguments[0][path].sharding)
-        for path, array in state_of(case_of(PLANS["one-device"], model)).params.items()
-    }
-    text = np.random.default_rng(0).integers(100, size=prefill.arguments[1].shape, dtype=np.int32)
-    first, cache = prefill.function(params, jax.device_put(text, prefill.arguments[1].sharding))
     cache = jax.tree.map(lambda a, leaf: jax.device_put(a, leaf.sharding), cache, decode.arguments[1])
-    token = jax.device_put(text[:, -1], decode.arguments[2].sharding)
-    position = jax.device_put(jnp.int32(15), decode.arguments[3].sharding)
-    second, _ = decode.function(params, cache, token, position)
-    return np.stack([first, second])[..., : model.vocab]
+    slots = slots_of(decode, PROMPT_BxL[:, -1:], np.full(BATCH, SEQ - 1))
+    second, cache = decode.function(served_params(decode, model), cache, slots)
+    return np.stack([first, second])[..., : model.vocab], jax.tree.map(np.asarray, cache)
+
+
+PROMPT_BxL = np.random.default_rng(0).integers(100, size=(BATCH, SEQ), dtype=np.int32)
+
+
+def prefilled(plan: Plan, model: ModelConfig) -> tuple[np.ndarray, KeysValues]:
+    """The last logits of a prompt [B, V], and its cache."""
+    step = step_of(case_of(plan, model, workload="prefill"))
+    tokens = jax.device_put(in_step_order(PROMPT_BxL, plan), step.arguments[1].sharding)
+    logits, held = step.function(served_params(step, model), tokens)
+    return np.asarray(logits), jax.tree.map(np.asarray, held)
+
+
+def served_params(step: Step, model: ModelConfig) -> dict[str, Any]:
+    """The parameters of seed 0 where the step wants them."""
+    return {
+        path: jax.device_put(array, step.arguments[0][path].sharding)
+        for path, array in params_of(model).items()
+    }
+
+
+@cache
+def params_of(model: ModelConfig) -> dict[str, np.ndarray]:
+    return {path: np.asarray(a) for path, a in state_of(case_of(PLANS["one-device"], model)).params.items()}
+
+
+def slots_of(
+    decode: Step, tokens_BxL: np.ndarray, position_B: np.ndarray, count_B: np.ndarray | None = None
+) -> Slots:
+    """Of a decode step, where it wants them; all tokens are real unless said."""
+    count_B = np.full(len(tokens_BxL), tokens_BxL.shape[1]) if count_B is None else count_B
+    given = Slots(*(np.asarray(a, np.int32) for a in (tokens_BxL, position_B, count_B)))
+    return jax.tree.map(lambda a, leaf: jax.device_put(a, leaf.sharding), given, decode.arguments[2])
 
 
 def trained(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray]]:

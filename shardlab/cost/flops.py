@@ -172,6 +172,7 @@ def model_flops(
     seq: int,
     workload: Literal["train", "prefill", "decode"],
     attention: Literal["causal", "full"] = "causal",
+    chunk: int = 1,
 ) -> int:
     """FLOPs that the model needs for one step of all devices together: no recomputation, no padding, real
     vocabulary.
@@ -179,10 +180,10 @@ def model_flops(
     Per token 2 · (weights in matrix products, head included, embedding lookup not) forward and twice that
     backward; plus 2 · layers · heads · (head_dim + value_dim) per pair of positions that attend, again three
     times that in training. `causal` counts half of the seq² pairs, `full` all (Megatron's convention).
-    Prefill needs the head for one position per sequence. Decode is one new token per sequence that attends to
-    `seq` cached ones; latent attention does so in the latent space, 2 · heads · (2 · kv_rank + rope_dim) per
-    pair (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Experts count as often as a token uses them, and so
-    do shared ones and the router. batch: sequences.
+    Prefill needs the head for one position per sequence. Decode is `chunk` new tokens per sequence, which
+    attend to `seq` cached ones, and the head for one; latent attention does so in the latent space, 2 · heads
+    · (2 · kv_rank + rope_dim) per pair (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Experts count as often
+    as a token uses them, and so do shared ones and the router. batch: sequences.
     Source: the usual 6·N·D, as in PaLM (arXiv:2204.02311, appendix B) with the causal half made explicit.
     """
     layers = sum(stack.layers * _layer_weights(stack.config) for stack in config.stacks)
@@ -191,7 +192,7 @@ def model_flops(
     if workload == "decode":
         if config.latent is not None:
             attend = 2 * config.layers * config.heads * (2 * config.latent.kv_rank + config.latent.rope_dim)
-        return batch * (2 * (layers + head) + attend * seq)
+        return batch * (2 * (layers * chunk + head) + attend * chunk * seq)
     pairs_of_two = seq * seq * (1 if attention == "causal" else 2)
     passes = 3 if workload == "train" else 1
     heads_run = seq if workload == "train" else 1

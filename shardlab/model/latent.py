@@ -11,23 +11,14 @@ Shapes as in layers.py; Q rank of queries, R rank of keys and values, N, P, V th
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from shardlab.model.attention import masked_attention
-from shardlab.model.layers import Norm, Projection, Shape, rotate, weight, write
+from shardlab.model.cache import Caches, KeysValues, Latent
+from shardlab.model.layers import Norm, Projection, Shape, rotate, weight
 from shardlab.model.runtime import Runtime
 from shardlab.spec.models import ModelConfig
-
-
-class Latent(NamedTuple):
-    """What the cache keeps of one layer [B, S, C], or of all layers of a kind [N, B, S, C]: the latent vector
-    and the shared rotated key of each token."""
-
-    latent: jax.Array
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -58,23 +49,21 @@ class MultiHeadLatentAttention(nnx.Module):
         self.output = Projection(values, E, bias=False, rngs=rngs, stack=stack, scale=scale)
 
     def __call__(
-        self, x_BxLxE: jax.Array, position_L: jax.Array, run: Runtime, cache: Latent | None = None
+        self, x_BxLxE: jax.Array, position: jax.Array, run: Runtime, caches: Caches[Latent] | None = None
     ) -> tuple[jax.Array, Latent]:
-        """Attend within the sequence, or from one token to the cache [B, S, C]; returns out_BxLxE and the
-        latents, with a cache those of the cache with the token's own written."""
-        q_BxLxHxD = self._queries(x_BxLxE, position_L, run)
-        latent_BxSxC = self._latents(x_BxLxE, position_L, run)
-        if cache is None:
-            out_BxLxHxV = self._attend(q_BxLxHxD, latent_BxSxC, run)
+        """Attend within the sequence, or to a cache; returns out_BxLxE and the latents, with caches those of
+        all layers with the tokens' own written. position: [L], or [B, L] with caches."""
+        q_BxLxHxD = self._queries(x_BxLxE, position, run)
+        latent_BxLxC = self._latents(x_BxLxE, position, run)
+        if caches is None:
+            out_BxLxHxV, held = self._attend(q_BxLxHxD, latent_BxLxC, run), Latent(latent_BxLxC)
         else:
-            axes = ("batch", "cache", None)
-            latent_BxSxC = write(cache.latent, latent_BxSxC, position_L, axes, run)
-            out_BxLxHxV = self._attend_to_latents(q_BxLxHxD, latent_BxSxC, position_L, run)
+            out_BxLxHxV, held = self._attend_to_latents(q_BxLxHxD, latent_BxLxC, caches, position, run)
         out_BxLxHxV = run.constrain(out_BxLxHxV, ("batch", "seq", "heads", None))
         with jax.named_scope("output"):
-            return self.output(out_BxLxHxV, run), Latent(latent_BxSxC)
+            return self.output(out_BxLxHxV, run), held
 
-    def _queries(self, x_BxLxE: jax.Array, position_L: jax.Array, run: Runtime) -> jax.Array:
+    def _queries(self, x_BxLxE: jax.Array, position: jax.Array, run: Runtime) -> jax.Array:
         """[B, L, H, N + P], the last P numbers of each head rotated."""
         with jax.named_scope("query_down"):
             latent_BxLxQ = run.constrain(self.query_down(x_BxLxE, run), ("batch", "seq", None))
@@ -84,9 +73,9 @@ class MultiHeadLatentAttention(nnx.Module):
             q_BxLxHxD = run.constrain(self.query_up(latent_BxLxQ, run), ("batch", "seq", "heads", None))
         with jax.named_scope("rope"):
             plain, turned = jnp.split(q_BxLxHxD, [self.to.nope_dim], axis=-1)
-            return jnp.concatenate([plain, rotate(turned, position_L, self.rope_theta)], axis=-1)
+            return jnp.concatenate([plain, rotate(turned, position, self.rope_theta)], axis=-1)
 
-    def _latents(self, x_BxLxE: jax.Array, position_L: jax.Array, run: Runtime) -> jax.Array:
+    def _latents(self, x_BxLxE: jax.Array, position: jax.Array, run: Runtime) -> jax.Array:
         """What the cache keeps of each token: [B, L, R + P]."""
         with jax.named_scope("kv_down"):
             both_BxLxC = run.constrain(self.kv_down(x_BxLxE, run), ("batch", "seq", None))
@@ -94,7 +83,7 @@ class MultiHeadLatentAttention(nnx.Module):
         with jax.named_scope("kv_norm"):
             latent_BxLxR = self.kv_norm(latent_BxLxR, run)
         with jax.named_scope("rope"):
-            key_BxLxP = rotate(key_BxLxP[:, :, None], position_L, self.rope_theta)[:, :, 0]
+            key_BxLxP = rotate(key_BxLxP[:, :, None], position, self.rope_theta)[:, :, 0]
         return jnp.concatenate([latent_BxLxR, key_BxLxP], axis=-1)
 
     def _attend(self, q_BxLxHxD: jax.Array, latent_BxLxC: jax.Array, run: Runtime) -> jax.Array:
@@ -109,14 +98,19 @@ class MultiHeadLatentAttention(nnx.Module):
             return run.attention(q_BxLxHxD, k_BxLxHxD, v_BxLxHxV)
 
     def _attend_to_latents(
-        self, q_BxLxHxD: jax.Array, latent_BxSxC: jax.Array, position_L: jax.Array, run: Runtime
-    ) -> jax.Array:
-        """From one token to the cache, in the latent space: out_BxLxHxV (arXiv:2405.04434, section 2.1.2).
+        self,
+        q_BxLxHxD: jax.Array,
+        latent_BxLxC: jax.Array,
+        caches: Caches[Latent],
+        position_BxL: jax.Array,
+        run: Runtime,
+    ) -> tuple[jax.Array, Latent]:
+        """To the cache, in the latent space: out_BxLxHxV and the caches (arXiv:2405.04434, section 2.1.2).
 
         q·(W_k c) = (W_kᵀ q)·c, and Σ p (W_v c) = W_v Σ p c: all heads attend to one key, the latent vector
         with the rotated part, whose first R numbers are the value.
         """
-        R, C = self.to.kv_rank, latent_BxSxC.shape[-1]
+        R, C = self.to.kv_rank, latent_BxLxC.shape[-1]
         with jax.named_scope("kv_up"):
             up_RxHxF = weight(self.kv_up.kernel, run)
             to_keys_RxHxN, to_values_RxHxV = jnp.split(up_RxHxF, [self.to.nope_dim], axis=-1)
@@ -124,9 +118,10 @@ class MultiHeadLatentAttention(nnx.Module):
             q_BxLxHxR = jnp.einsum("blhn,rhn->blhr", plain, to_keys_RxHxN)
         # The scores' scale is that of heads of D, where the kernel sees heads of C.
         q_BxLxHxC = jnp.concatenate([q_BxLxHxR, turned], axis=-1) * (C / self.head_dim) ** 0.5
-        mask_LxS = jnp.arange(latent_BxSxC.shape[1])[None, :] <= position_L[:, None]
-        key_BxSx1xC = latent_BxSxC[:, :, None]
+        one_head = Caches(KeysValues(caches.stack.latent[..., None, :], None), caches.layer)
+        new = KeysValues(latent_BxLxC[:, :, None], None)
         with jax.named_scope("kernel"):
-            out_BxLxHxR = masked_attention(q_BxLxHxC, key_BxSx1xC, key_BxSx1xC[..., :R], mask_LxS)
+            out_BxLxHxR, held = run.cached_attention(q_BxLxHxC, new, one_head, position_BxL, R)
         with jax.named_scope("kv_up"):
-            return jnp.einsum("blhr,rhv->blhv", out_BxLxHxR, to_values_RxHxV)
+            out_BxLxHxV = jnp.einsum("blhr,rhv->blhv", out_BxLxHxR, to_values_RxHxV)
+        return out_BxLxHxV, Latent(held.keys[..., 0, :])

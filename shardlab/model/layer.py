@@ -4,18 +4,17 @@ stream."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
 
+from shardlab.model.cache import Cached, Caches
 from shardlab.model.experts import Load
-from shardlab.model.latent import Latent, MultiHeadLatentAttention
-from shardlab.model.layers import Attention, KeysValues, Mlp, Moe, Norm, Shape
+from shardlab.model.latent import MultiHeadLatentAttention
+from shardlab.model.layers import Attention, Mlp, Moe, Norm, Shape
 from shardlab.model.runtime import Runtime
 from shardlab.spec.models import ModelConfig
-
-# What a layer keeps of a token for later ones.
-Cached = KeysValues | Latent
 
 
 class Layer(nnx.Module):
@@ -36,14 +35,15 @@ class Layer(nnx.Module):
             self.mlp = Mlp(config, rngs=rngs, stack=stack)
 
     def __call__(
-        self, x_BxLxE: jax.Array, position_L: jax.Array, run: Runtime, cache: Cached | None = None
+        self, x_BxLxE: jax.Array, position: jax.Array, run: Runtime, caches: Caches[Any] | None = None
     ) -> tuple[jax.Array, Cached, Load | None]:
-        """Returns the residual stream x_BxLxE, what this layer caches, and the load of its experts."""
+        """Returns the residual stream x_BxLxE, what this layer caches (or the caches of all, written), and
+        the load of its experts."""
         with jax.named_scope("attention_norm"):
             normed = for_products(self.attention_norm(x_BxLxE, run), run)
         attention: Callable[..., tuple[jax.Array, Cached]] = self.attention
         with jax.named_scope("attention"):
-            out_BxLxE, keys_values = attention(normed, position_L, run.within("attention"), cache)
+            out_BxLxE, keys_values = attention(normed, position, run.within("attention"), caches)
         x_BxLxE = residual(x_BxLxE, out_BxLxE, run)
         if hasattr(self, "moe"):
             return self._through_experts(x_BxLxE, keys_values, run)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from shardlab.model.attention import masked_attention
+from shardlab.model.cache import Caches, KeysValues
 from shardlab.model.experts import Kernels, Load, moved_against_load
 from shardlab.model.runtime import Runtime
 from shardlab.spec.models import ModelConfig
@@ -25,14 +24,6 @@ from shardlab.spec.params import LogicalAxes
 Shape = tuple[int, ...]
 # Logical axis -> size, in order; None is an axis that no rule splits.
 Sizes = Mapping[str, int] | Mapping[str | None, int]
-
-
-class KeysValues(NamedTuple):
-    """Keys and values of one layer [B, S, K, D], or of all layers with a leading dimension [N, B, S, K,
-    D]."""
-
-    keys: jax.Array
-    values: jax.Array
 
 
 def parameter(value: jax.Array, axes: LogicalAxes) -> nnx.Param[jax.Array]:
@@ -127,15 +118,17 @@ class Norm(nnx.Module):
         return y.astype(x_BxLxE.dtype)
 
 
-def rotate(x_BxLxHxD: jax.Array, position_L: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions, Hugging Face Llama's convention: dimension d pairs with d + D/2.
+def rotate(x_BxLxHxD: jax.Array, position: jax.Array, theta: float) -> jax.Array:
+    """Rotary positions, Hugging Face Llama's convention: dimension d pairs with d + D/2. position: [L], or
+    [B, L] where sequences differ.
 
     Angle of pair i at position p: p · theta^(-2i/D) (Su et al. 2021, eq. 15; HF `rotate_half`).
     """
     half = x_BxLxHxD.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_1xLx1xF = position_L[None, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle_1xLx1xF), jnp.sin(angle_1xLx1xF)
+    position_BxL = jnp.atleast_2d(position).astype(jnp.float32)
+    angle_BxLx1xF = position_BxL[:, :, None, None] * frequency[None, None, None, :]
+    cos, sin = jnp.cos(angle_BxLx1xF), jnp.sin(angle_BxLx1xF)
     first, second = jnp.split(x_BxLxHxD.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BxLxHxD.dtype)
@@ -157,34 +150,24 @@ class Attention(nnx.Module):
         self.output = Projection(heads, embed, bias=config.bias, rngs=rngs, stack=stack, scale=scale)
 
     def __call__(
-        self,
-        x_BxLxE: jax.Array,
-        position_L: jax.Array,
-        run: Runtime,
-        cache: KeysValues | None = None,
+        self, x_BxLxE: jax.Array, position: jax.Array, run: Runtime, caches: Caches[KeysValues] | None = None
     ) -> tuple[jax.Array, KeysValues]:
-        """Attend within the sequence, or from one token to the cache. Returns out_BxLxE and keys and values.
+        """Attend within the sequence, or to a cache. Returns out_BxLxE and keys and values.
 
-        cache: [B, S, K, D]; with it L is 1, and what is returned is the cache with the token's entry written.
+        position: [L], or [B, L] with caches; what is returned then is those with the tokens' entries
+        written.
         """
-        q_BxLxHxD, new = self._project(x_BxLxE, position_L, run)
-        if cache is None:
+        q_BxLxHxD, new = self._project(x_BxLxE, position, run)
+        if caches is None:
             out_BxLxHxD = self._attend(q_BxLxHxD, new, run)
         else:
-            axes = ("batch", "cache", "kv_heads", None)
-            new = KeysValues(
-                *(write(old, entry, position_L, axes, run) for old, entry in zip(cache, new, strict=True))
-            )
-            mask_1xS = jnp.arange(new.keys.shape[1])[None, :] <= position_L[:, None]
             with jax.named_scope("kernel"):
-                out_BxLxHxD = masked_attention(q_BxLxHxD, new.keys, new.values, mask_1xS)
+                out_BxLxHxD, new = run.cached_attention(q_BxLxHxD, new, caches, position)
         out_BxLxHxD = run.constrain(out_BxLxHxD, ("batch", "seq", "heads", None))
         with jax.named_scope("output"):
             return self.output(out_BxLxHxD, run), new
 
-    def _project(
-        self, x_BxLxE: jax.Array, position_L: jax.Array, run: Runtime
-    ) -> tuple[jax.Array, KeysValues]:
+    def _project(self, x_BxLxE: jax.Array, position: jax.Array, run: Runtime) -> tuple[jax.Array, KeysValues]:
         """Queries [B, L, H, D], and keys and values [B, L, K, D], rotated."""
         with jax.named_scope("query"):
             q_BxLxHxD = run.constrain(self.query(x_BxLxE, run), ("batch", "seq", "heads", None))
@@ -194,8 +177,8 @@ class Attention(nnx.Module):
             v_BxLxKxD = run.constrain(self.value(x_BxLxE, run), ("batch", "kv_seq", "kv_heads", None))
         if self.rope_theta is not None:
             with jax.named_scope("rope"):
-                q_BxLxHxD = rotate(q_BxLxHxD, position_L, self.rope_theta)
-                k_BxLxKxD = rotate(k_BxLxKxD, position_L, self.rope_theta)
+                q_BxLxHxD = rotate(q_BxLxHxD, position, self.rope_theta)
+                k_BxLxKxD = rotate(k_BxLxKxD, position, self.rope_theta)
         return q_BxLxHxD, KeysValues(k_BxLxKxD, v_BxLxKxD)
 
     def _attend(self, q_BxLxHxD: jax.Array, new: KeysValues, run: Runtime) -> jax.Array:
@@ -205,14 +188,6 @@ class Attention(nnx.Module):
             if run.kv_repeats > 1:
                 k, v = (jnp.repeat(a, run.kv_repeats, axis=2) for a in (k, v))
             return run.attention(q_BxLxHxD, k, v)
-
-
-def write(
-    cache: jax.Array, entry: jax.Array, position_1: jax.Array, axes: LogicalAxes, run: Runtime
-) -> jax.Array:
-    """The cache [B, S, …] with one position overwritten by entry [B, 1, …]. axes: of the cache."""
-    updated = jax.lax.dynamic_update_slice_in_dim(cache, entry.astype(cache.dtype), position_1[0], axis=1)
-    return run.constrain(updated, axes)
 
 
 class Mlp(nnx.Module):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from shardlab.model.attention import CausalAttention, reference_attention
+from shardlab.model.cache import CachedAttention, cached_attention
 from shardlab.model.experts import Experts, dropless, grouped_experts
 from shardlab.spec.params import LogicalAxes
 
@@ -46,6 +47,11 @@ def take_rows(table_VxE: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
     return table_VxE.at[tokens_BxL].get(mode="clip")
 
 
+def last_token(x_BxLxE: jax.Array) -> jax.Array:
+    """Of tokens in their natural order, the last: [B, 1, E]."""
+    return x_BxLxE[:, -1:]
+
+
 def project(kernel: jax.Array, axes: LogicalAxes, x: jax.Array, num_inputs: int, run: Runtime) -> jax.Array:
     """x times a kernel over its first `num_inputs` dimensions, both in the compute type.
 
@@ -64,6 +70,7 @@ class Runtime:
     attention: causal attention over a whole sequence. kv_repeats: how often each KV head is repeated before
     it.
     positions: length -> the position of each token, where tokens do not lie in their natural order.
+    cached_attention: of new tokens to a KV cache, which it writes. last_token: that of a prompt.
     constrain: places activations. place_weight: gathers a parameter for use, and places its gradient.
     lookup: the token embedding. experts: what a layer's experts do.
     project: every product with a projection's kernel.
@@ -74,6 +81,8 @@ class Runtime:
     remat: Remat = "full"
     attention: CausalAttention = reference_attention
     kv_repeats: int = 1
+    cached_attention: CachedAttention = cached_attention
+    last_token: Callable[[jax.Array], jax.Array] = last_token
     positions: Callable[[int], jax.Array] | None = None
     constrain: Constrain = keep
     place_weight: Constrain = keep

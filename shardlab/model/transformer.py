@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardlab.model.attention import MASKED
+from shardlab.model.cache import Cached, Caches, Slots, last_of
 from shardlab.model.experts import Load
-from shardlab.model.layer import Cached, Layer, for_products
+from shardlab.model.layer import Layer, for_products
 from shardlab.model.layers import Norm, Projection, parameter, weight
 from shardlab.model.runtime import Runtime, checkpointed
 from shardlab.spec.models import ModelConfig, Stack
@@ -74,18 +75,18 @@ class Transformer(nnx.Module):
         x_BxLxE = self._embed(table_VxE, tokens_BxL, position_L, run)
         x_BxLxE, cache, _ = self._through_layers(x_BxLxE, position_L, run, keep=True)
         assert cache is not None
-        return self._logits(table_VxE, self._final(x_BxLxE, run)[:, -1:], run)[:, 0], cache
+        last_Bx1xE = run.last_token(self._final(x_BxLxE, run))
+        return self._logits(table_VxE, last_Bx1xE, run)[:, 0], cache
 
-    def decode(
-        self, token_B: jax.Array, position: jax.Array, cache: Cache, run: Runtime
-    ) -> tuple[jax.Array, Cache]:
-        """One token at `position` (a scalar) after a cache (see `Cache`): logits [B, V], the new cache."""
-        position_1 = position[None]
+    def decode(self, slots: Slots, cache: Cache, run: Runtime) -> tuple[jax.Array, Cache]:
+        """New tokens of each slot after a cache (see `Cache`): logits of the last [B, V], the new cache."""
+        position_BxL = slots.position[:, None] + jnp.arange(slots.tokens.shape[1])[None]
         table_VxE = self._table(run)
-        x_Bx1xE = self._embed(table_VxE, token_B[:, None], position_1, run)
-        x_Bx1xE, new_cache, _ = self._through_layers(x_Bx1xE, position_1, run, cache=cache, keep=True)
+        x_BxLxE = self._embed(table_VxE, slots.tokens, position_BxL, run)
+        x_BxLxE, new_cache, _ = self._through_layers(x_BxLxE, position_BxL, run, cache=cache)
         assert new_cache is not None
-        return self._logits(table_VxE, self._final(x_Bx1xE, run), run)[:, 0], new_cache
+        last_Bx1xE = last_of(self._final(x_BxLxE, run), slots.count)
+        return self._logits(table_VxE, last_Bx1xE, run)[:, 0], new_cache
 
     def embed(self, tokens_BxL: jax.Array, run: Runtime) -> jax.Array:
         """What the first layer gets: x_BxLxE."""
@@ -113,17 +114,18 @@ class Transformer(nnx.Module):
             return jnp.where(real_V[None, None], logits, MASKED)
 
     def _embed(
-        self, table_VxE: jax.Array, tokens_BxL: jax.Array, position_L: jax.Array, run: Runtime
+        self, table_VxE: jax.Array, tokens_BxL: jax.Array, position: jax.Array, run: Runtime
     ) -> jax.Array:
+        """x_BxLxE of tokens at `position`, [L] or [B, L]."""
         with jax.named_scope("embedding"):
             x_BxLxE = run.lookup(table_VxE, tokens_BxL)
             if self.config.positions == "learned":
                 positions = weight(self.positions.table, run)
-                if run.positions is None:
-                    rows = jax.lax.dynamic_slice_in_dim(positions, position_L[0], position_L.shape[0])
+                if run.positions is None and position.ndim == 1:
+                    rows = jax.lax.dynamic_slice_in_dim(positions, position[0], position.shape[0])[None]
                 else:
-                    rows = positions.at[position_L].get(mode="clip")
-                x_BxLxE = x_BxLxE + rows[None]
+                    rows = positions.at[jnp.atleast_2d(position)].get(mode="clip")
+                x_BxLxE = x_BxLxE + rows
             return run.constrain(x_BxLxE, ("batch", "norm_seq", "embed"))
 
     def _final(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
@@ -133,20 +135,24 @@ class Transformer(nnx.Module):
     def _through_layers(
         self,
         x_BxLxE: jax.Array,
-        position_L: jax.Array,
+        position: jax.Array,
         run: Runtime,
         *,
         cache: Cache | None = None,
         keep: bool = False,
     ) -> tuple[jax.Array, Cache | None, Load | None]:
-        """All layers in turn, what they cache (if keep), and the load of their experts, stacked."""
+        """All layers in turn, what they cache (if keep, or after a cache), and the load of their experts,
+        stacked. position: [L], or [B, L] after a cache."""
         kept: dict[str, Cached] = {}
         load: Load | None = None
         for stack in self.config.stacks:
             layers = getattr(self, stack.name)
             held = cache.get(stack.name) if isinstance(cache, dict) else cache
             with jax.named_scope(stack.name):
-                x_BxLxE, (new, found) = self._through(layers, x_BxLxE, position_L, run, held, keep)
+                if held is not None:
+                    x_BxLxE, kept[stack.name] = self._through_cached(layers, x_BxLxE, position, run, held)
+                    continue
+                x_BxLxE, (new, found) = self._through(layers, x_BxLxE, position, run, keep)
             load = found if found is not None else load
             if new is not None:
                 kept[stack.name] = new
@@ -158,27 +164,51 @@ class Transformer(nnx.Module):
         x_BxLxE: jax.Array,
         position_L: jax.Array,
         run: Runtime,
-        cache: Cached | None,
         keep: bool,
     ) -> tuple[jax.Array, Kept]:
         """The layers of one kind."""
         graph, state = nnx.split(layers if isinstance(layers, Layer) else layers[0])
 
-        def layer(x: jax.Array, inputs: tuple[nnx.State, Cached | None]) -> tuple[jax.Array, Kept]:
-            module = nnx.merge(graph, inputs[0])
-            x, cached, load = module(x, position_L, run, inputs[1])
+        def layer(x: jax.Array, state: nnx.State) -> tuple[jax.Array, Kept]:
+            x, cached, load = nnx.merge(graph, state)(x, position_L, run)
             return x, (cached if keep else None, load)
 
         body = checkpointed(layer, run.remat, in_scan=self.scan_layers)
         if isinstance(layers, Layer):
-            return jax.lax.scan(body, x_BxLxE, (state, cache))
+            return jax.lax.scan(body, x_BxLxE, state)
         kept = []
         for index, module in enumerate(layers):
-            entry = jax.tree.map(lambda a, i=index: a[i], cache)
             with jax.named_scope(str(index)):
-                x_BxLxE, left = body(x_BxLxE, (nnx.split(module)[1], entry))
+                x_BxLxE, left = body(x_BxLxE, nnx.split(module)[1])
             kept.append(left)
         return x_BxLxE, jax.tree.map(lambda *a: jnp.stack(a), *kept)
+
+    def _through_cached(
+        self,
+        layers: Layer | nnx.List[Layer],
+        x_BxLxE: jax.Array,
+        position_BxL: jax.Array,
+        run: Runtime,
+        cache: Cached,
+    ) -> tuple[jax.Array, Cached]:
+        """The layers of one kind, which write and read their cache [N, B, S, …] in place."""
+        if not isinstance(layers, Layer):
+            for index, module in enumerate(layers):
+                with jax.named_scope(str(index)):
+                    x_BxLxE, cache, _ = module(x_BxLxE, position_BxL, run, Caches(cache, jnp.int32(index)))
+            return x_BxLxE, cache
+        graph, state = nnx.split(layers)
+
+        def layer(
+            carry: tuple[jax.Array, Cached], inputs: tuple[nnx.State, jax.Array]
+        ) -> tuple[tuple[jax.Array, Cached], None]:
+            x, cache, _ = nnx.merge(graph, inputs[0])(
+                carry[0], position_BxL, run, Caches(carry[1], inputs[1])
+            )
+            return (x, cache), None
+
+        index_N = jnp.arange(jax.tree.leaves(cache)[0].shape[0], dtype=jnp.int32)
+        return jax.lax.scan(layer, (x_BxLxE, cache), (state, index_N))[0]
 
 
 def _layers(stack: Stack, scan_layers: bool, rngs: nnx.Rngs) -> Layer | nnx.List[Layer]:

@@ -14,10 +14,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from shardlab.errors import Infeasible
+from shardlab.model.cache import Cached, KeysValues, Latent, Slots
 from shardlab.model.experts import balance_term
-from shardlab.model.latent import Latent
-from shardlab.model.layer import Cached
-from shardlab.model.layers import KeysValues
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import (
@@ -40,6 +38,12 @@ from shardlab.parallel.optimizer import (
 )
 from shardlab.parallel.pipeline import Pipeline, to_stages
 from shardlab.parallel.reduction import LossAndGradients, accumulated
+from shardlab.parallel.serving import (
+    CACHE_AXES,
+    in_natural_order,
+    mesh_cached_attention,
+    mesh_last_token,
+)
 from shardlab.parallel.shardings import Shardings, shardings_of
 from shardlab.spec.case import Case
 from shardlab.spec.names import accumulation_notes, reduced_once
@@ -75,8 +79,8 @@ class Step:
     arguments: ShapeDtypeStructs with shardings. notes: what the report must say about how the plan was
     applied.
     train: (TrainState, Batch) -> (TrainState, Metrics), the state donated.
-    prefill: (params, tokens_BxL) -> (logits_BxV, Cache). decode: (params, Cache, token_B,
-    position) -> (logits_BxV, Cache), the cache donated.
+    prefill: (params, tokens_BxL) -> (logits_BxV, Cache). decode: (params, Cache, Slots) ->
+    (logits_BxV, Cache), the cache donated.
     """
 
     function: Any
@@ -169,6 +173,8 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
             attention=attention_on(case.plan, kernel, shardings),
             positions=positions_of(case.plan),
             kv_repeats=kv_repeats(case),
+            cached_attention=mesh_cached_attention(shardings),
+            last_token=mesh_last_token(case.plan, shardings),
             constrain=shardings.constrain,
             place_weight=shardings.place_weight,
             lookup=mesh_lookup(shardings),
@@ -264,7 +270,8 @@ def _prefill_step(setup: _Setup) -> Step:
     """Params in bf16: inference keeps no f32 master copy."""
 
     def prefill(params: Params, tokens_BxL: jax.Array) -> tuple[jax.Array, Cache]:
-        return with_params(setup.model, params).prefill(tokens_BxL, setup.runtime)
+        logits_BxV, cache = with_params(setup.model, params).prefill(tokens_BxL, setup.runtime)
+        return logits_BxV, in_natural_order(setup.case.plan, setup.shardings, cache)
 
     cache = jax.tree.map(lambda leaf: leaf.sharding, _abstract_cache(setup))
     function = jax.jit(prefill, out_shardings=(_logits_sharding(setup), cache))
@@ -273,23 +280,21 @@ def _prefill_step(setup: _Setup) -> Step:
 
 
 def _decode_step(setup: _Setup) -> Step:
-    """One token after a cache of `seq` positions; attention reads the whole cache and is never a fused
-    kernel."""
+    """New tokens of every slot after a cache of `seq` positions, each slot at its own."""
 
-    def decode(
-        params: Params, cache: Cache, token_B: jax.Array, position: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        return with_params(setup.model, params).decode(token_B, position, cache, setup.runtime)
+    def decode(params: Params, cache: Cache, slots: Slots) -> tuple[jax.Array, Cache]:
+        return with_params(setup.model, params).decode(slots, cache, setup.runtime)
 
-    shardings, batch = setup.shardings, (setup.case.batch,)
+    shardings, batch = setup.shardings, setup.case.batch
     cache = _abstract_cache(setup)
     out = (_logits_sharding(setup), jax.tree.map(lambda leaf: leaf.sharding, cache))
-    arguments = (
-        setup.abstract_params(setup.runtime.compute_dtype),
-        cache,
-        jax.ShapeDtypeStruct(batch, jnp.int32, sharding=shardings.activation(batch, ("batch",))),
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=shardings.replicated()),
-    )
+
+    def per_slot(*shape: int) -> jax.ShapeDtypeStruct:
+        axes = ("batch", "seq")[: len(shape)]
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=shardings.activation(shape, axes))
+
+    slots = Slots(per_slot(batch, setup.case.plan.method.chunk), per_slot(batch), per_slot(batch))
+    arguments = (setup.abstract_params(setup.runtime.compute_dtype), cache, slots)
     return Step(
         function=jax.jit(decode, donate_argnums=1, out_shardings=out), arguments=arguments, notes=setup.notes
     )
@@ -307,8 +312,7 @@ def _abstract_cache(setup: _Setup) -> Cache:
         if model.latent is not None:
             width = model.latent.kv_rank + model.latent.rope_dim
             return Latent(struct((layers, batch, seq, width), (None, "batch", "cache", None)))
-        axes = (None, "batch", "cache", "kv_heads", None)
-        keys = struct((layers, batch, seq, model.kv_heads, model.head_dim), axes)
+        keys = struct((layers, batch, seq, model.kv_heads, model.head_dim), CACHE_AXES)
         return KeysValues(keys, keys)
 
     caches = {stack.name: of(stack.layers) for stack in model.stacks}

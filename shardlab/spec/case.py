@@ -17,6 +17,7 @@ from shardlab.spec.params import ParamSpec, parameter_table
 from shardlab.spec.pipeline import layout_of, num_microbatches, obstacles
 from shardlab.spec.plan import Plan
 from shardlab.spec.plan_checks import grid_size
+from shardlab.spec.serving import serving_obstacles
 from shardlab.spec.sharding import (
     ACTIVATION_ARRAYS,
     CACHE_ARRAY,
@@ -70,6 +71,7 @@ class Case(BaseModel):
         found |= experts_obstacles(
             self.model, plan.params_in("moe"), plan.activations, plan.method, self.workload
         )
+        found |= serving_obstacles(plan.method, self.seq, self.workload)
         return found | context_obstacles(plan, self.model, self.seq, self.workload)
 
     def notes(self) -> tuple[str, ...]:
@@ -168,17 +170,17 @@ def _arrays(case: Case) -> Iterator[_Array]:
                 f"optimizer state of {spec.path}",
             )
     extents = _extents(case)
-    for what, axes in _activations(case.workload):
+    for what, axes in _activations(case):
         shape = tuple(extents[axis] if axis is not None else 1 for axis in axes)
         yield shape, axes, case.plan.activations, what
 
 
-def _activations(workload: Workload) -> Iterator[tuple[str, tuple[str | None, ...]]]:
-    """The key activations. A decode step has one token, which no rule splits, and a cache."""
+def _activations(case: Case) -> Iterator[tuple[str, tuple[str | None, ...]]]:
+    """The key activations. A decode step has a cache, and one token per sequence, which no rule splits."""
+    decode, one = case.workload == "decode", case.plan.method.chunk == 1
     for what, axes in ACTIVATION_ARRAYS.items():
-        decode = workload == "decode"
-        yield what, tuple(None if decode and axis in SEQUENCE_AXES else axis for axis in axes)
-    if workload == "decode":
+        yield what, tuple(None if decode and one and axis in SEQUENCE_AXES else axis for axis in axes)
+    if decode:
         yield "KV cache", CACHE_ARRAY
 
 
@@ -188,7 +190,8 @@ def _extents(case: Case) -> dict[str, int]:
     return {
         # What does not divide is reported as a batch that does not divide into microbatches.
         "batch": case.batch // steps if case.batch % steps == 0 else case.batch * steps,
-        **dict.fromkeys((*SEQUENCE_AXES, "cache"), case.seq),
+        **dict.fromkeys(SEQUENCE_AXES, case.plan.method.chunk if case.workload == "decode" else case.seq),
+        "cache": case.seq,
         "embed": model.embed,
         "heads": model.heads,
         "kv_heads": model.kv_heads,

@@ -67,11 +67,10 @@ def context_obstacles(plan: Plan, model: ModelConfig, seq: int, workload: str) -
     if len(split) != CONTEXT_AXES[kind]:
         return {f"context = {kind!r} with seq over {len(split)} mesh axes": f"use {CONTEXT_AXES[kind]}"}
     if workload == "decode":
-        return {f"context = {kind!r} for decode, which has one token": "split cache, with context = 'none'"}
-    if workload == "prefill" and kind != "ulysses":
-        # The cache and the last logits would lie in zig-zag order.
-        return {f"context = {kind!r} for prefill: tokens lie in zig-zag order": "use context = 'ulysses'"}
-    return _head_obstacles(plan, model) | _length_obstacles(plan, seq)
+        axis = ", ".join(f'"{name}"' for name in split)
+        what = f"context = {kind!r} for decode, whose new tokens are not split: their cache is"
+        return {what: f"use context = 'none', and cache = [{axis}] in place of seq in [activations]"}
+    return _head_obstacles(plan, model) | _length_obstacles(plan, seq, workload)
 
 
 def _head_obstacles(plan: Plan, model: ModelConfig) -> dict[str, str]:
@@ -86,10 +85,12 @@ def _head_obstacles(plan: Plan, model: ModelConfig) -> dict[str, str]:
     return {f"{held} over {ulysses} devices ({axis}) by Ulysses": f"nearest size that divides: {nearest}"}
 
 
-def _length_obstacles(plan: Plan, seq: int) -> dict[str, str]:
-    """Zig-zag needs two equal chunks per device of the ring."""
+def _length_obstacles(plan: Plan, seq: int, workload: str) -> dict[str, str]:
+    """Zig-zag needs two equal chunks per device of the ring; to put a cache in order, per device."""
     ways = zigzag_ways(plan)
     step = lcm(2 * ways, ways * ulysses_ways(plan))
+    if workload == "prefill":
+        step = 2 * ways * ulysses_ways(plan)
     if ways == 1 or seq % step == 0:
         return {}
     below, above = seq // step * step, -(-seq // step) * step

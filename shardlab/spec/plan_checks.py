@@ -205,6 +205,8 @@ def method_problems(method: Method, where: Where) -> list[Problem]:
     if method.accumulate < 1:
         what = f"{method.accumulate} microbatches"
         problems.append(Problem(where(("method", "accumulate")), what, "use 1 or more"))
+    if method.chunk < 1:
+        problems.append(Problem(where(("method", "chunk")), f"{method.chunk}", "use 1 or more"))
     return problems
 
 

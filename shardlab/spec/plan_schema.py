@@ -28,6 +28,7 @@ class Method(BaseModel):
     experts: str = "dropless"
     remat: Literal["none", "full", "matmuls", "offload"] = "full"
     attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
+    chunk: int = 1
 
 
 class Check(BaseModel):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from shardlab.model.cache import Latent, Slots
 from shardlab.model.experts import Load, load_of, route, sequence_balance_loss
-from shardlab.model.latent import Latent
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import abstract_model, with_params
@@ -168,7 +168,8 @@ def test_decoding_from_latents_matches_hugging_face() -> None:
             name: Latent(jnp.pad(c.latent, ((0, 0),) * 2 + ((0, 1), (0, 0)))) for name, c in cached.items()
         }
         assert [room.latent.shape for room in rooms.values()] == [(1, 2, 12, 12 + 4), (2, 2, 12, 12 + 4)]
-        return model.decode(tokens[:, -1], jnp.int32(11), rooms, RUN)[0]
+        ones = jnp.ones(len(tokens), jnp.int32)
+        return model.decode(Slots(tokens[:, -1:], 11 * ones, ones), rooms, RUN)[0]
 
     found = jax.jit(last)(tokens)[:, : DEEPSEEK.vocab]
     assert difference(found, golden()["logits"][:, -1]) < TOLERANCE

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from shardlab.model.cache import Slots
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import Params, abstract_model, to_params, with_params
@@ -201,9 +202,10 @@ def test_prefill_then_decode_equals_the_whole_sequence(config: ModelConfig, scan
     last, cache = jax.jit(model.prefill, static_argnums=1)(tokens[:, :9], F32)
     np.testing.assert_allclose(last, truth[:, 8], rtol=1e-4, atol=1e-5)
     cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, 3), (0, 0), (0, 0)]), cache)
-    decode = jax.jit(model.decode, static_argnums=3)
+    decode, ones = jax.jit(model.decode, static_argnums=2), jnp.ones(len(tokens), jnp.int32)
     for position in range(9, 12):
-        logits, cache = decode(tokens[:, position], jnp.int32(position), cache, F32)
+        slots = Slots(tokens[:, position : position + 1], ones * position, ones)
+        logits, cache = decode(slots, cache, F32)
         np.testing.assert_allclose(logits, truth[:, position], rtol=1e-4, atol=1e-5)
 
 

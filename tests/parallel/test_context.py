@@ -172,8 +172,14 @@ def test_zigzag_order_by_hand() -> None:
             "all-gather", {"split": 4}, SMALL, 4, "train", "4 tokens in 8 zig-zag chunks", "divides: 8",
             id="short",
         ),
-        pytest.param("ring", {"split": 4}, SMALL, 16, "prefill", "zig-zag order", "'ulysses'", id="prefill"),
-        pytest.param("ulysses", {"split": 4}, SMALL, 16, "decode", "one token", "split cache", id="decode"),
+        pytest.param(
+            "ring", {"split": 4}, SMALL, 20, "prefill", "20 tokens in 8 zig-zag chunks", "16 or 24",
+            id="prefill",
+        ),
+        pytest.param(
+            "ulysses", {"split": 4}, SMALL, 16, "decode", "new tokens are not split", 'cache = ["split"]',
+            id="decode",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_answered_with_the_nearest(
