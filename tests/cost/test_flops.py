@@ -206,3 +206,15 @@ def test_model_flops_of_inference():
     assert model_flops(LLAMA_70B, 3, 100, "prefill") == prefill
     # Decode: one token a sequence, attending to all 100 cached ones.
     assert model_flops(LLAMA_70B, 3, 100, "decode") == 3 * (2 * (layers + head) + 4 * width * 100)
+
+
+def test_model_flops_of_deepseek():
+    """arXiv:2412.19437: 37B of the 671B parameters are activated for a token; 61 layers of 128 heads, 192 for
+    queries and keys, 128 for values."""
+    activated = (
+        model_flops(find_model("deepseek-v3"), 1, 1000, "train", "full") - 1000**2 * 6 * 61 * 128 * 320
+    )
+    assert round(activated / 6_000 / 1e9) == 37
+    latent = 2 * 61 * 128 * (512 + 64 + 512)
+    step = model_flops(find_model("deepseek-v3"), 1, 1001, "decode")
+    assert step - model_flops(find_model("deepseek-v3"), 1, 1000, "decode") == latent

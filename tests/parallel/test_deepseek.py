@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ from compiled_plans import compiled_case
 from emulated import PLANS, TENSOR, Rules, case_of, check_equal, inference, plan, step_of
 
 from shardlab.analysis import CollectiveRow, analyze
+from shardlab.cost.flops import hardware_flops, model_flops
 from shardlab.errors import Infeasible
+from shardlab.hlo.reader import parse
 from shardlab.model.experts import Load, moved_against_load
 from shardlab.parallel.optimizer import OptimizerConfig, global_norm, make_optimizer
 from shardlab.spec.case import make_case
@@ -208,3 +210,29 @@ def test_a_pipeline_has_layers_of_one_kind() -> None:
     asked = plan({"stage": 2}, {"stage": ("stage",)}, {}, pipeline="1f1b", microbatches=2)
     with pytest.raises(Infeasible, match="leading dense layers in a pipeline"):
         make_case(asked, DEEPSEEK, "cpu:2", batch=4, seq=16)
+
+
+DENSE = replace(
+    DEEPSEEK, name="latent", vocab=128, num_experts=0, shared_experts=0, dense_layers=0, router_bias=False,
+)  # fmt: skip
+# Of one layer: down to 16, up to 8 heads of 12; down to 8 + 4, up to 8 heads of 8 + 8; back to 32; an MLP.
+WEIGHTS = 32 * 16 + 16 * 8 * 12 + 32 * (8 + 4) + 8 * 8 * (8 + 8) + 8 * 8 * 32 + 3 * 32 * 16
+HEAD = 32 * 128
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("workload", "flops"),
+    [
+        # 6·N·D, and of 8 heads and all 16² pairs forward q·k over 12 and p·v over 8, backward twice each.
+        ("train", 16 * (6 * 16 * (2 * WEIGHTS + HEAD) + 2 * 2 * 8 * 16**2 * 3 * (12 + 8))),
+        # One token: in the latent space q·k over 8 + 4 and p·v over 8, for 16 positions.
+        ("decode", 16 * 2 * (2 * WEIGHTS + HEAD + 2 * 8 * 16 * (8 + 4 + 8))),
+    ],
+)
+def test_flops_of_latent_attention_are_closed_forms(workload: Literal["train", "decode"], flops: int) -> None:
+    asked = plan({"data": 1}, {}, {"batch": ("data",)}, remat="none")
+    step = step_of(case_of(asked, DENSE, workload=workload))
+    (module,) = parse(step.function.lower(*step.arguments).compile().as_text())
+    assert hardware_flops(module).total == flops
+    assert model_flops(DENSE, 16, 16, workload, "full") == flops
