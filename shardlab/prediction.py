@@ -9,6 +9,7 @@ from itertools import combinations
 from shardlab.analysis import Attributed, CollectiveRow
 from shardlab.analysis.rows import device_ranges
 from shardlab.attribute.chains import Chains
+from shardlab.attribute.collectives import KINDS
 from shardlab.attribute.edges import CallSite, CallSites
 from shardlab.attribute.members import Members
 from shardlab.cost.compute_time import ComputeTimes, compute_times
@@ -22,6 +23,8 @@ from shardlab.hlo.module import Computation, Instruction, Operand
 
 NOT_VALIDATED = "not validated"
 RENDEZVOUS = "_xla_host_transfer_rendezvous"
+# Entries of the ledger that stand for time: transfers that were not counted, and text that was not read.
+_NOT_TIMED = KINDS | {"custom-call", "dcn-transfer", "host-transfer", "send", "text"}
 _POINT_TO_POINT = frozenset({"send", "collective-permute"})
 
 
@@ -56,6 +59,7 @@ def predict(
         kernels(part, cost, times),
         transfers(part, machine.family),
         slowdown=slowdown,
+        unknown=[entry.name for entry in part.analysis.ledger if entry.what in _NOT_TIMED],
     )
     kinds = part.graph.schedule.kinds
     devices = tuple(

@@ -38,6 +38,24 @@ ENTRY main {{
 PRODUCT_S = 2 * 4096**3 / 780.19e12
 
 
+PAIRS = "_xla_send_recv_source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7}}"
+SENT = "(f32[33554432]{0}, u32[], token[])"
+SEND_RECV = f"""\
+HloModule step, is_scheduled=true, num_partitions=8
+
+ENTRY main {{
+  x = bf16[4096,4096]{{1,0}} parameter(0)
+  shard = f32[33554432]{{0}} parameter(1)
+  tok = token[] after-all()
+  r = {SENT} recv(tok), channel_id=3, frontend_attributes={{{PAIRS}}}
+  s = {SENT} send(shard, tok), channel_id=3, frontend_attributes={{{PAIRS}}}
+  here = (f32[33554432]{{0}}, token[]) recv-done(r), channel_id=3
+  y = bf16[4096,4096]{{1,0}} dot(x, x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT gone = token[] send-done(s), channel_id=3
+}}
+"""
+
+
 def program(text: str = HLO, backend: str = "gpu") -> Program:
     return Program(name="step", backend=backend, hlo_text=text, num_devices=8, mesh={"fsdp": 8})
 
@@ -98,6 +116,15 @@ def test_a_part_that_is_unknown_leaves_the_step_unknown() -> None:
     assert "no step time: how long y takes is not known" in found.notes
 
 
+def test_a_transfer_that_is_not_counted_leaves_the_step_unknown() -> None:
+    """Its size is not in the text; a send to the host goes where no link is known."""
+    unbounded = HLO.replace("f32[33554432]{0} parameter(1)", "f32[?]{0} parameter(1)")
+    to_host = SEND_RECV.replace(f"frontend_attributes={{{PAIRS}}}", "is_host_transfer=true")
+    for text, name in ((unbounded, "ag"), (to_host, "s")):
+        found = predicted(made(text)).timeline
+        assert found.step_time_s is None and name in found.unknown
+
+
 @pytest.mark.parametrize(
     ("text", "machine"), [(HLO, "cpu:8"), (HLO.replace(", is_scheduled=true", ""), "h100:1x8")]
 )
@@ -123,24 +150,6 @@ def test_a_tpu_chain_is_one_transfer_that_its_last_fusion_ends() -> None:
     assert one.asynchronous and one.done is not None
     assert "start" in place[1] and "done" in one.done
     assert list(instructions).index(place[1]) < list(instructions).index(one.done)
-
-
-PAIRS = "_xla_send_recv_source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7}}"
-SENT = "(f32[33554432]{0}, u32[], token[])"
-SEND_RECV = f"""\
-HloModule step, is_scheduled=true, num_partitions=8
-
-ENTRY main {{
-  x = bf16[4096,4096]{{1,0}} parameter(0)
-  shard = f32[33554432]{{0}} parameter(1)
-  tok = token[] after-all()
-  r = {SENT} recv(tok), channel_id=3, frontend_attributes={{{PAIRS}}}
-  s = {SENT} send(shard, tok), channel_id=3, frontend_attributes={{{PAIRS}}}
-  here = (f32[33554432]{{0}}, token[]) recv-done(r), channel_id=3
-  y = bf16[4096,4096]{{1,0}} dot(x, x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
-  ROOT gone = token[] send-done(s), channel_id=3
-}}
-"""
 
 
 def test_what_is_received_is_awaited_where_it_is_used() -> None:

@@ -11,7 +11,7 @@ a computation leaves under way is awaited at its end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shardlab.attribute.calls import CallGraph
@@ -59,11 +59,13 @@ def simulate(
     *,
     slowdown: float = 1.0,
     slow_kind: int = 0,
+    unknown: Sequence[str] = (),
 ) -> Timeline:
     """The timeline of a scheduled module.
 
     kernels, transfers: by the computation and the instruction that the schedule has. slowdown: of the compute
-    of one device of this kind (of `graph.schedule.kinds`), the straggler that all others wait for.
+    of one device of this kind (of `graph.schedule.kinds`), the straggler that all others wait for. unknown:
+    names of what is neither a kernel nor a transfer and takes its time all the same.
     Raises ValueError for a module without a schedule.
     """
     if not module.is_scheduled:
@@ -71,8 +73,8 @@ def simulate(
     walk = Walk(module, graph, kernels, transfers, slowdown, slow_kind)
     roots = {kind: walk.on_kind(kind) for kind in walk.kinds}
     root = max(roots.values(), key=lambda block: (block.duration_s, block.compute_s))
-    unknown = tuple(dict.fromkeys(walk.unknown))
-    known = not unknown
+    missing = tuple(dict.fromkeys((*unknown, *walk.unknown)))
+    known = not missing
     return Timeline(
         step_time_s=root.duration_s if known else None,
         compute_s=root.compute_s if known else None,
@@ -80,7 +82,7 @@ def simulate(
         exposed_communication_s=root.exposed_s if known else None,
         critical_path=tuple(sorted(root.path, key=lambda entry: -entry.time_s)) if known else (),
         root=root,
-        unknown=unknown,
+        unknown=missing,
         stages=tuple(map(_stage_time, roots.items())) if known and len(roots) > 1 else (),
     )
 
