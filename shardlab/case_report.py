@@ -258,6 +258,8 @@ def _compute_json(report: CaseReport) -> Json:
         hbm_read_bytes=cost.read_bytes,
         hbm_written_bytes=cost.written_bytes,
         other_memory_bytes=cost.other_bytes,
+        host_bytes=cost.host_bytes or None,
+        flops_by_dtype=dict(cost.flops.by_dtype) or None,
     )
 
 

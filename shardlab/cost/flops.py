@@ -9,8 +9,9 @@ kernels not at all.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
@@ -40,10 +41,15 @@ class NotCountedWork:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A matrix product, convolution or attention kernel, and the work of one execution."""
+    """A matrix product, convolution or attention kernel, and the work of one execution.
+
+    dtype: of its operands (of the first two, the wider), as the program has them: an f8 product that the
+    compiler widened is bf16. "unknown" where no operand says.
+    """
 
     instruction: Instruction
     work: Work
+    dtype: str = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +68,13 @@ class Products:
 class Flops:
     """FLOPs per device per step; of a conditional the dearest branch. None: in a loop that cannot be bounded.
 
+    by_dtype: the same by the type of the operands (of two, the wider), which decides how fast a chip is.
     unknown: instructions that are not in these numbers. notes: assumptions that are.
     """
 
     matmul: int | None
     attention: int | None
+    by_dtype: Mapping[str, int | None] = field(default_factory=dict, compare=False)
     unknown: tuple[NotCountedWork, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -102,6 +110,7 @@ def find_products(module: Module, graph: CallGraph) -> Products:
 def total_flops(graph: CallGraph, products: Products) -> Flops:
     """The products summed over a step: as often as they run, of a conditional the dearest branch."""
     amounts: dict[str, dict[str, Fraction]] = {}
+    by_type: dict[str, dict[str, Fraction]] = {}
     notes: dict[str, None] = {}
     for name, found in products.by_computation.items():
         done = amounts.setdefault(name, {})
@@ -109,13 +118,20 @@ def total_flops(graph: CallGraph, products: Products) -> Flops:
             done[product.work.kind] = done.get(product.work.kind, Fraction(0)) + product.work.flops
             if product.work.note:
                 notes[product.work.note] = None
+            typed = by_type.setdefault(name, {})
+            typed[product.dtype] = typed.get(product.dtype, Fraction(0)) + product.work.flops
     totals = step_totals(graph, amounts)
     return Flops(
         matmul=_upper(totals, "matmul"),
         attention=_upper(totals, "attention"),
+        by_dtype=_by_dtype(step_totals(graph, by_type)),
         unknown=products.unknown,
         notes=tuple(notes),
     )
+
+
+def _by_dtype(totals: Mapping[str, tuple[Fraction, Fraction | None]]) -> dict[str, int | None]:
+    return {dtype: _upper(totals, dtype) for dtype in sorted(totals)}
 
 
 def _upper(totals: Mapping[str, tuple[Fraction, Fraction | None]], kind: str) -> int | None:
@@ -134,7 +150,7 @@ def _products(computation: Computation, unknown: list[NotCountedWork]) -> Iterat
             unknown.append(NotCountedWork(instruction.name, what, str(reason)))
             continue
         if work is not None:
-            yield Product(instruction, work)
+            yield Product(instruction, work, _dtype(instruction, computation))
 
 
 def _work(instruction: Instruction, computation: Computation) -> Work | None:
@@ -152,6 +168,20 @@ def _work(instruction: Instruction, computation: Computation) -> Work | None:
     if opcode in _OPAQUE_PRODUCTS:
         raise NotCountedError(f"{opcode} is not counted")
     return None
+
+
+def _dtype(instruction: Instruction, computation: Computation) -> str:
+    """Of the operands, not of a kernel's masks and tables: floats where there are any, else integers."""
+    shapes = (_shape_of(use, computation) for use in instruction.operands)
+    arrays = [s.dtype for s in shapes if s is not None and not s.leaves and len(s.dims) > 1]
+    floats = [dtype for dtype in arrays if dtype.startswith(("f", "bf"))]
+    return max((floats or arrays)[:2], key=_bits, default="unknown")
+
+
+def _bits(dtype: str) -> int:
+    """f8e4m3fn -> 8."""
+    digits = re.search(r"[0-9]+", dtype)
+    return int(digits[0]) if digits else 0
 
 
 def _operand(instruction: Instruction, index: int, computation: Computation) -> Shape | None:

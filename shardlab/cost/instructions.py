@@ -23,7 +23,7 @@ from shardlab.cost.products import NotCountedError
 from shardlab.hlo.attributes import computation_names, metadata
 from shardlab.hlo.module import Instruction, Module
 
-_SUMS = ("read", "written", "other", "recompute")
+_SUMS = ("read", "written", "other", "recompute", "host")
 _CLONED = re.compile(r"\.remat[0-9]*(?:\.|$)")
 _MAX_VISITED = 64
 
@@ -76,7 +76,8 @@ class StepCost:
     recompute_flops: the part of the FLOPs that `recompute` instructions do.
     instructions: those that do products or move bytes, in printed order, callers first. not_counted: those
     whose traffic is not in the sums (work that is not: `flops.unknown`). unpriced: computation and name of
-    both. other_bytes: read and written in memory that is not HBM.
+    both. other_bytes: read and written in memory that is not HBM. host_bytes: of those, to and from the host
+    (no network traffic).
     """
 
     flops: Flops
@@ -87,6 +88,7 @@ class StepCost:
     instructions: tuple[InstructionCost, ...]
     not_counted: tuple[NotCountedWork, ...]
     unpriced: frozenset[tuple[str, str]] = frozenset()
+    host_bytes: int | None = 0
 
 
 def step_cost(module: Module, backend: str) -> StepCost:
@@ -99,13 +101,14 @@ def step_cost(module: Module, backend: str) -> StepCost:
     rows = _Rows(module, graph, backend, products.by_computation)
     made = tuple(rows.all())
     totals = step_totals(graph, _amounts(made))
-    read, written, other, again = (_upper(totals.get(key)) for key in _SUMS)
+    read, written, other, again, host = (_upper(totals.get(key)) for key in _SUMS)
     return StepCost(
         flops=total_flops(graph, products),
         recompute_flops=again,
         read_bytes=read,
         written_bytes=written,
         other_bytes=other,
+        host_bytes=host,
         instructions=made,
         not_counted=tuple(rows.not_counted),
         unpriced=frozenset((*products.unknown_places, *rows.unpriced)),
@@ -241,6 +244,7 @@ def _amounts(rows: Sequence[InstructionCost]) -> dict[str, dict[str, Fraction]]:
             sums["read"] += row.traffic.read_bytes
             sums["written"] += row.traffic.written_bytes
             sums["other"] += row.traffic.other_bytes
+            sums["host"] += row.traffic.host_bytes
     return amounts
 
 

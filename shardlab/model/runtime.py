@@ -25,11 +25,14 @@ Constrain = Callable[[jax.Array, LogicalAxes], jax.Array]
 # Rows of a table by index: (table_VxE, tokens_BxL) -> x_BxLxE.
 Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 
+# A product with a projection's kernel: (kernel, its logical axes, x, number of dimensions summed, run) -> y.
+Project = Callable[[jax.Array, LogicalAxes, jax.Array, int, "Runtime"], jax.Array]
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 DROPLESS_ALONE = grouped_experts(dropless)
 
-Remat = Literal["none", "full", "matmuls", "offload"]
+Remat = Literal["none", "full", "selective", "matmuls", "offload"]
 
 # What `Shardings.place_weight` returns carries this name, so that no remat policy keeps gathered weights for
 # the backward pass.
@@ -88,7 +91,7 @@ class Runtime:
     place_weight: Constrain = keep
     lookup: Lookup = take_rows
     experts: Experts = DROPLESS_ALONE
-    project: Callable[[jax.Array, LogicalAxes, jax.Array, int, Runtime], jax.Array] = project
+    project: Project = project
 
     block: Callable[[str], Runtime] | None = None
 
@@ -107,12 +110,16 @@ class Runtime:
 def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function:
     """`function` under the remat policy. in_scan: the loop already keeps XLA from undoing the recomputation.
 
-    Even `none` re-gathers sharded weights in the backward pass, as FSDP does: saved, they would be the whole
-    model.
+    full: keeps the input of each layer. selective: keeps all but what attention's kernel does inside
+    (Korthikanti, arXiv:2205.05198, section 5), which `parallel/training.py` sees to. matmuls: keeps the
+    results of products with weights. offload: keeps those in the host's memory (MaxText's
+    `minimal_offloaded`). Even `none` re-gathers sharded weights in the backward pass, as FSDP does: saved,
+    they would be the whole model.
     """
     policies = jax.checkpoint_policies
     policy = {
         "none": _save_all_but_gathers,
+        "selective": _save_all_but_gathers,
         "full": policies.nothing_saveable,
         "matmuls": policies.dots_with_no_batch_dims_saveable,
         "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),

@@ -45,6 +45,7 @@ from shardlab.parallel.serving import (
     mesh_last_token,
 )
 from shardlab.parallel.shardings import Shardings, shardings_of
+from shardlab.parallel.training import method_notes, training_attention, training_project
 from shardlab.spec.case import Case
 from shardlab.spec.names import accumulation_notes, reduced_once
 from shardlab.spec.params import LogicalAxes, ParamSpec
@@ -170,7 +171,7 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
         return Runtime(
             compute_dtype=compute_dtype,
             remat=case.plan.method.remat,
-            attention=attention_on(case.plan, kernel, shardings),
+            attention=training_attention(case, attention_on(case.plan, kernel, shardings)),
             positions=positions_of(case.plan),
             kv_repeats=kv_repeats(case),
             cached_attention=mesh_cached_attention(shardings),
@@ -180,6 +181,7 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
             lookup=mesh_lookup(shardings),
             experts=mesh_experts(case, shardings, family),
             block=(lambda name: runtime_on(shardings.within(name))) if shardings.blocks else None,
+            project=training_project(case),
         )
 
     return _Setup(
@@ -188,7 +190,7 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
         model=abstract_model(case.model, scan_layers=case.scan_layers),
         shardings=shardings,
         runtime_on=runtime_on,
-        notes=notes + experts_notes(case, family) + order_notes(case.plan),
+        notes=notes + experts_notes(case, family) + order_notes(case.plan) + method_notes(case, family),
     )
 
 

@@ -197,11 +197,8 @@ def grid_size(axes: Mapping[str, int]) -> tuple[str, int]:
 
 
 def method_problems(method: Method, where: Where) -> list[Problem]:
-    """What is not built yet, and numbers that mean nothing."""
+    """Numbers that mean nothing, and methods that exclude each other."""
     problems: list[Problem] = []
-    if method.remat == "offload":
-        fix = 'use "none", "full" or "matmuls"'
-        problems.append(Problem(where(("method", "remat")), "'offload' is not built yet", fix))
     if method.accumulate < 1:
         what = f"{method.accumulate} microbatches"
         problems.append(Problem(where(("method", "accumulate")), what, "use 1 or more"))
@@ -259,6 +256,9 @@ def _pipeline_method_problems(method: Method) -> list[tuple[KeyPath, str, str]]:
     if method.remat != "full":
         what = f"{quoted(method.remat)} with a pipeline, which keeps the inputs of layers and nothing else"
         problems.append((("method", "remat"), what, 'use "full"'))
+    if method.products != "bf16" and method.pipeline == "zb-h1":
+        what = f"{quoted(method.products)}: ZB-H1 splits each backward product in two, in bf16"
+        problems.append((("method", "products"), what, 'use "bf16", or pipeline = "1f1b"'))
     if method.virtual_stages is not None and method.pipeline != "interleaved":
         fix = 'remove it, or use pipeline = "interleaved"'
         problems.append((("method", "virtual_stages"), f"{method.pipeline} has one chunk per stage", fix))

@@ -26,7 +26,8 @@ class Method(BaseModel):
     accumulate: int = 1
     context: Literal["none", "all-gather", "ring", "ulysses", "ring+ulysses"] = "none"
     experts: str = "dropless"
-    remat: Literal["none", "full", "matmuls", "offload"] = "full"
+    remat: Literal["none", "full", "selective", "matmuls", "offload"] = "full"
+    products: Literal["bf16", "fp8", "int8"] = "bf16"
     attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
     chunk: int = 1
 
