@@ -39,6 +39,10 @@ class Quantised(NamedTuple):
     scale: jax.Array
 
 
+# The kernel, the input, and the weight for the input's gradient, placed for use.
+_Saved = tuple[jax.Array, jax.Array, Quantised]
+
+
 def quantised(x: jax.Array, dtype: DTypeLike, shared: Sequence[int] | None = None) -> Quantised:
     """x in `dtype` (int8 or a float8), symmetric around zero: its largest magnitude becomes dtype's largest.
 
@@ -86,17 +90,19 @@ def _product(
 
     @jax.custom_vjp
     def multiply(kernel: jax.Array, x: jax.Array) -> jax.Array:
-        q_x = _quantised_for(x, format, features)
-        return _dot(q_x, weight_in_use(kernel, inputs), features, inputs, run.compute_dtype)
+        return forward(kernel, x)[0]
 
-    def forward(kernel: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return multiply(kernel, x), (kernel, x)
+    def forward(kernel: jax.Array, x: jax.Array) -> tuple[jax.Array, _Saved]:
+        weight = weight_in_use(kernel, inputs)
+        y = _dot(_quantised_for(x, format, features), weight, features, inputs, run.compute_dtype)
+        # No remat policy keeps a gathered weight: one gather serves a recomputed product and the gradient.
+        return y, (kernel, x, weight if format == "fp8" else weight_in_use(kernel, outputs))
 
-    def backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kernel, x = saved
+    def backward(saved: _Saved, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kernel, x, weight = saved
         over = tuple(range(len(tokens), dy.ndim))
         q_dy = quantised(dy, E5M2) if format == "fp8" else _quantised_for(dy, format, over)
-        dx = _dot(q_dy, weight_in_use(kernel, outputs), over, outputs, run.compute_dtype)
+        dx = _dot(q_dy, weight, over, outputs, run.compute_dtype)
         if format == "fp8":
             dw = _dot(quantised(x, E4M3), q_dy, tokens, tokens, run.compute_dtype)
         else:

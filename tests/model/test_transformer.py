@@ -165,7 +165,7 @@ def test_padded_vocabulary_gets_no_probability(config: ModelConfig) -> None:
     assert float(probability[..., : config.vocab].min()) > 0
 
 
-@pytest.mark.parametrize("remat", ["none", "matmuls", "offload"])
+@pytest.mark.parametrize("remat", ["none", "selective", "matmuls", "offload"])
 def test_remat_does_not_change_gradients(remat: Any) -> None:
     params = random_params(LLAMA)
     assert_same(gradients(params, LLAMA, replace(F32, remat=remat)), gradients(params, LLAMA, F32), 1e-5)

@@ -1,0 +1,118 @@
+"""What published training runs use, compiled for real targets: offloaded activations and fp8 products.
+
+Closed forms from the dimensions alone, exact. Nothing here imports from hlo, attribute or cost but what it
+measures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from functools import cache
+
+import pytest
+from compiled_plans import compiled_case
+
+from shardlab.analysis import CollectiveRow, analyze
+from shardlab.cost.instructions import StepCost, step_cost
+from shardlab.hlo.reader import parse
+from shardlab.program import Program
+from shardlab.spec.case import make_case
+from shardlab.spec.models import find_model
+from shardlab.spec.plan import plan_from_text
+
+LAYERS, EMBED, HEADS, HEAD_DIM, MLP, VOCAB = 4, 512, 8, 64, 2_048, 1_024
+MODEL = replace(
+    find_model("llama3-8b"),
+    name="small-llama",
+    layers=LAYERS,
+    embed=EMBED,
+    heads=HEADS,
+    kv_heads=HEADS,
+    head_dim=HEAD_DIM,
+    mlp=MLP,
+    vocab=VOCAB,
+)
+BATCH, SEQ, SHARDS = 16, 2_048, 8
+TOKENS = BATCH * SEQ // SHARDS  # per device
+BF16_BYTES = 2
+PLAN = """\
+on = "{machine}"
+[axes]
+fsdp = 8
+[params]
+embed = ["fsdp"]
+[activations]
+batch = ["fsdp"]
+[method]
+{method}
+"""
+GPU = pytest.param("h100:1x8", marks=pytest.mark.gpu)
+TPU = pytest.param("v5e:2x4", marks=[pytest.mark.tpu, pytest.mark.full])
+
+
+@cache
+def compiled(machine: str, method: str) -> Program:
+    plan = plan_from_text(PLAN.format(machine=machine, method=method))
+    return compiled_case(make_case(plan, MODEL, batch=BATCH, seq=SEQ))[0]
+
+
+def cost_of(program: Program) -> StepCost:
+    (module,) = parse(program.hlo_text)
+    return step_cost(module, program.backend)
+
+
+def offloaded_bytes() -> int:
+    """Results of products with weights that the backward pass needs: query, key, value, attention's output
+    projection, gate and up. That of down only enters a sum. (MaxText's `minimal_offloaded`.)"""
+    return LAYERS * TOKENS * (3 * HEADS * HEAD_DIM + EMBED + 2 * MLP) * BF16_BYTES
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("machine", [GPU, TPU])
+def test_offload_moves_activations_to_the_host_and_back(machine: str) -> None:
+    program = compiled(machine, 'remat = "offload"')
+    assert cost_of(program).host_bytes == 2 * offloaded_bytes()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("machine", [GPU, TPU])
+def test_offload_frees_at_least_what_it_moves(machine: str) -> None:
+    kept, offloaded = (compiled(machine, f'remat = "{remat}"').memory for remat in ("none", "offload"))
+    assert kept is not None and offloaded is not None
+    assert kept.temp_bytes is not None and offloaded.temp_bytes is not None
+    assert kept.temp_bytes - offloaded.temp_bytes >= offloaded_bytes()
+
+
+def kernels() -> int:
+    """Elements of a layer's kernels, without norms."""
+    return 4 * EMBED * HEADS * HEAD_DIM + 3 * EMBED * MLP
+
+
+def gathered(rows: list[CollectiveRow]) -> Fraction:
+    """Bytes per step that layers gather."""
+    chosen = [row for row in rows if row.kind == "all-gather" and row.layer.startswith("layers")]
+    assert all(row.executions[0] == row.executions[1] for row in chosen)
+    return sum((row.wire_bytes * row.executions[0] for row in chosen), Fraction(0))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("machine", [GPU, TPU])
+def test_fp8_products_gather_one_byte_per_weight(machine: str) -> None:
+    """FSDP gathers each layer's kernels twice (forward and backward), in e4m3; and norms, in f32, twice."""
+    program = compiled(machine, 'products = "fp8"')
+    norms = 2 * EMBED * 4
+    expected = Fraction(SHARDS - 1, SHARDS) * LAYERS * 2 * (kernels() + norms)
+    assert gathered(list(analyze(program).collectives)) == expected
+
+
+@pytest.mark.matrix
+@pytest.mark.gpu
+def test_an_h100_multiplies_in_fp8() -> None:
+    """6 FLOPs per weight and token, and 2 again under full remat but for down, whose result only enters a
+    sum. e4m3 alone forward; of a product with gradients the second operand is e5m2, and both are 8 bits."""
+    by_dtype = cost_of(compiled("h100:1x8", 'products = "fp8"')).flops.by_dtype
+    once = 2 * LAYERS * TOKENS * kernels()
+    again = once - 2 * LAYERS * TOKENS * EMBED * MLP
+    in_fp8 = sum(flops or 0 for dtype, flops in by_dtype.items() if dtype.startswith("f8"))
+    assert in_fp8 == 3 * once + again
