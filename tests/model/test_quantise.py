@@ -58,7 +58,9 @@ def test_a_product_and_both_gradients(format: Any) -> None:
     kernel, x, dy = (rng.normal(size=s).astype(np.float32) for s in ((48, 32), (64, 48), (64, 32)))
     x[:, 3] *= 30  # an outlier, which stretches the scale
     run = replace(F32, project=quantised_project(format))
-    y, pull = jax.vjp(lambda k, x: run.project(k, ("embed", "mlp"), x, 1, run), jnp.array(kernel), jnp.array(x))
+    y, pull = jax.vjp(
+        lambda k, x: run.project(k, ("embed", "mlp"), x, 1, run), jnp.array(kernel), jnp.array(x)
+    )
     d_kernel, dx = pull(jnp.array(dy))
     weights, grads = ("e4m3", "e5m2") if format == "fp8" else ("int8", "int8")
     pairs = {
