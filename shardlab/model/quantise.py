@@ -8,11 +8,11 @@
   weight's gradient stays in the compute type (there: `quantization_local_shard_count = 0`). Rounding is to
   nearest, where AQT rounds gradients stochastically.
 
-The head stays in the compute type, as in both; so do norms, embeddings, attention's own products, routers and
-experts' kernels. Weights are quantised where they are stored, so that a gather (FSDP) moves the small type, as
-torchtitan's `enable_fsdp_float8_all_gather` does; they are gathered again for the backward pass. A scale over
-a split dimension costs an all-reduce of its maxima, and so any mesh has the numbers of one device. (torchao
-takes the absmax of activations per rank.)
+The head stays in the compute type, as in both; so do norms, embeddings, attention's own products, routers
+and experts' kernels. Weights are quantised where they are stored, so that a gather (FSDP) moves the small
+type, as torchtitan's `enable_fsdp_float8_all_gather` does; they are gathered again for the backward pass. A
+scale over a split dimension costs an all-reduce of its maxima, and so any mesh has the numbers of one device.
+(torchao takes the absmax of activations per rank.)
 """
 
 from __future__ import annotations

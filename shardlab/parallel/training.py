@@ -19,7 +19,7 @@ def training_project(case: Case) -> Project:
 
 
 def training_attention(case: Case, attention: CausalAttention) -> CausalAttention:
-    """The kernel, which `selective` remat runs again in the backward pass: scores and softmax are not kept."""
+    """The kernel, which `selective` remat runs again in the backward pass: scores are not kept."""
     return jax.checkpoint(attention) if case.plan.method.remat == "selective" else attention
 
 
