@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled_plans import compiled_case
+from compiled_plans import compiled_case, compiled_plan
 from emulated import PLANS, TENSOR, Rules, case_of, check_equal, inference, plan, step_of
 
 from shardlab.analysis import CollectiveRow, analyze
@@ -203,6 +203,16 @@ def test_what_experts_exchange_ahead_of_time(machine: str) -> None:
     program, _ = compiled_case(make_case(asked, WIDE, machine, batch=8, seq=256))
     rows = list(analyze(program).collectives)
     assert sent(rows, "bf16") == exchanged(8 * 160, WIDE.embed, 2)
+    check_absent(rows)
+
+
+@pytest.mark.full
+@pytest.mark.gpu
+def test_what_deepseek_v3_exchanges_on_2048_gpus() -> None:
+    """58 layers; 4,096 tokens per GPU, 8 · 1.25 · 4,096 / 256 = 160 slots for each of 256 experts over 64."""
+    case, program, _ = compiled_plan("h100x2048-fsdp32-expert64-deepseek-v3")
+    rows = list(analyze(program, axes=case.plan.axes).collectives)
+    assert sent(rows, "bf16") == 58 * 6 * Fraction(63, 64) * 160 * 256 * 7_168 * 2
     check_absent(rows)
 
 
