@@ -42,7 +42,8 @@ class _Value:
     """One array in memory. made: the phase of what fills it; used: the last phase that reads it.
 
     start, last: positions in its computation where it is made and last used. changed: whether something
-    wrote into it in place, after the instruction that gave it its memory.
+    wrote into it in place, after the instruction that gave it its memory. room: its bytes where it came from
+    the caller, who counts it: once it is dead, another may have its memory.
     """
 
     size: int
@@ -52,6 +53,7 @@ class _Value:
     last: int = 0
     collective: bool = False
     changed: bool = False
+    room: int = 0
 
     def change(self, phase: str) -> None:
         """What is first written into the memory says what it holds: a loop fills what a broadcast cleared."""
@@ -239,6 +241,8 @@ class _Walk:
         outside = instruction.opcode in ("parameter", "constant") or not is_hbm(leaf, self.backend)
         collective = instruction.opcode.startswith(_COLLECTIVES)
         value = _Value(0 if outside else size, phase, start=position, last=position, collective=collective)
+        if instruction.opcode == "parameter" and self.computation.name != self.module.entry:
+            value.room = size if is_hbm(leaf, self.backend) else 0
         self.made.append(value)
         return value
 
@@ -253,25 +257,27 @@ class _Walk:
         births: dict[int, list[_Value]] = {}
         deaths: dict[int, list[_Value]] = {}
         for value in self.made:
-            if value.size:
+            if value.size or value.room:
                 births.setdefault(value.start, []).append(value)
                 deaths.setdefault(value.last, []).append(value)
         alive = dict.fromkeys(OWNERS, 0)
         best, called = Peak(), self._called(peaks)
         for position, instruction in enumerate(instructions):
             born, dying = births.get(position, []), deaths.get(position, [])
-            shared = _shared(born, dying, position)
+            # What a branch returns lives to its end: it is counted inside, as long as the branch runs.
+            inner = called.get(instruction.name, Peak())
+            best = max(best, _with(alive, inner, instruction.name), key=lambda one: one.total_bytes)
             for value in born:
                 alive[value.owner] += value.size
-            for value in shared:
-                alive[value.owner] -= value.size
-            inner = called.get(instruction.name, Peak())
-            if sum(alive.values()) + inner.total_bytes > best.total_bytes:
-                now = {owner: alive[owner] + inner.by_owner.get(owner, 0) for owner in OWNERS}
-                best = Peak(now, inner.instruction or instruction.name)
+            for new, old in _shared(born, dying, position):
+                alive[old.owner] -= old.size
+                dying.remove(old)
+                if old.room:  # the caller counts it
+                    alive[new.owner] -= new.size
+                    new.size, new.room = 0, old.room
+            best = max(best, _with(alive, Peak(), instruction.name), key=lambda one: one.total_bytes)
             for value in dying:
-                if value not in shared:
-                    alive[value.owner] -= value.size
+                alive[value.owner] -= value.size
         return best
 
     def _called(self, peaks: Mapping[str, Peak]) -> dict[str, Peak]:
@@ -284,13 +290,19 @@ class _Walk:
         return found
 
 
-def _shared(born: Sequence[_Value], dying: Sequence[_Value], position: int) -> list[_Value]:
-    """Dying values whose memory a new one of the same size takes over."""
+def _with(alive: Mapping[str, int], inner: Peak, name: str) -> Peak:
+    """What is alive at the instruction of that name while it runs `inner`."""
+    now = {owner: alive[owner] + inner.by_owner.get(owner, 0) for owner in OWNERS}
+    return Peak(now, inner.instruction or name)
+
+
+def _shared(
+    born: Sequence[_Value], dying: Sequence[_Value], position: int
+) -> Iterator[tuple[_Value, _Value]]:
+    """New values, each with a dying one of the same size whose memory it takes over."""
     free = [value for value in dying if value.start != position]
-    taken = []
     for value in born:
-        match = next((one for one in free if one.size == value.size), None)
+        match = next((one for one in free if value.size and (one.size or one.room) == value.size), None)
         if match is not None:
             free.remove(match)
-            taken.append(match)
-    return taken
+            yield value, match

@@ -54,6 +54,9 @@ def memory_report(memory: Memory | None, refusal: Refusal | None, machine: Machi
     if fits == "no" and machine.chip.family == "tpu":
         # The TPU compiler refuses what does not fit. It compiled this: the listed limit is what is in doubt.
         fits, note = "tight", "the compiler accepted more than the chip's listed memory"
+        if _fits(peak, limit) != "no":
+            sizes = f"{format_bytes(needed)} are reserved, but the compiler's peak is {format_bytes(peak)}"
+            note = f"{sizes}, and it accepted the program"
     elif fits != _fits(peak, limit):
         note = (
             f"{format_bytes(needed)} are reserved: temporaries are one block with gaps, larger than the peak"

@@ -87,6 +87,38 @@ def test_unscheduled_text_has_no_peak() -> None:
     assert peak_of("HloModule m\n\nENTRY e {\n  ROOT p = f32[2]{0} parameter(0)\n}\n") is None
 
 
+BRANCHES = (
+    HEAD
+    + """\
+quiet {
+  ROOT same = f32[256]{0} parameter(0)
+}
+
+busy {
+  sum = f32[256]{0} parameter(0)
+  scratch = f32[512]{0} pad(sum)
+  part = f32[256]{0} slice(scratch)
+  ROOT more = f32[256]{0} add(sum, part)
+}
+
+ENTRY e {
+  p = f32[256]{0} parameter(0)
+  which = s32[] constant(0)
+  sum.0 = f32[256]{0} negate(p)
+  sum.1 = f32[256]{0} conditional(which, sum.0, sum.0), branch_computations={quiet, busy}
+  ROOT r = f32[256]{0} negate(sum.1)
+}
+"""
+)
+
+
+def test_a_branch_hands_back_its_operands_memory_and_its_result_is_counted_once() -> None:
+    # sum.0 (1,024 bytes) becomes `more`, and so sum.1; while `part` is made, `scratch` (2,048) lives as well.
+    peak = peak_of(BRANCHES)
+    assert peak is not None
+    assert (peak.total_bytes, peak.instruction) == (1024 + 2048 + 1024, "part")
+
+
 WIDTH, BATCH, LAYERS = 256, 64, 12
 
 
