@@ -2,21 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from shardlab.model.cache import KeysValues, Slots
+from shardlab.model.experts import balance_term, dropless, grouped_experts, with_capacity
+from shardlab.model.loss import cross_entropy
+from shardlab.model.runtime import Runtime
+from shardlab.model.transformer import abstract_model, with_params
 from shardlab.parallel.context import in_step_order
-from shardlab.parallel.optimizer import OptimizerConfig
+from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer
 from shardlab.parallel.pipeline import from_stages
 from shardlab.parallel.step import Batch, Step, TrainState, build_step, init_state
 from shardlab.spec.case import Case
+from shardlab.spec.experts import capacity_factor
 from shardlab.spec.models import ModelConfig
+from shardlab.spec.pipeline import num_microbatches
 from shardlab.spec.plan import Method, Plan
 
 SMALL = ModelConfig(
@@ -31,6 +39,9 @@ SMALL = ModelConfig(
     context=32,
 )
 GROUPED = replace(SMALL, name="small-grouped", kv_heads=2)
+MIXTURE = replace(
+    SMALL, name="mixture", kv_heads=4, num_experts=8, experts_per_token=2, balance_coefficient=0.02
+)
 BATCH, SEQ = 16, 16
 OPTIMIZER = OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=2, total_steps=20)
 
@@ -64,17 +75,22 @@ def asked(axes: dict[str, int], features: str = "", **method: Any) -> Plan:
     """A plan in which the mesh axes mean what they are called, and features what they are called.
 
     data: the batch. fsdp: the batch and the parameters. tensor: heads, mlp, vocabulary. y: the second axis of
-    2-D tensor parallelism. stage: a pipeline's. Features: zero1, zero2 (over data), seq, vocab (that alone).
+    2-D tensor parallelism. stage: a pipeline's. context, or ring and ulysses: the sequence. expert: the batch
+    and the experts. Features: zero1, zero2 (over data), seq, vocab (that alone).
     """
     embed = tuple(name for name in ("y", "fsdp") if name in axes)
     params: Rules = {"embed": embed} if embed else {}
     if "tensor" in axes:
         params |= {"vocab": ("tensor",)} if "vocab" in features else TENSOR
-    if "stage" in axes:
-        params |= {"stage": ("stage",)}
-    activations: Rules = {"batch": tuple(name for name in ("data", "fsdp") if name in axes)}
+    params |= {name: (name,) for name in ("stage", "expert") if name in axes}
+    activations: Rules = {"batch": tuple(name for name in ("data", "fsdp", "expert") if name in axes)}
+    context = tuple(name for name in ("context", "ring", "ulysses") if name in axes)
+    if context:
+        activations |= {"seq": context}
+    if "expert" in axes:
+        activations |= {"expert": ("expert",)}
     if "seq" in features:
-        activations |= {"norm_seq": ("tensor",)}
+        activations |= {"norm_seq": (*context, "tensor")}
     if "y" in axes:
         activations |= {"embed": ("y",)}
     states: Rules = {"embed": (*embed, "data")} if "zero" in features else {}
@@ -216,10 +232,52 @@ def alone(model: ModelConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return trained(case_of(PLANS["one-device"], model))
 
 
+def mixture_alone(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What `trained` gives, on one device that takes the case's microbatches in turn and in each of them the
+    groups of tokens that the case's devices have; both count for experts: for their balance, and capacity."""
+    plan = case.plan
+    count, tensor = num_microbatches(plan), plan.params.get("mlp", ())
+    split = [plan.activations.get(axis, ()) for axis in ("batch", "norm_seq")]
+    split[1] = split[1] or plan.activations.get("seq", ())
+    groups = [prod(plan.axes[name] for name in axes if name not in tensor) for axes in split]
+    return _mixture_alone(case.model, count, (groups[0], groups[1]), plan.method.experts)
+
+
+@cache
+def _mixture_alone(
+    model: ModelConfig, count: int, groups: tuple[int, int], experts: str
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    case, factor = case_of(PLANS["one-device"], model), capacity_factor(experts)
+    dispatch = dropless if factor is None else with_capacity(factor)
+    run = Runtime(compute_dtype=jnp.float32, experts=grouped_experts(dispatch, groups))
+    gradients_of = jax.jit(jax.value_and_grad(partial(_mixture_loss, model=model, run=run)))
+    params, batch = dict(state_of(case).params), batch_for(step_of(case), case)
+    micro = [jax.tree.map(lambda a, i=i: a[i::count], batch) for i in range(count)]
+    optimizer = make_optimizer(OPTIMIZER, case.parameters())
+    state, points, first = optimizer.init(params), [], {}
+    for _ in range(5):
+        found = [gradients_of(params, one) for one in micro]
+        loss, gradients = jax.tree.map(lambda *parts: sum(parts) / count, *found)
+        norm = np.sqrt(sum(np.sum(np.square(g)) for g in gradients.values()))
+        points.append((float(loss), float(norm)))
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        first = first or {path: np.array(a) for path, a in state[1][0].mu.items()}
+    return np.array(points), first
+
+
+def _mixture_loss(
+    params: dict[str, jax.Array], batch: Batch, *, model: ModelConfig, run: Runtime
+) -> jax.Array:
+    logits, load = with_params(abstract_model(model), params).logits_and_load(batch.tokens, run)
+    assert load is not None
+    return cross_entropy(logits, batch.targets) + balance_term(load, model)
+
+
 def check_equal(case: Case) -> None:
     """Loss and every gradient as on one device, and five optimizer steps stay together."""
     points, gradients = trained(case)
-    expected_points, expected = alone(case.model)
+    expected_points, expected = mixture_alone(case) if case.model.num_experts else alone(case.model)
     np.testing.assert_allclose(points, expected_points, rtol=1e-5)
     assert gradients.keys() == expected.keys()
     for path, gradient in gradients.items():

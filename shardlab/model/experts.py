@@ -170,15 +170,19 @@ def sequence_balance_loss(load: Load, experts_per_token: int) -> jax.Array:
     return num_experts / experts_per_token * jnp.sum(assigned * probability, -1).mean(1).sum()
 
 
-def balance_term(load: Load, config: ModelConfig, over: tuple[str, ...] = ()) -> jax.Array:
+def balance_term(
+    load: Load, config: ModelConfig, over: tuple[str, ...] = (), within: tuple[str, ...] = ()
+) -> jax.Array:
     """What balance adds to the loss of `config`.
 
-    over: the axes of an enclosing shard_map along which other devices have other tokens of the same batch.
-    The loss is linear in the probabilities, so with the assignments averaged over these axes here, its mean
-    over them is the loss of the batch.
+    over: the axes of an enclosing shard_map along which other devices have other tokens of the same batch;
+    within: those of them that have other tokens of the same sequences. The loss is linear in the
+    probabilities, so with the assignments averaged over these axes here, its mean over them is the loss of
+    the batch.
     """
     if config.balance == "sequence":
-        loss = sequence_balance_loss(load, config.experts_per_token)
+        shared = jax.lax.pmean(load.assigned, within) if within else load.assigned
+        loss = sequence_balance_loss(load._replace(assigned=shared), config.experts_per_token)
     else:
         shared = jax.lax.pmean(load.assigned.mean((1, 2)), over) if over else load.assigned
         loss = balance_loss(load._replace(assigned=shared))

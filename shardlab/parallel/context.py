@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ from shardlab.parallel.tiles import (
     triangle,
 )
 from shardlab.spec.context import context_axes, zigzag_order, zigzag_ways
+from shardlab.spec.names import context_split
 from shardlab.spec.plan import Plan
 
 
@@ -76,20 +78,28 @@ def context_attention(plan: Plan, whole: CausalAttention, shardings: Shardings) 
     return attention
 
 
-def positions_of(plan: Plan) -> Callable[[int], jax.Array] | None:
+def positions_of(plan: Plan, shardings: Shardings) -> Callable[[int], jax.Array] | None:
     """Length -> the position of each token in the order of the step's arrays; None where it is the natural.
 
-    By arithmetic on an iota, so that every device makes its own.
+    By arithmetic on an iota, so that every device makes its own. Inside a map that is manual over the axes of
+    context parallelism the length is that of a device's part, and so are the positions.
     """
     ways = zigzag_ways(plan)
+    taken = tuple(axis for axis in context_split(plan) if axis not in shardings.free_axes)
+    parts = prod(plan.axes[axis] for axis in taken)
 
     def positions(length: int) -> jax.Array:
-        half = length // (2 * ways)
-        chunk_L, within_L = jnp.divmod(jnp.arange(length), half)
+        place_L = jnp.arange(length)
+        if taken:
+            place_L = place_L + jax.lax.axis_index(taken) * length
+        if ways == 1:
+            return place_L
+        half = length * parts // (2 * ways)
+        chunk_L, within_L = jnp.divmod(place_L, half)
         share_L, late_L = jnp.divmod(chunk_L, 2)
         return jnp.where(late_L == 1, 2 * ways - 1 - share_L, share_L) * half + within_L
 
-    return positions if ways > 1 else None
+    return positions if ways > 1 or taken else None
 
 
 def in_step_order(tokens_BxL: np.ndarray, plan: Plan) -> np.ndarray:

@@ -58,11 +58,13 @@ def choose_kernel(case: Case, target: str) -> tuple[Kernel, tuple[str, ...]]:
 
 def _unsuited(kernel: str, case: Case, target: str) -> str | None:
     """Why this kernel cannot run this case, None when it can."""
+    if kernel == "blockwise" and case.plan.method.context != "none":
+        return None
     if case.plan.method.context not in ("none", "ulysses"):
         return f"context = {case.plan.method.context!r} merges blocks of keys by itself"
     if kernel == "reference":
         return None
-    if kernel != FUSED_FOR[target]:
+    if kernel not in ("blockwise", FUSED_FOR[target]):
         return f"{kernel} does not run on {target}"
     if case.plan.activations.get("seq") and case.plan.method.context == "none":
         return (

@@ -20,7 +20,7 @@ from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import Params, Transformer
 from shardlab.parallel.reduction import reduced, shardings_inside
 from shardlab.parallel.shardings import Shardings, microbatches
-from shardlab.parallel.stage import LAYERS, StageModel
+from shardlab.parallel.stage import BALANCE, LAYERS, STREAM, StageModel
 from shardlab.parallel.ticks import Executor
 from shardlab.spec.case import Case
 from shardlab.spec.names import reduced_once
@@ -28,8 +28,6 @@ from shardlab.spec.params import ParamSpec
 from shardlab.spec.pipeline import layout_of, schedule_of, stage_axis
 from shardlab.spec.stages import StageLayout
 from shardlab.spec.tick_table import tick_table
-
-STREAM = ("batch", "norm_seq", "embed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +56,7 @@ class Pipeline:
 
     @property
     def data(self) -> tuple[str, ...]:
-        """The batch axes over which gradients are reduced once per step."""
+        """The axes of batch and context over which gradients are reduced once per step."""
         return reduced_once(self.case.plan)
 
     @property
@@ -91,7 +89,7 @@ class Pipeline:
         Parts are the devices along `data`, and along the stages too for what belongs to no layer.
         """
         P = PartitionSpec
-        manual, tokens = (self.axis, *self.data), PartitionSpec(None, self.data or None)
+        manual, tokens = (self.axis, *self.data), self.shardings.manual_tokens(self.data)
         in_layer = {p.path: p.path.startswith(LAYERS) for p in self.case.parameters()}
 
         def run(params: Params, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, Params]:
@@ -121,13 +119,16 @@ class Pipeline:
 
         def place(name: str, array: jax.Array) -> jax.Array:
             if name not in axes:
-                return inside.constrain(array, (*(None,) * (array.ndim - len(STREAM)), *STREAM))
+                stream = STREAM if name == "x" else BALANCE
+                return inside.constrain(array, (*(None,) * (array.ndim - len(stream)), *stream))
             spec = ParamSpec(name, array.shape, axes[name][-array.ndim :])
             return jax.lax.with_sharding_constraint(array, inside.optimizer_state(spec))
 
         run = replace(self.runtime_on(inside), remat="full")
         return Executor(
-            stage=StageModel(model=self.model, run=run, z_loss=self.z_loss),
+            stage=StageModel(
+                model=self.model, run=run, z_loss=self.z_loss, data=self.data, groups=_groups(inside)
+            ),
             table=tick_table(schedule_of(self.case.plan), self.layout),
             axis=self.axis,
             chunk_slots=self.layout.chunk_slots,
@@ -137,6 +138,15 @@ class Pipeline:
             targets=targets,
             place=place,
         )
+
+
+def _groups(inside: Shardings) -> tuple[int, int]:
+    """Over how many devices the axes that the map has left split batch and sequence where experts route."""
+    batch, seq = (
+        prod(inside.mesh.shape[name] for name in inside.activations.get(axis, ()))
+        for axis in ("batch", "norm_seq")
+    )
+    return batch, seq
 
 
 def to_stages(params: Params, case: Case) -> Params:

@@ -72,7 +72,7 @@ def _on_each(loop: LossAndGradients, once: tuple[str, ...], shardings: Shardings
     def run(params: Params, tokens: jax.Array, targets: jax.Array) -> Sums:
         return jax.tree.map(lambda a: a[None], loop(params, tokens, targets))
 
-    tokens = PartitionSpec(None, once)
+    tokens = shardings.manual_tokens(once)
     return jax.shard_map(
         run,
         mesh=shardings.mesh,

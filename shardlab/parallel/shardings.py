@@ -4,7 +4,7 @@ optimizer state and activations on a mesh. What a rule means is decided in `spec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
 import jax
@@ -64,6 +64,11 @@ class Shardings:
             for size, axis in zip(shape, axes, strict=True)
         )
         return self._named(shape, axes, self.activations, f"activation ({', '.join(map(str, axes))})")
+
+    def manual_tokens(self, taken: Container[str]) -> PartitionSpec:
+        """Of microbatches of tokens [count, B, L] entering a map that is manual over these axes."""
+        split = ([n for n in self.activations.get(axis, ()) if n in taken] for axis in ("batch", "seq"))
+        return PartitionSpec(None, *(tuple(names) or None for names in split))
 
     def replicated(self) -> NamedSharding:
         """Of a value that every device holds."""

@@ -3,6 +3,11 @@
 The backward of a layer is written out: `jax.vjp` of the layer alone, from the layer's input. Where a schedule
 splits it, `input_gradient` finds the gradient of the input and, for every product, its two factors; the
 weights' gradients are products of these, which `kernel_gradients` does later.
+
+Where there are experts, the sums that their load-balance loss needs travel with the activation from layer to
+layer, and their gradient comes back with its gradient: the loss of a microbatch is a product of means over
+all layers and data parallel groups, which no stage has alone. An expert's kernels are used in no plain
+product: a split backward finds their gradients with the input's.
 """
 
 from __future__ import annotations
@@ -14,12 +19,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from shardlab.model.experts import Load, balance_term
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime, checkpointed
 from shardlab.model.transformer import Params, Transformer, to_params, with_params
 from shardlab.spec.params import LogicalAxes
 
 LAYERS = "layers/"
+STREAM: LogicalAxes = ("batch", "norm_seq", "embed")
+BALANCE: LogicalAxes = (None, "batch", "norm_seq", None)
+
+
+class Stream(NamedTuple):
+    """What passes from layer to layer: x [B, L, E]; balance: the sums over the layers so far of the experts'
+    load, f32 [2, b, s, X] for b x s groups of tokens (assigned, probability), None without experts."""
+
+    x: jax.Array
+    balance: jax.Array | None = None
 
 
 class Factors(NamedTuple):
@@ -41,48 +57,62 @@ class _Product(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageModel:
-    """The parts of a model, as functions of their parameters. outer: those that belong to no layer."""
+    """The parts of a model, as functions of their parameters. outer: those that belong to no layer.
+
+    data: mesh axes along which devices run this on tokens of their own. groups: over how many devices the
+    rest splits the batch and the sequence of a microbatch.
+    """
 
     model: Transformer
     run: Runtime
     z_loss: float
+    data: tuple[str, ...] = ()
+    groups: tuple[int, int] = (1, 1)
 
-    def embed(self, outer: Params, tokens_BxL: jax.Array) -> jax.Array:
+    def embed(self, outer: Params, tokens_BxL: jax.Array) -> Stream:
         """What the first layer gets."""
-        return self._whole(outer).embed(tokens_BxL, self.run)
+        x_BxLxE = self._whole(outer).embed(tokens_BxL, self.run)
+        if not self.model.config.num_experts:
+            return Stream(x_BxLxE)
+        return Stream(x_BxLxE, jnp.zeros((2, *self.groups, self.model.config.num_experts), jnp.float32))
 
-    def loss(self, outer: Params, x_BxLxE: jax.Array, targets_BxL: jax.Array) -> jax.Array:
+    def loss(self, outer: Params, stream: Stream, targets_BxL: jax.Array) -> jax.Array:
         """Mean loss of what the last layer gives."""
-        logits_BxLxV = self._whole(outer).logits(x_BxLxE, self.run)
-        return cross_entropy(logits_BxLxV, targets_BxL, z_loss=self.z_loss)
+        logits_BxLxV = self._whole(outer).logits(stream.x, self.run)
+        loss = cross_entropy(logits_BxLxV, targets_BxL, z_loss=self.z_loss)
+        if stream.balance is None:
+            return loss
+        config = self.model.config
+        with jax.named_scope("balance"):
+            assigned, probability = stream.balance[:, None] / config.layers
+            return loss + balance_term(Load(assigned, probability, assigned), config, self.data)
 
-    def layer(self, params: Params, x_BxLxE: jax.Array) -> jax.Array:
+    def layer(self, params: Params, stream: Stream) -> Stream:
         """One layer; params by path relative to the layer."""
-        return self._layer(self.run, params, x_BxLxE)
+        return self._layer(self.run, params, stream)
 
-    def forward(self, params: Params, x_BxLxE: jax.Array) -> jax.Array:
+    def forward(self, params: Params, stream: Stream) -> Stream:
         """`layer`, traced as the forward half of a differentiation, which is how its operations are named."""
-        return jax.vjp(self._recomputing(self.layer), params, x_BxLxE)[0]
+        return jax.vjp(self._recomputing(self.layer), params, stream)[0]
 
-    def backward(self, params: Params, x_BxLxE: jax.Array, cotangent: jax.Array) -> tuple[Params, jax.Array]:
+    def backward(self, params: Params, stream: Stream, cotangent: Stream) -> tuple[Params, Stream]:
         """Gradients of the layer's parameters and of its input, from the input and the output's gradient."""
-        return jax.vjp(self._recomputing(self.layer), params, x_BxLxE)[1](cotangent)
+        return jax.vjp(self._recomputing(self.layer), params, stream)[1](cotangent)
 
-    def products(self, params: Params, x: jax.Array) -> tuple[_Product, ...]:
+    def products(self, params: Params, x: Stream) -> tuple[_Product, ...]:
         """The products of a layer, in order; shapes only."""
         recorder = _Recorder(params)
         jax.eval_shape(lambda: self._layer(replace(self.run, project=recorder.look), params, x))
         return tuple(recorder.products)
 
-    def input_gradient(
-        self, params: Params, x: jax.Array, cotangent: jax.Array
-    ) -> tuple[Params, jax.Array, Factors]:
-        """Gradients of norms and biases, of the input, and the factors of the kernels' gradients."""
-        kernels, rest = _split(params)
+    def input_gradient(self, params: Params, x: Stream, cotangent: Stream) -> tuple[Params, Stream, Factors]:
+        """Gradients of norms, biases and experts, of the input, and the factors of the kernels' gradients."""
         products = self.products(params, x)
+        kernels = {product.path: params[product.path] for product in products}
+        rest = {path: array for path, array in params.items() if path not in kernels}
         taps = [jnp.zeros(p.output.shape, p.output.dtype) for p in products]
 
-        def tapped(rest: Params, taps: list[jax.Array], x: jax.Array) -> tuple[jax.Array, Any]:
+        def tapped(rest: Params, taps: list[jax.Array], x: Stream) -> tuple[Stream, Any]:
             recorder = _Recorder(kernels, taps)
             y = self._layer(replace(self.run, project=recorder.add_tap), {**kernels, **rest}, x)
             return y, tuple(recorder.inputs)
@@ -91,7 +121,7 @@ class StageModel:
         small, cotangents, dx = pull(cotangent)
         return small, dx, Factors(inputs, tuple(cotangents))
 
-    def kernel_gradients(self, params: Params, x: jax.Array, factors: Factors) -> Params:
+    def kernel_gradients(self, params: Params, x: Stream, factors: Factors) -> Params:
         """Gradients of the kernels: one product each, nothing is computed again."""
         found = {}
         for product, cotangent in zip(self.products(params, x), factors.cotangents, strict=True):
@@ -108,19 +138,18 @@ class StageModel:
         """The model with these arrays; its layers stay abstract."""
         return with_params(self.model, {**to_params(self.model), **outer})
 
-    def _layer(self, run: Runtime, params: Params, x_BxLxE: jax.Array) -> jax.Array:
+    def _layer(self, run: Runtime, params: Params, stream: Stream) -> Stream:
         layer = with_params(self.model.layers, params)
-        return layer(x_BxLxE, run.positions_of(x_BxLxE.shape[1]), run)[0]
+        x_BxLxE, _, load = layer(stream.x, run.positions_of(stream.x.shape[1]), run)
+        if stream.balance is None:
+            return Stream(x_BxLxE)
+        assert load is not None
+        spread = jnp.stack([load.assigned, load.probability])
+        return Stream(x_BxLxE, stream.balance + run.constrain(spread, BALANCE))
 
     def _recomputing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Under the plan's remat policy; between a forward and its backward only the input is kept anyway."""
         return checkpointed(function, self.run.remat, in_scan=True)
-
-
-def _split(params: Params) -> tuple[Params, Params]:
-    """Kernels, and the rest."""
-    kernels = {path: array for path, array in params.items() if path.endswith("/kernel")}
-    return kernels, {path: array for path, array in params.items() if path not in kernels}
 
 
 @dataclass(slots=True)

@@ -47,7 +47,7 @@ from shardlab.parallel.serving import (
 from shardlab.parallel.shardings import Shardings, shardings_of
 from shardlab.parallel.training import method_notes, training_attention, training_project
 from shardlab.spec.case import Case
-from shardlab.spec.names import accumulation_notes, reduced_once
+from shardlab.spec.names import accumulation_notes, context_split, reduced_once
 from shardlab.spec.params import LogicalAxes, ParamSpec
 from shardlab.spec.pipeline import num_microbatches, pipeline_notes
 
@@ -172,7 +172,7 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
             compute_dtype=compute_dtype,
             remat=case.plan.method.remat,
             attention=training_attention(case, attention_on(case.plan, kernel, shardings)),
-            positions=positions_of(case.plan),
+            positions=positions_of(case.plan, shardings),
             kv_repeats=kv_repeats(case),
             cached_attention=mesh_cached_attention(shardings),
             last_token=mesh_last_token(case.plan, shardings),
@@ -254,11 +254,12 @@ def _loss_and_gradients(setup: _Setup, z_loss: float) -> LossAndGradients:
     def on(shardings: Shardings) -> LossAndGradients:
         run, model = setup.runtime_on(shardings), setup.case.model
         taken = tuple(name for name in setup.case.plan.axes if name not in shardings.free_axes)
+        within = tuple(name for name in context_split(setup.case.plan) if name in taken)
 
         def loss_of(params: Params, tokens: jax.Array, targets: jax.Array) -> jax.Array:
             logits_BxLxV, load = with_params(setup.model, params).logits_and_load(tokens, run)
             loss = cross_entropy(logits_BxLxV, targets, z_loss=z_loss)
-            return loss if load is None else loss + balance_term(load, model, taken)
+            return loss if load is None else loss + balance_term(load, model, taken, within)
 
         return jax.value_and_grad(loss_of)
 

@@ -15,27 +15,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from shardlab.model.transformer import Params
-from shardlab.parallel.stage import LAYERS, Factors, StageModel
+from shardlab.parallel.stage import LAYERS, Factors, StageModel, Stream
 from shardlab.spec.tick_table import Branch, Column, Edges, TickTable, Transfer
 
 Place = Callable[[str, jax.Array], jax.Array]
+Buffer = TypeVar("Buffer")  # an array, or a tuple of arrays with the same leading dimensions
 
 
 class Inbox(NamedTuple):
     """What a stage keeps until its backward: written between ticks, only read by the branches.
 
     A buffer that branches write as well would be copied whole in each of them. stash: the inputs of a
-    chunk's layers [slots, layers, B, L, E]. cotangents: of a chunk's output [slots, B, L, E].
+    chunk's layers [slots, layers, …]. cotangents: of a chunk's output [slots, …].
     """
 
-    stash: jax.Array
-    cotangents: jax.Array
+    stash: Stream
+    cotangents: Stream
 
 
 class Sums(NamedTuple):
@@ -50,18 +51,18 @@ class Sums(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a tick makes beside sums. out [B, L, E]: an activation or a cotangent; inputs [layers, B, L, E]:
-    of the layers that went forward."""
+    """What a tick makes beside sums. out: an activation or a cotangent; inputs [layers, …]: of the layers
+    that went forward."""
 
-    out: jax.Array
-    inputs: jax.Array
+    out: Stream
+    inputs: Stream
 
 
 class Arrived(NamedTuple):
-    """What the neighbours sent at the end of the last tick [B, L, E]; the table says what is to be kept."""
+    """What the neighbours sent at the end of the last tick; the table says what is to be kept."""
 
-    x: jax.Array
-    cotangent: jax.Array
+    stream: Stream
+    cotangent: Stream
 
 
 Carry = tuple[Inbox, Sums, Arrived]
@@ -87,7 +88,7 @@ class Executor:
     """One stage's program. layers: the stage's stacked layer parameters [slots, …] by path; outer: the rest.
 
     tokens, targets: [microbatches, B, L]. chunk_slots: layer slots of a chunk. axis: the mesh axis of the
-    stages. place: pins the stream "stash" or a gradient (by path) to where the plan wants it.
+    stages. place: pins a part of the stream ("x") or a gradient (by path) to where the plan wants it.
     """
 
     stage: StageModel
@@ -131,18 +132,18 @@ class Executor:
         else:
             x = _read(inbox.stash, cell.stash, jnp.int32(0))
 
-        def layer(x: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def layer(x: Stream, i: jax.Array) -> tuple[Stream, Stream]:
             return self.stage.forward(self._layer(cell, i), x), x
 
         with jax.named_scope("layers"):
             x, inputs = jax.lax.scan(layer, x, _count(branch))
         unused = self.chunk_slots - branch.layers
-        inputs = jnp.pad(inputs, ((0, unused), *((0, 0),) * x.ndim))
+        inputs = jax.tree.map(lambda a: jnp.pad(a, ((0, unused), *((0, 0),) * (a.ndim - 1))), inputs)
         if branch.last:
             sums, x = self._loss(cell, sums, x)
         return sums, Made(x, inputs)
 
-    def _loss(self, cell: Cell, sums: Sums, x: jax.Array) -> tuple[Sums, jax.Array]:
+    def _loss(self, cell: Cell, sums: Sums, x: Stream) -> tuple[Sums, Stream]:
         """Head and loss of one microbatch, and the gradient of x."""
         targets = self.targets[cell.microbatch]
         share = 1.0 / self.targets.shape[0]
@@ -154,7 +155,7 @@ class Executor:
     def _backward(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Made]:
         """The layers of a chunk from the last to the first, each from its stashed input."""
 
-        def layer(carry: tuple[Params, jax.Array], i: jax.Array) -> tuple[tuple[Params, jax.Array], None]:
+        def layer(carry: tuple[Params, Stream], i: jax.Array) -> tuple[tuple[Params, Stream], None]:
             gradients, cotangent = carry
             x = _read(inbox.stash, cell.stash, i)
             found, cotangent = self.stage.backward(self._layer(cell, i), x, cotangent)
@@ -167,13 +168,13 @@ class Executor:
 
     def _input_gradient(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Made]:
         """As `_backward`, but the kernels' gradients stay undone: their factors are kept."""
-        Loop = tuple[Params, Factors, jax.Array]
+        Loop = tuple[Params, Factors, Stream]
 
         def layer(carry: Loop, i: jax.Array) -> tuple[Loop, None]:
             gradients, pairs, cotangent = carry
             x = _read(inbox.stash, cell.stash, i)
             found, cotangent, factors = self.stage.input_gradient(self._layer(cell, i), x, cotangent)
-            pairs = jax.tree.map(lambda kept, new: _write(kept, new, cell.pair, i), pairs, factors)
+            pairs = _write(pairs, factors, cell.pair, i)
             return (self._added(gradients, found, cell, i), pairs, cotangent), None
 
         start = (sums.gradients, sums.pairs, _read(inbox.cotangents, cell.cotangent))
@@ -186,8 +187,8 @@ class Executor:
         """The kernels' gradients of a chunk."""
 
         def layer(gradients: Params, i: jax.Array) -> tuple[Params, None]:
-            factors = jax.tree.map(lambda kept: _read(kept, cell.pair, i), sums.pairs)
-            found = self.stage.kernel_gradients(self._layer(cell, i), inbox.cotangents[0], factors)
+            factors = _read(sums.pairs, cell.pair, i)
+            found = self.stage.kernel_gradients(self._layer(cell, i), _first(inbox.cotangents), factors)
             return self._added(gradients, found, cell, i), None
 
         with jax.named_scope("layers"):
@@ -195,7 +196,7 @@ class Executor:
         return sums._replace(gradients=gradients), _made(inbox)
 
     def _embedding(
-        self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums, cotangent: jax.Array
+        self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums, cotangent: Stream
     ) -> tuple[Sums, Made]:
         """The first chunk ends its backward in the embedding."""
         if branch.first:
@@ -204,7 +205,7 @@ class Executor:
             sums = sums._replace(gradients=self._added(sums.gradients, found))
         return sums, _made(inbox, cotangent)
 
-    def _exchange(self, out: jax.Array, tick: jax.Array) -> Arrived:
+    def _exchange(self, out: Stream, tick: jax.Array) -> Arrived:
         """Pass what this tick made to the neighbours."""
         moves = [lambda x, t=t: _moved(x, self.axis, t) for t in self.table.transfers]
         with jax.named_scope("pipeline"):
@@ -242,26 +243,40 @@ class Executor:
             pairs = jax.eval_shape(self.stage.input_gradient, layer, x, x)[2]
         slots, stack = self.table, (self.table.pair_slots, self.chunk_slots)
         inbox = Inbox(
-            self.place("stash", jnp.zeros((slots.stash_slots, self.chunk_slots, *x.shape), x.dtype)),
-            self.place("cotangents", jnp.zeros((slots.cotangent_slots, *x.shape), x.dtype)),
+            self._zeros(x, slots.stash_slots, self.chunk_slots), self._zeros(x, slots.cotangent_slots)
         )
         gradients = {
             path: self.place(path, jnp.zeros_like(a)) for path, a in {**self.layers, **self.outer}.items()
         }
         pairs = jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), pairs)
-        nothing = self.place("arrived", jnp.zeros(x.shape, x.dtype))
+        nothing = self._zeros(x)
         return inbox, Sums(gradients, jnp.zeros((), jnp.float32), pairs), Arrived(nothing, nothing)
 
+    def _zeros(self, like: Stream, *leading: int) -> Stream:
+        """A buffer of streams, where it lives."""
 
-def _made(inbox: Inbox, out: jax.Array | None = None) -> Made:
+        def zeros(name: str, leaf: jax.ShapeDtypeStruct | None) -> jax.Array | None:
+            return None if leaf is None else self.place(name, jnp.zeros((*leading, *leaf.shape), leaf.dtype))
+
+        return Stream(*(zeros(name, leaf) for name, leaf in zip(Stream._fields, like, strict=True)))
+
+
+def _made(inbox: Inbox, out: Stream | None = None) -> Made:
     """What a tick makes that goes through no layer forward."""
-    return Made(jnp.zeros_like(inbox.cotangents[0]) if out is None else out, jnp.zeros_like(inbox.stash[0]))
+    nothing, inputs = (
+        jax.tree.map(jnp.zeros_like, _first(buffer)) for buffer in (inbox.cotangents, inbox.stash)
+    )
+    return Made(nothing if out is None else out, inputs)
+
+
+def _first(buffer: Buffer) -> Buffer:
+    return jax.tree.map(lambda a: a[0], buffer)
 
 
 def _received(inbox: Inbox, arrived: Arrived, cell: Cell) -> Inbox:
     """The inbox with what has arrived, where the table says."""
     return Inbox(
-        stash=_keep(inbox.stash, arrived.x, cell.receive_stash, jnp.int32(0)),
+        stash=_keep(inbox.stash, arrived.stream, cell.receive_stash, jnp.int32(0)),
         cotangents=_keep(inbox.cotangents, arrived.cotangent, cell.receive_cotangent),
     )
 
@@ -282,34 +297,42 @@ def _lookup(column: Column, tick: jax.Array, stage: jax.Array) -> jax.Array:
     return jnp.asarray(column, jnp.int32)[tick, stage]
 
 
-def _read(buffer: jax.Array, *index: jax.Array) -> jax.Array:
+def _read(buffer: Buffer, *index: jax.Array) -> Buffer:
     """buffer[index], one entry of the leading dimensions."""
-    sizes = (1,) * len(index) + buffer.shape[len(index) :]
-    start = (*index, *(jnp.int32(0),) * (buffer.ndim - len(index)))
-    return jax.lax.dynamic_slice(buffer, start, sizes).reshape(buffer.shape[len(index) :])
+
+    def read(array: jax.Array) -> jax.Array:
+        sizes = (1,) * len(index) + array.shape[len(index) :]
+        start = (*index, *(jnp.int32(0),) * (array.ndim - len(index)))
+        return jax.lax.dynamic_slice(array, start, sizes).reshape(array.shape[len(index) :])
+
+    return jax.tree.map(read, buffer)
 
 
-def _write(buffer: jax.Array, value: jax.Array, *index: jax.Array) -> jax.Array:
+def _write(buffer: Buffer, value: Buffer, *index: jax.Array) -> Buffer:
     """The buffer with one entry of the leading dimensions replaced."""
-    start = (*index, *(jnp.int32(0),) * value.ndim)
-    return jax.lax.dynamic_update_slice(
-        buffer, value.astype(buffer.dtype).reshape((1,) * len(index) + value.shape), start
-    )
+
+    def write(array: jax.Array, entry: jax.Array) -> jax.Array:
+        start = (*index, *(jnp.int32(0),) * entry.ndim)
+        entry = entry.astype(array.dtype).reshape((1,) * len(index) + entry.shape)
+        return jax.lax.dynamic_update_slice(array, entry, start)
+
+    return jax.tree.map(write, buffer, value)
 
 
-def _keep(buffer: jax.Array, value: jax.Array, slot: jax.Array, *index: jax.Array) -> jax.Array:
+def _keep(buffer: Buffer, value: Buffer, slot: jax.Array, *index: jax.Array) -> Buffer:
     """`_write`, unless the slot is -1: then nothing has arrived."""
     at = (jnp.maximum(slot, 0), *index)
-    return _write(buffer, jnp.where(slot >= 0, value, _read(buffer, *at)), *at)
+    kept = jax.tree.map(lambda new, old: jnp.where(slot >= 0, new, old), value, _read(buffer, *at))
+    return _write(buffer, kept, *at)
 
 
-def _moved(x: jax.Array, axis: str, transfer: Transfer) -> Arrived:
+def _moved(out: Stream, axis: str, transfer: Transfer) -> Arrived:
     """In one permute where nobody sends or gets twice: what arrives is then one thing or the other."""
     if transfer.is_permutation:
-        arrived = _permute(x, axis, transfer.forward + transfer.backward)
+        arrived = _permute(out, axis, transfer.forward + transfer.backward)
         return Arrived(arrived, arrived)
-    return Arrived(_permute(x, axis, transfer.forward), _permute(x, axis, transfer.backward))
+    return Arrived(_permute(out, axis, transfer.forward), _permute(out, axis, transfer.backward))
 
 
-def _permute(x: jax.Array, axis: str, edges: Edges) -> jax.Array:
-    return jax.lax.ppermute(x, axis, edges) if edges else jnp.zeros_like(x)
+def _permute(out: Stream, axis: str, edges: Edges) -> Stream:
+    return jax.tree.map(lambda a: jax.lax.ppermute(a, axis, edges) if edges else jnp.zeros_like(a), out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -13,6 +13,7 @@ from shardlab.hardware.machine import Machine
 from shardlab.spec.context import context_obstacles, ulysses_kv_note
 from shardlab.spec.experts import experts_obstacles
 from shardlab.spec.models import ModelConfig, find_model
+from shardlab.spec.nearest import Array, nearest_size
 from shardlab.spec.params import ParamSpec, parameter_table
 from shardlab.spec.pipeline import layout_of, num_microbatches, obstacles
 from shardlab.spec.plan import Plan
@@ -132,12 +133,15 @@ def default_batch(plan: Plan) -> int:
 def check_feasible(case: Case) -> None:
     """Raises Infeasible, with every reason, when an array cannot be split as the rules say."""
     found = case.obstacles()
-    for shape, axes, rules, what in () if found else _arrays(case):
+    arrays = [] if found else list(_arrays(case))
+    for array in arrays:
+        shape, axes, rules, what = array
         try:
             array_sharding(shape, axes, rules, case.plan.axes, what=what)
         except Infeasible as error:
             # Many arrays share a dimension: one reason each, named after the first array.
-            found.setdefault(error.reason.rpartition(" in ")[0] or error.reason, error.nearest)
+            nearest = nearest_size(array, arrays, case.plan.axes) or error.nearest
+            found.setdefault(error.reason.rpartition(" in ")[0] or error.reason, nearest)
     _check_sizes(case, found)
     if found:
         raise Infeasible("; ".join(found), "; ".join(dict.fromkeys(filter(None, found.values()))))
@@ -145,18 +149,19 @@ def check_feasible(case: Case) -> None:
 
 def _check_sizes(case: Case, found: dict[str, str]) -> None:
     count, context = num_microbatches(case.plan), case.model.context
-    if case.workload == "train" and case.batch % count:
-        near = -(-case.batch // count) * count
-        found[f"{case.batch} sequences in {count} microbatches"] = f"nearest batch that divides: {near}"
+    split = case.plan.activations.get("batch", ())
+    step = count * num_ways(split, case.plan.axes)
+    if case.workload == "train" and count > 1 and case.batch % step:
+        over = f" over {step // count} devices ({' x '.join(split)})" if step > count else ""
+        below, above = case.batch // step * step, -(-case.batch // step) * step
+        near = f"nearest batch that divides: {f'{below} or {above}' if below else above}"
+        found[f"{case.batch} sequences in {count} microbatches{over}"] = near
     if case.seq > context and case.model.positions == "learned":
         reason = f"{case.seq} tokens with {context} learned positions ({case.model.name})"
         found[reason] = f"seq at most {context}"
 
 
-_Array = tuple[tuple[int, ...], tuple[str | None, ...], Mapping[str, tuple[str, ...]], str]
-
-
-def _arrays(case: Case) -> Iterator[_Array]:
+def _arrays(case: Case) -> Iterator[Array]:
     """Every array that the rules split: parameters, their optimizer state, the key activations."""
     train = case.workload == "train"
     for spec in case.parameters():
@@ -187,9 +192,10 @@ def _activations(case: Case) -> Iterator[tuple[str, tuple[str | None, ...]]]:
 def _extents(case: Case) -> dict[str, int]:
     """How long each logical axis of the activations is, in one microbatch."""
     model, steps = case.model, num_microbatches(case.plan) if case.workload == "train" else 1
+    batch = case.plan.activations.get("batch", ())
     return {
         # What does not divide is reported as a batch that does not divide into microbatches.
-        "batch": case.batch // steps if case.batch % steps == 0 else case.batch * steps,
+        "batch": case.batch if steps == 1 else num_ways(batch, case.plan.axes),
         **dict.fromkeys(SEQUENCE_AXES, case.plan.method.chunk if case.workload == "decode" else case.seq),
         "cache": case.seq,
         "embed": model.embed,

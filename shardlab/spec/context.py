@@ -8,7 +8,7 @@ mesh axes of `seq`, the first (major) is the ring's, the second (minor) is Ulyss
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import lcm
+from math import gcd, lcm
 
 from shardlab.spec.models import ModelConfig
 from shardlab.spec.plan import Plan
@@ -70,18 +70,22 @@ def context_obstacles(plan: Plan, model: ModelConfig, seq: int, workload: str) -
         axis = ", ".join(f'"{name}"' for name in split)
         what = f"context = {kind!r} for decode, whose new tokens are not split: their cache is"
         return {what: f"use context = 'none', and cache = [{axis}] in place of seq in [activations]"}
-    return _head_obstacles(plan, model) | _length_obstacles(plan, seq, workload)
+    if plan.method.pipeline != "none" and kind.startswith("ring"):
+        return {
+            f"context = {kind!r} in a pipeline, whose stages reach no hop together": "all-gather, or ulysses"
+        }
+    return _head_obstacles(plan, model, seq) | _length_obstacles(plan, seq, workload)
 
 
-def _head_obstacles(plan: Plan, model: ModelConfig) -> dict[str, str]:
-    """Ulysses splits heads over its axis, beside tensor parallelism."""
+def _head_obstacles(plan: Plan, model: ModelConfig, seq: int) -> dict[str, str]:
+    """Ulysses splits heads over its axis, beside tensor parallelism; as nearest, what divides seq too."""
     ulysses = ulysses_ways(plan)
     tensor = num_ways(plan.activations.get("heads", ()), plan.axes)
     if ulysses == 1 or model.heads % tensor or model.heads % (tensor * ulysses) == 0:
         return {}
     held = f"{model.heads // tensor} heads" + (f" (of {model.heads}, tensor {tensor})" if tensor > 1 else "")
     axis = plan.activations["seq"][-1]
-    nearest = nearest_divisor(model.heads // tensor, ulysses)
+    nearest = nearest_divisor(gcd(model.heads // tensor, max(seq // zigzag_ways(plan), 1)), ulysses)
     return {f"{held} over {ulysses} devices ({axis}) by Ulysses": f"nearest size that divides: {nearest}"}
 
 

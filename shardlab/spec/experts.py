@@ -73,11 +73,11 @@ def experts_obstacles(
             return {}
         return {f"experts = {method.experts!r} for a model without experts": "leave experts out"}
     found = {}
-    if method.pipeline != "none":
-        found[f"experts in a pipeline ({method.pipeline})"] = "use pipeline = 'none'"
-        if model.dense_layers:
-            what = f"{model.dense_layers} leading dense layers in a pipeline, whose layers are of one kind"
-            found[what] = "use pipeline = 'none'"
+    if method.pipeline != "none" and model.dense_layers:
+        what = f"{model.dense_layers} leading dense layers in a pipeline, whose layers are of one kind"
+        found[what] = "use pipeline = 'none'"
+    if method.pipeline != "none" and (model.router_bias or model.balance == "sequence"):
+        found["balance by sequence or by biases in a pipeline"] = "use pipeline = 'none'"
     if workload == "decode":
         alike = [a for a in expert_axes(params, activations) if a not in activations.get("batch", ())]
         for name in alike:

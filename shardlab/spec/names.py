@@ -40,18 +40,26 @@ def strategy_names(plan: Plan) -> tuple[str, ...]:
 
 
 def reduced_once(plan: Plan) -> tuple[str, ...]:
-    """The batch axes over which gradients are reduced once per step, after the last microbatch.
+    """The axes of batch and context over which gradients are reduced once a step, after the last microbatch.
 
     Those that split neither parameters nor the sums of gradients: over the others (FSDP, ZeRO-2) every
-    microbatch's gradients are scattered at once, which is what sharding them saves memory by.
+    microbatch's gradients are scattered at once, which is what sharding them saves memory by. Of two axes of
+    context parallelism both or none.
     """
     kept = {*_used(plan.all_params), *_used(plan.gradients)}
-    return tuple(axis for axis in plan.activations.get("batch", ()) if axis not in kept)
+    batch, context = plan.activations.get("batch", ()), context_split(plan)
+    return (*(axis for axis in batch if axis not in kept), *(context if kept.isdisjoint(context) else ()))
+
+
+def context_split(plan: Plan) -> tuple[str, ...]:
+    """The mesh axes of context parallelism."""
+    return tuple(plan.activations.get("seq", ())) if plan.method.context != "none" else ()
 
 
 def reduced_each(plan: Plan) -> tuple[str, ...]:
-    """The batch axes over which gradients are reduced for every microbatch."""
-    return tuple(a for a in _live(plan, plan.activations.get("batch", ())) if a not in reduced_once(plan))
+    """The axes of batch and context over which gradients are reduced for every microbatch."""
+    tokens = (*plan.activations.get("batch", ()), *context_split(plan))
+    return tuple(axis for axis in _live(plan, tokens) if axis not in reduced_once(plan))
 
 
 def accumulation_notes(plan: Plan) -> tuple[str, ...]:

@@ -77,11 +77,18 @@ def obstacles(plan: Plan, layers: int, workload: str) -> dict[str, str]:
         found[f"a pipeline ({method.pipeline}) for {workload}"] = "pipelines train: use pipeline = 'none'"
     if layers < stages * virtual:
         chunks = f"{stages} stages" + (f" of {virtual} virtual stages" if virtual > 1 else "")
-        most = f"at most {layers} stages" if virtual == 1 else f"at most {layers} stages and virtual stages"
-        found[f"{layers} layers over {chunks} ({axis})"] = most
+        found[f"{layers} layers over {chunks} ({axis})"] = _fewer(layers, stages)
     if method.pipeline == "interleaved" and virtual < 2:
-        found["an interleaved pipeline with one chunk per stage"] = "virtual_stages = 2, or pipeline = '1f1b'"
+        found["an interleaved pipeline with one chunk per stage"] = _fewer(layers, stages)
     return found | _microbatch_obstacles(plan, stages)
+
+
+def _fewer(layers: int, stages: int) -> str:
+    """What these layers can have, nearest to what was asked."""
+    if stages > layers:
+        return f"at most {layers} stages"
+    virtual = layers // stages
+    return f"virtual_stages at most {virtual}" if virtual > 1 else "pipeline = '1f1b', without virtual_stages"
 
 
 def _microbatch_obstacles(plan: Plan, stages: int) -> dict[str, str]:

@@ -289,12 +289,16 @@ def context_problems(activations: Rules, method: Method, where: Where) -> list[P
     if tuple(activations.get("kv_seq", split)) != split:
         what = f"keys and values do not lie as {method.context} takes them"
         problems.append((("activations", "kv_seq"), what, "remove it"))
-    if method.attention != "auto" and method.context != "ulysses":
+    if method.attention not in ("auto", "blockwise") and method.context != "ulysses":
         what = f"{quoted(method.attention)}, but {method.context} merges blocks of keys by itself"
         problems.append((("method", "attention"), what, 'use "auto"'))
-    if method.pipeline != "none":
-        what = f"{quoted(method.context)} in a pipeline is not built yet"
-        problems.append((("method", "context"), what, 'use "none", or pipeline = "none"'))
+    if method.pipeline != "none" and method.context.startswith("ring"):
+        what = (
+            f"{quoted(method.context)} in a pipeline: all devices take part in a hop of the ring, and stages "
+            "are at different work"
+        )
+        fix = 'use "all-gather", which sends as much forward, or "ulysses"'
+        problems.append((("method", "context"), what, fix))
     return [Problem(where(key), what, fix) for key, what, fix in problems]
 
 

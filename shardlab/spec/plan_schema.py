@@ -28,7 +28,7 @@ class Method(BaseModel):
     experts: str = "dropless"
     remat: Literal["none", "full", "selective", "matmuls", "offload"] = "full"
     products: Literal["bf16", "fp8", "int8"] = "bf16"
-    attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
+    attention: Literal["auto", "reference", "blockwise", "cudnn", "splash"] = "auto"
     chunk: int = 1
 
 

@@ -13,6 +13,7 @@ from emulated import (
     Rules,
     case_of,
     check_equal,
+    mesh_of,
     plan,
     step_of,
 )
@@ -20,6 +21,7 @@ from emulated import (
 from shardlab.errors import Infeasible
 from shardlab.parallel.context import gathered_meetings, hop_meetings, in_step_order, positions_of
 from shardlab.parallel.kernels import choose_kernel
+from shardlab.parallel.shardings import shardings_of
 from shardlab.parallel.tiles import Meetings, Pairs, triangle
 from shardlab.spec.case import make_case
 from shardlab.spec.context import zigzag_order
@@ -147,11 +149,12 @@ def test_zigzag_order_by_hand() -> None:
     assert zigzag_order(8, 2) == (0, 1, 6, 7, 2, 3, 4, 5)
     assert zigzag_order(6, 1) == tuple(range(6))
     four = asked("ring", "4-data2")
-    positions = positions_of(four)
+    positions = positions_of(four, shardings_of(four, mesh_of(four)))
     assert positions is not None
     assert positions(24).tolist() == list(zigzag_order(24, 4))
     assert in_step_order(np.arange(24)[None], four).tolist() == [list(zigzag_order(24, 4))]
-    assert positions_of(asked("ulysses", "8")) is None
+    eight = asked("ulysses", "8")
+    assert positions_of(eight, shardings_of(eight, mesh_of(eight))) is None
 
 
 @pytest.mark.parametrize(

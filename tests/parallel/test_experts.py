@@ -367,10 +367,18 @@ def test_a_dense_model_has_no_capacity() -> None:
         build_step(case_of(asked, SMALL), mesh_of(asked), target="cpu")
 
 
-def test_experts_in_a_pipeline_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"balance": "sequence"}, "balance by sequence or by biases in a pipeline"),
+        ({"dense_layers": 1, "dense_mlp": 64}, "1 leading dense layers in a pipeline"),
+    ],
+    ids=["balance", "dense-layers"],
+)
+def test_what_a_pipeline_of_experts_cannot_have(changes: dict[str, Any], reason: str) -> None:
     asked = on({"stage": 2}, {"stage": ("stage",)}, {}, pipeline="1f1b", microbatches=2)
-    with pytest.raises(Infeasible, match="experts in a pipeline"):
-        build_step(case_of(asked, MIXTURE), mesh_of(asked), target="cpu")
+    with pytest.raises(Infeasible, match=reason):
+        build_step(case_of(asked, replace(MIXTURE, **changes)), mesh_of(asked), target="cpu")
 
 
 @pytest.mark.parametrize("grid", ["data-expert", pytest.param("two-axes", marks=pytest.mark.full)])
