@@ -104,13 +104,13 @@ ASKS = {
         "context = 4", "", CONTEXT, "20 tokens in 8 zig-zag chunks",
         {"16 or": (("--seq", "16"),), "or 24": (("--seq", "24"),)}, 'context = "ring"', numbers={"seq": 20},
     ),
-    "ring-prefill": Ask(
-        "context = 4", "", CONTEXT, "for prefill",
-        {"context = 'ulysses'": (('"ring"', '"ulysses"'),)}, 'context = "ring"', workload="prefill",
-    ),
     "context-decode": Ask(
-        "context = 4", "", CONTEXT, "for decode, which has one token",
-        {"split cache, with context = 'none'": ((CONTEXT, 'cache = ["context"]'), ('"ulysses"', '"none"'))},
+        "context = 4", "", CONTEXT, "for decode, whose new tokens are not split",
+        {
+            "context = 'none', and cache = [\"context\"] in place of seq": (
+                (CONTEXT, 'cache = ["context"]'), ('"ulysses"', '"none"'),
+            )
+        },
         'context = "ulysses"', workload="decode",
     ),
     "stages": Ask(
