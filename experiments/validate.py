@@ -1,0 +1,109 @@
+"""Published runs, predicted from compiled programs, and how far off the predictions are.
+
+python experiments/validate.py --cache=DIR --max_compiles=5    # what is compiled so far, and 5 programs more
+python experiments/validate.py --cache=DIR --sources=korthikanti --csv=ROWS.csv   # and ROWS-memory, -energy
+
+Sources and licences: `experiments/validation/data/README.md`. Nothing here is fitted to these rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from absl import app, flags
+from validation.gpu_rows import korthikanti, torchtitan, vtrain_single_node
+from validation.outcome import Outcome, energy_outcomes, figure_1_outcomes, memory_outcome, step_outcome
+from validation.programs import Programs, with_microbatches
+from validation.row import Row
+from validation.tables import COLUMNS, csv_line, group_lines, outcome_lines, score_lines
+from validation.tpu_rows import tpu_recipes
+
+from shardlab.case_report import CaseReport, report_case
+from shardlab.errors import ShardlabError
+from shardlab.hardware.catalog import load_machine
+
+SOURCES: dict[str, Callable[[], Iterator[Row]]] = {
+    "korthikanti": korthikanti,
+    "torchtitan": torchtitan,
+    "tpu_recipes": tpu_recipes,
+    "vtrain_single_node": vtrain_single_node,
+}
+SOURCE_LIST = flags.DEFINE_list("sources", list(SOURCES), "Which sources, separated by commas.")
+CACHE = flags.DEFINE_string("cache", "programs", "Folder of compiled programs; made where it is not there.")
+MAX_COMPILES = flags.DEFINE_integer("max_compiles", 0, "How many programs to compile that are not there yet.")
+ANY_SOURCES = flags.DEFINE_bool(
+    "any_sources",
+    False,
+    "Also take programs that other versions of shardlab or of a compiler made; it says so.",
+)
+CSV = flags.DEFINE_string("csv", None, "Write every row here; memory and energy beside it.")
+EVERY_ROW = flags.DEFINE_bool("every_row", False, "Print a line for every row, not only for those predicted.")
+
+
+def reported(row: Row, programs: Programs) -> CaseReport | str:
+    """The report of the row's case, or why there is none."""
+    assert row.case is not None
+    program = programs.find(row.case)
+    if program is None:
+        return programs.why_not(row.case)
+    try:
+        if row.microbatches is not None:
+            program = with_microbatches(program, row.microbatches)
+        return report_case(row.case, program, load_machine(row.case.machine))
+    except (ShardlabError, ValueError) as error:
+        return f"not analysed: {error}"
+
+
+def outcomes(rows: Iterable[Row], programs: Programs) -> Iterator[tuple[Outcome, Outcome | None]]:
+    """The step and, where memory was measured, the memory of every row."""
+    for row in rows:
+        answer = row.excluded_because if row.case is None else reported(row, programs)
+        yield (
+            step_outcome(row, answer),
+            memory_outcome(row, answer) if row.measured_bytes is not None else None,
+        )
+
+
+def write_csv(path: Path, kind: str, rows: Iterable[Outcome]) -> None:
+    """One line per row, scored or not."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS[kind])
+        writer.writerows(csv_line(row) for row in rows)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the tables as Markdown."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    unknown = [name for name in SOURCE_LIST.value if name not in SOURCES]
+    if unknown:
+        raise app.UsageError(f"unknown sources {unknown}; known: {', '.join(SOURCES)}")
+    programs = Programs(Path(CACHE.value), MAX_COMPILES.value, any_sources=ANY_SOURCES.value)
+    steps: list[Outcome] = []
+    memory: list[Outcome] = []
+    for name in SOURCE_LIST.value:
+        for step, held in outcomes(SOURCES[name](), programs):
+            steps.append(step)
+            memory += [held] if held is not None else []
+    memory += figure_1_outcomes()
+    energy = list(energy_outcomes())
+    for kind, rows in (("step", steps), ("memory", memory), ("energy", energy)):
+        lines = outcome_lines(rows, every=EVERY_ROW.value)
+        print("\n".join([f"\n## {kind}\n", *score_lines(rows), "", *lines]))
+    print("\n".join(group_lines(steps)))
+    if programs.stale:
+        print(f"\n{len(programs.stale)} programs are of other versions of the sources (--any_sources)")
+    if CSV.value is not None:
+        path = Path(CSV.value)
+        tables = (("step", steps, ""), ("memory", memory, "-memory"), ("energy", energy, "-energy"))
+        for kind, rows, suffix in tables:
+            write_csv(path.with_name(path.stem + suffix + path.suffix), kind, rows)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    app.run(main)

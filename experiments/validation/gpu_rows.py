@@ -1,0 +1,159 @@
+"""GPU workloads: Korthikanti's A100 runs, torchtitan's H100 and H200 runs, vTrain's single A100 node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from shardlab.spec.models import MODELS, ModelConfig
+from validation.row import SHARED_MICROBATCHES, Row, plan_text, read_table, with_case
+
+GIB = 1 << 30
+# Named features that shardlab lacks; a row that needs one is not scored.
+SELECTIVE_IN_PIPELINE = (
+    "selective recomputation in a pipeline: stages keep the inputs of layers and nothing else"
+)
+ASYNC_TENSOR_PARALLEL = "async tensor parallelism (products cut up and overlapped with their gathers)"
+FUSED_CONTEXT_PARALLEL = "fused attention in ring context parallelism: ours attends blockwise, unfused"
+# Megatron of 2022 had no fused kernel: it stored scores, which is what selective recomputation is against.
+UNFUSED = {"attention": "reference"}
+KEPT_PRODUCTS = "keeps every product, recomputes attention; theirs keeps attention and every second product"
+
+
+def korthikanti() -> Iterator[Row]:
+    """Tables 3 and 5 and section 6.3 of arXiv:2205.05198: Megatron's GPTs on DGX A100."""
+    for line in read_table("korthikanti"):
+        tensor, stages, data = (int(line[f"{name}_parallel"]) for name in ("tensor", "pipeline", "data"))
+        batch, micro = int(line["global_batch_seqs"]), int(line["micro_batch_seqs"])
+        selective = "selective" in line["method"]
+        what = "sequence parallel, selective" if selective else "full"
+        row = Row(
+            source="korthikanti",
+            row=f"{line['model']} on {line['num_gpus']}: {what}",
+            chip="a100",
+            measured_step_s=float(line["iteration_time_s"]),
+        )  # fmt: skip
+        if selective and stages > 1:
+            yield replace(row, excluded_because=SELECTIVE_IN_PIPELINE)
+            continue
+        method: dict[str, str | int] = {"remat": "selective" if selective else "full", **UNFUSED}
+        if stages > 1:
+            method |= {"pipeline": "1f1b", "microbatches": batch // (data * micro)}
+        if int(line["interleave_stages"]) > 1:
+            chunks = line["interleave_stages"]
+            note = f"1F1B for their {chunks} interleaved chunks: a bubble {chunks} times as long"
+            row = replace(row, notes=(note,))
+        text = plan_text(
+            f"a100:{int(line['num_gpus']) // 8}x8",
+            {"data": data, "stage": stages, "tensor": tensor},
+            batch=("data",),
+            sequence_parallel=selective,
+            method=method,
+        )
+        yield with_case(row, text, f"megatron-{line['model'].lower()}", batch, int(line["seq_len_tokens"]))
+
+
+def torchtitan() -> Iterator[Row]:
+    """Llama 3.1 with FSDP, tensor, pipeline and context parallelism; tokens/s and peak memory."""
+    for number, line in enumerate(read_table("torchtitan"), 1):
+        chip = "h200" if line["gpu"].startswith("H200") else "h100-96"
+        memory = float(line["memory_gib"]) * GIB if line["memory_gib"] else None
+        degrees = (("TP", "tensor_parallel"), ("CP", "context_parallel"), ("PP", "pipeline_parallel"))
+        traits = [f"FSDP {line['fsdp']}"]
+        traits += [f"{name} {line[key]}" for name, key in degrees if line[key] != "1"]
+        traits += [line["precision"], f"{int(line['seq_len_tokens']):,} tokens"]
+        traits += ["eager"] if line["torch_compile"] == "no" else []
+        traits += ["async TP"] if line["async_tp"] == "yes" else []
+        row = Row(
+            source="torchtitan",
+            row=f"{number}: {line['model']}, {', '.join(traits)}",
+            chip=chip,
+            measured_step_s=float(line["derived_step_time_s"]),
+            measured_bytes=memory,
+        )
+        missing = _torchtitan_misses(line)
+        yield replace(row, excluded_because=missing) if missing else _torchtitan_case(row, line)
+
+
+def _torchtitan_misses(line: Mapping[str, str]) -> str:
+    found = []
+    if line["async_tp"] == "yes":
+        found.append(ASYNC_TENSOR_PARALLEL)
+    if line["context_parallel"] != "1":
+        found.append(FUSED_CONTEXT_PARALLEL)
+    return "; ".join(found)
+
+
+def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
+    method: dict[str, str | int] = {"remat": "full"}
+    notes = []
+    if line["activation_checkpointing"] != "full":
+        method["remat"] = "matmuls"
+        notes.append(KEPT_PRODUCTS)
+    if "float8" in line["precision"]:
+        method["products"] = "fp8"
+    if "rowwise" in line["precision"]:
+        notes.append("one fp8 scale per tensor for theirs per row")
+    if line["torch_compile"] == "no":
+        notes.append("compiled and fused; theirs ran eagerly")
+    model = MODELS["llama3-" + line["model"].rpartition(" ")[2].lower()]
+    seq = int(line["seq_len_tokens"])
+    text = plan_text(
+        f"{row.chip}:{int(line['num_gpus']) // 8}x8",
+        {"fsdp": int(line["fsdp"]), "tensor": int(line["tensor_parallel"])},
+        sequence_parallel=True,
+        method=method,
+    )
+    model = replace(model, context=max(seq, model.context))
+    return with_case(replace(row, notes=tuple(notes)), text, model, int(line["global_batch_seqs"]), seq)
+
+
+def vtrain_single_node() -> Iterator[Row]:
+    """GPTs on up to eight A100, eager Megatron: 1F1B, full recomputation, gradients reduced at the end.
+
+    Rows without a pipeline that differ only in their microbatches share a program.
+    """
+    for line in read_table("vtrain_single_node"):
+        gpus, batch, micro = (int(line[k]) for k in ("num_gpus", "global_batch_seqs", "micro_batch_seqs"))
+        tensor, data, stages = (int(line[f"{name}_parallel"]) for name in ("tensor", "data", "pipeline"))
+        width, layers = int(line["hidden_size"]), int(line["num_layers"])
+        count = batch // (data * micro)
+        shared = stages == 1 and count > 1
+        split = f"TP {tensor} DP {data} PP {stages}"
+        method: dict[str, str | int] = {"remat": "full", **UNFUSED}
+        if stages > 1:
+            method |= {"pipeline": "1f1b", "microbatches": count}
+        elif shared:
+            method["accumulate"] = SHARED_MICROBATCHES
+        row = Row(
+            source="vtrain_single_node",
+            row=f"{line['config']}: {layers} layers of {width}, {split}, {count} x {micro}",
+            chip="a100",
+            measured_step_s=float(line["iteration_time_ms"]) / 1e3,
+            group=tuple(line[k] for k in ("num_gpus", "global_batch_seqs", "hidden_size", "num_layers")),
+            microbatches=count if shared else None,
+        )  # fmt: skip
+        text = plan_text(
+            f"a100:1x{gpus}",
+            {"data": data, "stage": stages, "tensor": tensor},
+            batch=("data",),
+            method=method,
+        )
+        compiled = data * micro * SHARED_MICROBATCHES if shared else batch
+        yield with_case(row, text, _vtrain_model(width, layers), compiled, 1_024)
+
+
+def _vtrain_model(width: int, layers: int) -> ModelConfig:
+    """Megatron's GPT with 16 heads; its default vocabulary of 50,257 is padded to 51,200 for tensor
+    parallelism (a multiple of 128 on each of eight devices)."""
+    return replace(
+        MODELS["megatron-22b"],
+        name=f"vtrain-{width}x{layers}",
+        layers=layers,
+        embed=width,
+        heads=16,
+        kv_heads=16,
+        head_dim=width // 16,
+        mlp=4 * width,
+        context=1_024,
+    )

@@ -1,0 +1,157 @@
+"""What became of a row: predicted beside measured, or why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from shardlab.case_report import CaseReport
+from shardlab.cost.energy import step_energy
+from shardlab.cost.flops import model_flops
+from shardlab.hardware.catalog import load_machine
+from shardlab.hardware.data_files import load_chip
+from shardlab.hardware.measured import MeasuredPower, node_powers
+from shardlab.spec.models import MODELS
+from shardlab.units import format_bytes
+from validation.memory import Layout
+from validation.row import Row, read_table
+
+NOT_COMPILED = "not compiled"
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """measured, predicted: seconds, bytes or joules, by the table that it stands in. A row without a
+    prediction is excluded (`excluded_because`), or has none yet, which begins with `NOT_COMPILED`.
+    """
+
+    source: str
+    row: str
+    chip: str
+    measured: float | None
+    predicted: float | None = None
+    excluded_because: str = ""
+    group: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def error(self) -> float | None:
+        """predicted / measured - 1."""
+        if self.predicted is None or self.measured is None:
+            return None
+        return self.predicted / self.measured - 1
+
+    @property
+    def waiting(self) -> bool:
+        """No program yet: neither scored nor excluded."""
+        return self.excluded_because.startswith(NOT_COMPILED)
+
+
+def step_outcome(row: Row, answer: CaseReport | str) -> Outcome:
+    """The step time. answer: the report of the row's case, or why there is none."""
+    predicted, why = None, answer if isinstance(answer, str) else ""
+    if isinstance(answer, CaseReport):
+        predicted = answer.step_time_s
+        why = "" if predicted is not None else _no_step_time(answer)
+    return _outcome(row, row.measured_step_s, predicted, why)
+
+
+def memory_outcome(row: Row, answer: CaseReport | str) -> Outcome:
+    """The peak memory of one device, parameters and optimizer included."""
+    predicted, why = None, answer if isinstance(answer, str) else ""
+    if isinstance(answer, CaseReport):
+        memory = answer.memory
+        predicted = memory.needed_bytes if memory is not None else None
+        why = "" if predicted is not None else _no_step_time(answer)
+    return _outcome(row, row.measured_bytes, predicted, why)
+
+
+def _outcome(row: Row, measured: float | None, predicted: float | None, why: str) -> Outcome:
+    return Outcome(
+        source=row.source,
+        row=row.row,
+        chip=row.chip,
+        measured=measured,
+        predicted=predicted,
+        excluded_because=why,
+        group=row.group,
+        notes=row.notes,
+    )
+
+
+def _no_step_time(report: CaseReport) -> str:
+    refusal = report.refusal
+    if refusal is not None:
+        sizes = f"{format_bytes(refusal.needed_bytes)} of {format_bytes(refusal.limit_bytes)}"
+        return f"the compiler refuses it: {sizes}"
+    return "no step time: " + "; ".join(report.notes[-1:])
+
+
+# --- figure 1 of Korthikanti et al. -----------------------------------------------------------------------
+
+
+def figure_1_outcomes() -> Iterator[Outcome]:
+    """The paper's formula, reproduced: states and activations of each bar."""
+    runs = {line["model"]: line for line in read_table("korthikanti")}
+    for line in read_table("korthikanti_fig1"):
+        run, selective = runs[line["model"]], "selective" in line["method"]
+        layout = Layout(
+            model=MODELS[f"megatron-{line['model'].lower()}"],
+            tensor=int(run["tensor_parallel"]),
+            stages=int(run["pipeline_parallel"]),
+            chunks=int(run["interleave_stages"]),
+            micro_batch=int(run["micro_batch_seqs"]),
+            seq=int(run["seq_len_tokens"]),
+        )
+        for what, published, formula in (
+            ("states", line["published_params_grads_optimizer_gib"], layout.state_bytes),
+            ("activations", line["published_activations_gib"], layout.activation_bytes(selective=selective)),
+        ):
+            yield Outcome(
+                source="korthikanti figure 1, closed form",
+                row=f"{line['model']} {'sequence parallel, selective' if selective else 'baseline'}, {what}",
+                chip="a100",
+                measured=float(published) * GIB,
+                predicted=formula,
+            )
+
+
+# --- energy -----------------------------------------------------------------------------------------------
+
+COOLED = {"immersion": "hgx-h100-immersion", "air": "h100"}
+
+
+def energy_outcomes() -> Iterator[Outcome]:
+    """Joules per step of the MLPerf rows, at their own step time."""
+    for row in node_powers():
+        outcome = Outcome(
+            source="mlperf_power",
+            row=f"{row.system}, {row.workload}",
+            chip=row.chip,
+            measured=row.node_power_w * row.nodes * row.step_time_s,
+        )
+        yield _energy(row, outcome)
+
+
+def _energy(row: MeasuredPower, outcome: Outcome) -> Outcome:
+    if row.scored != "scored":
+        why = {"fitted": "calibration: the power of idle and busy nodes is fitted on it"}
+        return replace(outcome, excluded_because=why.get(row.scored, f"no power figures for {row.chip}"))
+    machine = load_machine(f"{COOLED[row.cooling]}:{row.nodes}x8")
+    peak = 2 * (load_chip(row.chip).bf16_flops_per_s or 0)  # they train in fp8
+    busy = training_flops(row) / row.accelerators / row.step_time_s / peak
+    energy = step_energy(machine, row.step_time_s, busy, row.batch * row.seq)
+    return replace(outcome, predicted=energy.energy_j)
+
+
+def training_flops(row: MeasuredPower) -> float:
+    """GPT-3 trains every weight. LoRA's base weights are frozen: their products run forward and for the
+    gradient of their inputs, two of the three times; attention has no weights and runs all three."""
+    if row.workload == "gpt3":
+        return model_flops(MODELS["gpt3-175b"], row.batch, row.seq, "train")
+    config = MODELS["llama2-70b"]
+    whole = model_flops(config, row.batch, row.seq, "train")
+    # Causal: half of the pairs; scores and values, 2 FLOPs a pair and dimension each, three times.
+    attention = 6 * config.layers * config.heads * config.head_dim * row.seq**2 * row.batch
+    return (whole - attention) * 2 / 3 + attention

@@ -1,0 +1,97 @@
+"""The record of one published workload, and how a mesh file is written for it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shardlab.errors import Infeasible, UserError
+from shardlab.spec.case import Case, make_case
+from shardlab.spec.models import ModelConfig
+from shardlab.spec.plan import plan_from_text
+
+DATA = Path(__file__).parent / "data"
+# Accumulation loops of cases that share a program run so often in it: no number of layers is like it.
+SHARED_MICROBATCHES = 13
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One published workload.
+
+    chip: as the hardware files name it. measured_step_s: None for rows that have none. case: what is
+    compiled; None where `excluded_because` names the feature that shardlab lacks, or the contradiction that
+    the source holds. microbatches: how often the accumulation loop of `case` (`SHARED_MICROBATCHES` there)
+    runs in this row; None where the case is the row itself. measured_bytes: peak memory of one device.
+    group: rows of one group are what a user would choose among. notes: where the case is only near the row.
+    """
+
+    source: str
+    row: str
+    chip: str
+    measured_step_s: float | None
+    case: Case | None = None
+    excluded_because: str = ""
+    microbatches: int | None = None
+    measured_bytes: float | None = None
+    group: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_table(name: str) -> list[dict[str, str]]:
+    """The lines of a file of `data`."""
+    with (DATA / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def with_case(row: Row, text: str, model: str | ModelConfig, batch: int, seq: int) -> Row:
+    """The row with its case, or excluded with the reason why its plan cannot be put on the model.
+
+    text: the plan as a mesh file.
+    """
+    try:
+        case = make_case(plan_from_text(text, row.row), model, batch=batch, seq=seq)
+    except (Infeasible, UserError) as error:
+        return replace(row, excluded_because="; ".join(str(error).splitlines()))
+    return replace(row, case=case)
+
+
+def plan_text(
+    machine: str,
+    axes: Mapping[str, int],
+    *,
+    fsdp: Iterable[str] = ("fsdp",),
+    batch: Iterable[str] = ("fsdp",),
+    sequence_parallel: bool = False,
+    method: Mapping[str, str | int] | None = None,
+) -> str:
+    """A mesh file. Axes of size one are left out, and with them what they would split.
+
+    fsdp, batch: the axes that split `embed` of the weights, and the batch; `tensor` splits heads, MLP and
+    vocabulary, `stage` the layers, `expert` the experts.
+    """
+    used = {name: size for name, size in axes.items() if size > 1}
+    params = {"embed": [axis for axis in fsdp if axis in used]}
+    if "tensor" in used:
+        params |= {name: ["tensor"] for name in ("heads", "kv_heads", "mlp", "vocab")}
+    params |= {name: [name] for name in ("stage", "expert") if name in used}
+    activations = {"batch": [axis for axis in (*batch, "expert") if axis in used]}
+    if sequence_parallel and "tensor" in used:
+        activations["norm_seq"] = ["tensor"]
+    tables = {
+        "axes": {name: str(size) for name, size in used.items()},
+        "params": {name: _list(names) for name, names in params.items() if names},
+        "activations": {name: _list(names) for name, names in activations.items() if names},
+        "method": {key: json.dumps(value) for key, value in (method or {}).items()},
+    }
+    lines = [f'on = "{machine}"']
+    for table, entries in tables.items():
+        lines += [f"[{table}]", *(f"{key} = {value}" for key, value in entries.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _list(names: Iterable[str]) -> str:
+    return json.dumps(list(names))

@@ -1,0 +1,271 @@
+"""Published rows: each is a case or says why not; statistics by hand; one run on programs that are there."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import validate
+from absl.testing import flagsaver
+from validation import programs as kept
+from validation.gpu_rows import korthikanti, torchtitan, vtrain_single_node
+from validation.memory import Layout
+from validation.outcome import Outcome, energy_outcomes, figure_1_outcomes
+from validation.programs import Programs, case_digest, with_microbatches
+from validation.row import SHARED_MICROBATCHES, Row, read_table
+from validation.scores import Score, ranks, score, spearman, top1_regret
+from validation.tables import group_lines, score_lines
+from validation.tpu_rows import tpu_recipes
+
+from shardlab.case_report import report_case
+from shardlab.hardware.catalog import load_machine
+from shardlab.program import Program
+from shardlab.spec.case import Case
+from shardlab.spec.models import MODELS, num_params
+
+GIB = 1 << 30
+
+
+def test_errors_by_hand() -> None:
+    found = score([(10.0, 11.0), (20.0, 18.0), (30.0, 36.0)])  # +10 %, -10 %, +20 %
+    assert found == Score(
+        pairs=3,
+        mean=pytest.approx(0.4 / 3),
+        worst=pytest.approx(0.2),
+        bias=pytest.approx(0.2 / 3),
+        spearman=pytest.approx(1.0),
+    )
+    assert score([]) is None
+
+
+def test_rank_correlation_by_hand() -> None:
+    """1 - 6 Σd² / (n (n² - 1)) without ties; ties share their mean rank."""
+    assert spearman([(1.0, 2.0), (2.0, 1.0), (3.0, 3.0)]) == pytest.approx(1 - 6 * 2 / (3 * 8))
+    assert spearman([(1.0, 9.0), (2.0, 8.0), (3.0, 7.0)]) == pytest.approx(-1.0)
+    assert ranks([5.0, 1.0, 5.0]) == [2.5, 1.0, 2.5]
+    assert spearman([(1.0, 4.0), (2.0, 4.0)]) == 0.0
+
+
+def test_regret_is_what_the_choice_costs() -> None:
+    assert top1_regret([(10.0, 5.0), (8.0, 6.0), (12.0, 7.0)]) == pytest.approx(0.25)
+    assert top1_regret([(8.0, 5.0), (10.0, 6.0)]) == 0.0
+
+
+SOURCES = {
+    "korthikanti": (korthikanti, 9),
+    "torchtitan": (torchtitan, 32),
+    "tpu_recipes": (tpu_recipes, 25),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_row_is_a_case_or_says_why_not(name: str) -> None:
+    make, count = SOURCES[name]
+    rows = list(make())
+    assert len(rows) == count == len({row.row for row in rows})
+    assert [row.row for row in rows if (row.case is None) != bool(row.excluded_because)] == []
+    assert {row.source for row in rows} == {name}
+    for row in rows:
+        if row.case is not None:
+            assert load_machine(row.case.machine).chip.compile_as is not None
+            assert row.case.machine.startswith(row.chip)
+
+
+def test_tokens_of_a_step_are_those_that_the_sources_state() -> None:
+    """tpu-recipes print tokens; torchtitan's step is global tokens over tokens per second of all GPUs."""
+    for row, line in zip(tpu_recipes(), read_table("tpu_recipes"), strict=True):
+        if row.case is not None:
+            assert row.case.batch * row.case.seq == int(line["global_batch_tokens"]), row.row
+            assert row.case.plan.num_devices == int(line["chips_total"])
+    for row, line in zip(torchtitan(), read_table("torchtitan"), strict=True):
+        if row.case is not None:
+            rate = float(line["tokens_per_s_per_gpu"]) * int(line["num_gpus"])
+            assert row.case.batch * row.case.seq / rate == pytest.approx(row.measured_step_s, rel=1e-4)
+            assert (row.case.plan.method.products == "fp8") == ("float8" in line["precision"])
+
+
+def test_what_is_excluded_lacks_a_feature() -> None:
+    reasons = {row.excluded_because for make, _ in SOURCES.values() for row in make()} - {""}
+    assert {reason.split(":")[0].split(" (")[0] for reason in reasons} == {
+        "selective recomputation in a pipeline",
+        "async tensor parallelism",
+        "fused attention in ring context parallelism",
+        "Gemma 3's layers",
+        "Llama 4's layers",
+        "multi-token prediction, as MaxText trains DeepSeek-V3",
+    }
+
+
+def test_mistral_has_its_published_size() -> None:
+    (row,) = [row for row in tpu_recipes() if "mistral" in row.row]
+    assert row.case is not None
+    assert num_params(row.case.model) == 7_241_732_096  # mistralai/Mistral-7B-v0.1
+
+
+@pytest.fixture(scope="module")
+def vtrain() -> list[Row]:
+    return list(vtrain_single_node())
+
+
+def test_rows_that_differ_in_microbatches_alone_share_a_program(vtrain: list[Row]) -> None:
+    assert len(vtrain) == 1_440
+    assert [row.row for row in vtrain if row.case is None] == []
+    programs: dict[str, set[tuple[str, ...]]] = {}
+    for row, line in zip(vtrain, read_table("vtrain_single_node"), strict=True):
+        assert row.case is not None
+        if row.microbatches is None:
+            assert row.case.batch == int(line["global_batch_seqs"])
+            continue
+        split = int(line["data_parallel"]) * int(line["micro_batch_seqs"])
+        assert row.case.batch == split * SHARED_MICROBATCHES
+        assert row.microbatches * split == int(line["global_batch_seqs"])
+        same = ("hidden_size", "num_layers", "tensor_parallel", "data_parallel", "micro_batch_seqs")
+        programs.setdefault(case_digest(row.case), set()).add(tuple(line[key] for key in same))
+    assert [len(found) for found in programs.values() if len(found) != 1] == []
+    assert 0 < len(programs) < sum(row.microbatches is not None for row in vtrain)
+
+
+def test_figure_1_is_its_formula() -> None:
+    outcomes = list(figure_1_outcomes())
+    assert len(outcomes) == 16
+    assert [row.row for row in outcomes if abs(row.error or 0) > 1e-6] == []
+    whole = Layout(model=MODELS["megatron-22b"], tensor=8, stages=1, chunks=1, micro_batch=4, seq=2_048)
+    # s b h (10 + 24/8 + 5 64 2048 / (6144 8)) 48 layers, by hand: 59.25 GiB
+    assert whole.activation_bytes(selective=False) == pytest.approx(59.25 * GIB)
+
+
+def test_energy_scores_seven_rows_and_names_the_fitted_ones() -> None:
+    rows = list(energy_outcomes())
+    assert [row.row for row in rows if row.error is not None and abs(row.error) > 0.15] == []
+    assert sum(row.error is not None for row in rows) == 7
+    assert sum(row.excluded_because.startswith("calibration") for row in rows) == 2
+
+
+# --- programs that are there --------------------------------------------------------------------------------
+
+LOOP = """\
+HloModule step, is_scheduled=true, num_partitions=8
+
+body {
+  p = (s32[], bf16[4096,4096]{1,0}) parameter(0)
+  i = s32[] get-tuple-element(p), index=0
+  x = bf16[4096,4096]{1,0} get-tuple-element(p), index=1
+  one = s32[] constant(1)
+  next = s32[] add(i, one)
+  y = bf16[4096,4096]{1,0} dot(x, x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT out = (s32[], bf16[4096,4096]{1,0}) tuple(next, y)
+}
+
+condition {
+  p = (s32[], bf16[4096,4096]{1,0}) parameter(0)
+  i = s32[] get-tuple-element(p), index=0
+  n = s32[] constant(13)
+  ROOT less = pred[] compare(i, n), direction=LT
+}
+
+ENTRY main {
+  x = bf16[4096,4096]{1,0} parameter(0)
+  zero = s32[] constant(0)
+  init = (s32[], bf16[4096,4096]{1,0}) tuple(zero, x)
+  loop = (s32[], bf16[4096,4096]{1,0}) while(init), condition=condition, body=body, \
+backend_config={"known_trip_count":{"n":"13"}}
+  ROOT y = bf16[4096,4096]{1,0} get-tuple-element(loop), index=1
+}
+"""
+
+
+def loop_program(case: Case, **_: object) -> Program:
+    axes = dict(case.plan.axes)
+    return Program(name="step", backend="gpu", hlo_text=LOOP, num_devices=case.plan.num_devices, mesh=axes)
+
+
+def first(make: object, condition: object) -> Row:
+    return next(row for row in make() if row.case is not None and condition(row))  # type: ignore[operator]
+
+
+def test_the_step_of_a_shared_program_follows_its_microbatches(vtrain: list[Row]) -> None:
+    """A step that is its accumulation loop takes as long as the loop runs often."""
+    row = next(row for row in vtrain if row.microbatches == 4 and "TP 4 DP 2" in row.row)
+    assert row.case is not None
+    program, machine = loop_program(row.case), load_machine(row.case.machine)
+    times = [report_case(row.case, with_microbatches(program, n), machine).step_time_s for n in (1, 4)]
+    assert times[0] is not None
+    assert times[1] == pytest.approx(4 * times[0])
+    with pytest.raises(ValueError, match="runs 13 times"):
+        with_microbatches(with_microbatches(program, 4), 8)
+
+
+def test_a_program_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = first(korthikanti, lambda row: row.row == "22B on 8: full")
+    assert row.case is not None
+    compiled: list[Case] = []
+
+    def compile_case(case: Case, **_: object) -> Program:
+        compiled.append(case)
+        return loop_program(case)
+
+    monkeypatch.setattr(kept, "compile_case", compile_case)
+    assert Programs(tmp_path, 0).find(row.case) is None
+    for _ in range(2):
+        assert Programs(tmp_path, 5).find(row.case) is not None
+    assert len(compiled) == 1
+    monkeypatch.setattr(kept, "program_key", lambda case: "of other sources")
+    assert Programs(tmp_path, 0).find(row.case) is None
+    other = Programs(tmp_path, 0, any_sources=True)
+    assert other.find(row.case) is not None
+    assert len(other.stale) == 1
+
+
+def test_the_program_prints_and_writes_every_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One compile allowed: one row of korthikanti is predicted, the others say what they lack."""
+    monkeypatch.setattr(kept, "compile_case", loop_program)
+    out = tmp_path / "rows.csv"
+    if not validate.flags.FLAGS.is_parsed():
+        validate.flags.FLAGS(sys.argv[:1])
+    with flagsaver.flagsaver(
+        cache=str(tmp_path), csv=str(out), sources=["korthikanti"], max_compiles=1, every_row=True
+    ):
+        validate.main(["validate.py"])
+    with out.open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == [
+        "source", "row", "chip", "measured_step_s", "predicted_step_s", "error_pct", "excluded_because",
+    ]  # fmt: skip
+    assert len(lines) == 9
+    assert [bool(line["predicted_step_s"]) for line in lines] == [True] + [False] * 8
+    predicted, measured = float(lines[0]["predicted_step_s"]), float(lines[0]["measured_step_s"])
+    assert float(lines[0]["error_pct"]) == pytest.approx(100 * (predicted / measured - 1), abs=0.01)
+    assert [line["row"] for line in lines[1:] if not line["excluded_because"]] == []
+    assert (tmp_path / "rows-memory.csv").exists()
+    assert (tmp_path / "rows-energy.csv").exists()
+    assert "| korthikanti | 9 | 1 | 4 | 4 |" in capsys.readouterr().out
+
+
+def test_tables_count_what_is_missing_and_order_groups() -> None:
+    def outcome(measured: float, predicted: float | None, why: str = "") -> Outcome:
+        return Outcome(
+            source="s",
+            row="r",
+            chip="a100",
+            measured=measured,
+            predicted=predicted,
+            excluded_because=why,
+            group=("g",),
+        )
+
+    rows = [
+        outcome(10, 5),
+        outcome(8, 6),
+        outcome(12, 7),
+        outcome(1, None, "not compiled"),
+        outcome(1, None, "x"),
+    ]
+    table = list(score_lines(rows))
+    assert table[2] == "| s | 5 | 3 | 1 | 1 | 38.9 % | -38.9 % | -50.0 % | 0.50 |"
+    order = "\n".join(group_lines(rows))
+    assert "mean Spearman 0.50, worst 0.50 (g)" in order
+    assert "mean top-1 regret 25.0 %" in order
