@@ -3,7 +3,12 @@
 Eight emulated CPU devices; an operation that promotes ranks silently raises (model code says its shapes).
 """
 
+from __future__ import annotations
+
 import os
+from typing import Any
+
+import pytest
 
 FAKE_DEVICES = 8
 
@@ -13,3 +18,11 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["XLA_FLAGS"] = (
     f"--xla_force_host_platform_device_count={FAKE_DEVICES} --xla_backend_optimization_level=0"
 )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay on one worker, so that what its fixtures and caches compile is compiled once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)

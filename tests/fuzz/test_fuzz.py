@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SECONDS = 60
 FEWEST = 2_000
 """Fewer inputs than this in a minute means that the fuzzer, or the reader, got a hundred times slower."""
 
 
+@pytest.mark.matrix
 def test_a_minute_of_damaged_samples(capsys) -> None:  # type: ignore[no-untyped-def]
     here = Path(__file__).parent
     command = [sys.executable, str(here / "run.py"), "--seconds", str(SECONDS), "--jobs", "1", "--seed", "0"]

@@ -65,11 +65,11 @@ TWO_AXES: dict[str, Grid] = {
         {},
     ),
 }
-ALWAYS = {
-    ("ring", "2-data2-tensor2-sequence"),
-    ("all-gather", "4-fsdp2"),
-    ("ulysses", "4-tensor2"),
-    ("ring+ulysses", "2x2-tensor2-sequence"),
+MARKS = {
+    ("ring", "2-data2-tensor2-sequence"): (),
+    ("ulysses", "4-tensor2"): (),
+    ("all-gather", "4-fsdp2"): pytest.mark.matrix,
+    ("ring+ulysses", "2x2-tensor2-sequence"): pytest.mark.matrix,
 }
 GRIDS = {
     kind: TWO_AXES if "+" in kind else ONE_AXIS for kind in ("all-gather", "ring", "ulysses", "ring+ulysses")
@@ -85,7 +85,7 @@ def asked(kind: str, grid: str) -> Plan:
 @pytest.mark.parametrize(
     ("kind", "grid"),
     [
-        pytest.param(k, g, id=f"{k}-{g}", marks=[] if (k, g) in ALWAYS else pytest.mark.full)
+        pytest.param(k, g, id=f"{k}-{g}", marks=MARKS.get((k, g), pytest.mark.full))
         for k, grids in GRIDS.items()
         for g in grids
     ],

@@ -225,11 +225,11 @@ def forbid(name: str, figures: Figures, rows: list[CollectiveRow]) -> None:
             assert row.executions == (1, 1), row  # once per step
 
 
-SELDOM = ("data", "zero1", "fsdp", "vocabulary")  # their likes with microbatches, and tensor, are always run
+ALWAYS = ("fsdp-accumulate", "tensor", "sequence-zero1-accumulate")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.matrix] if n in SELDOM else []) for n in CASES]
+    "name", [pytest.param(n, marks=[] if n in ALWAYS else [pytest.mark.matrix]) for n in CASES]
 )
 def test_bytes_on_emulated_devices(name: str) -> None:
     figures, rows = compiled(name, "cpu")
