@@ -18,7 +18,8 @@ from shardlab.compile.logs import warnings
 from shardlab.program import Program
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "audit"
-ELSEWHERE = {"replicated", "slow-tier-by-order"}  # test_state.py, test_placed.py
+# Found, and nearly found: in test_state.py, test_placed.py and test_warned.py.
+ELSEWHERE = {"replicated", "slow-tier-by-order", "rematerialized"}
 MESH = {"x": 4, "y": 2}
 IN_LOOP = 3 * 65_536 - 4 * 8 * 1024
 FOUND = [
@@ -90,6 +91,15 @@ NOTHING = [
     "gather_then_slice_all_in_loop.tpu",
     "gather_in_chain_whole.tpu",  # the last fusion of the chain gives all of it to a product
 ]
+# Of each rule one of these.
+NEARLY = {
+    "gathered-wide": "convert_then_gather.cpu",
+    "gathered-twice": "gather_over_two_axes.tpu",
+    "gathered-then-sliced": "gather_then_slice_most.tpu",
+    "gathered-every-trip": "gather_scanned_layers.tpu",
+    "gathered-by-reduction": "reduce_updated_array.tpu",
+    "reduced-then-sliced": "reduce_then_use_all.tpu",
+}
 # f32[64,256] over 4, of which bf16 is half: gathered once before the loop and on 3 trips for the next one.
 AHEAD = {
     "gather_ahead.cpu": {"all_gather.6": 3 * 32_768, "all_gather.4": 3 * (3 * 32_768)},
@@ -447,5 +457,10 @@ def test_instructions_in_a_circle_end() -> None:
 
 
 def test_every_rule_is_found_somewhere() -> None:
-    found = {rule for _, rule, *_ in FOUND} | {"rematerialized", *ELSEWHERE}
+    found = {rule for _, rule, *_ in FOUND} | ELSEWHERE
     assert found == {rule.__name__.replace("_", "-") for rule in RULES}
+
+
+def test_every_rule_has_a_program_that_nearly_has_what_it_looks_for() -> None:
+    assert NEARLY.keys() | ELSEWHERE == {rule.__name__.replace("_", "-") for rule in RULES}
+    assert set(NEARLY.values()) <= set(NOTHING)
