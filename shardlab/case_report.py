@@ -101,7 +101,12 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
         memory=fit if fit.peak_bytes is not None else None,
         memory_band=memory_band(program.memory, program.autotuned, _compute_major(machine)),
         model_flops=model_flops(
-            case.model, case.batch, case.seq, case.workload, chunk=case.plan.method.chunk
+            case.model,
+            case.batch,
+            case.seq,
+            case.workload,
+            chunk=case.plan.method.chunk,
+            frozen=case.plan.method.lora is not None,
         ),
         emulated=machine.emulated,
         notes=_notes(case, program, fit),

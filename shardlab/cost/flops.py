@@ -203,6 +203,8 @@ def model_flops(
     workload: Literal["train", "prefill", "decode"],
     attention: Literal["causal", "full"] = "causal",
     chunk: int = 1,
+    *,
+    frozen: bool = False,
 ) -> int:
     """FLOPs that the model needs for one step of all devices together: no recomputation, no padding, real
     vocabulary.
@@ -213,7 +215,8 @@ def model_flops(
     Prefill needs the head for one position per sequence. Decode is `chunk` new tokens per sequence, which
     attend to `seq` cached ones, and the head for one; latent attention does so in the latent space, 2 · heads
     · (2 · kv_rank + rope_dim) per pair (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Experts count as often
-    as a token uses them, and so do shared ones and the router. batch: sequences.
+    as a token uses them, and so do shared ones and the router. batch: sequences. frozen: weights have no
+    gradient (LoRA), 4·N·D; what adapters do is left out.
     Source: the usual 6·N·D, as in PaLM (arXiv:2204.02311, appendix B) with the causal half made explicit.
     """
     layers = sum(stack.layers * _layer_weights(stack.config) for stack in config.stacks)
@@ -226,7 +229,9 @@ def model_flops(
     pairs_of_two = seq * seq * (1 if attention == "causal" else 2)
     passes = 3 if workload == "train" else 1
     heads_run = seq if workload == "train" else 1
-    return passes * batch * (2 * (layers * seq + head * heads_run) + attend * pairs_of_two // 2)
+    weight_passes = passes - 1 if frozen and workload == "train" else passes
+    weights = weight_passes * 2 * (layers * seq + head * heads_run)
+    return batch * (weights + passes * (attend * pairs_of_two // 2))
 
 
 def _layer_weights(config: ModelConfig) -> int:

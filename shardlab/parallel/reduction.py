@@ -38,7 +38,7 @@ def accumulated(
 
     on: the loss and its gradients under given shardings. once: the data axes over which gradients are summed
     after the last microbatch alone (see `spec.names.reduced_once`); empty leaves all to the partitioner. The
-    sums are f32, where the optimizer state is but for `once`.
+    sums are f32, where the optimizer state is but for `once`. table: the parameters that have gradients.
     """
 
     def loop(params: Params, tokens: jax.Array, targets: jax.Array) -> Sums:
@@ -48,7 +48,7 @@ def accumulated(
         def add(total: Sums, micro: tuple[jax.Array, jax.Array]) -> tuple[Sums, None]:
             return jax.tree.map(jnp.add, total, on(inside)(params, *micro)), None
 
-        zero = {path: jnp.zeros(a.shape, jnp.float32) for path, a in params.items()}
+        zero = {spec.path: jnp.zeros(params[spec.path].shape, jnp.float32) for spec in table}
         start = (jnp.zeros(()), jax.lax.with_sharding_constraint(zero, where))
         total, _ = jax.lax.scan(add, start, (tokens, targets))
         return jax.tree.map(lambda x: x / count, total)

@@ -30,6 +30,7 @@ from shardlab.parallel.context import order_notes, positions_of
 from shardlab.parallel.embedding import mesh_lookup
 from shardlab.parallel.experts import experts_notes, mesh_experts
 from shardlab.parallel.kernels import attention_on, choose_kernel, kv_repeats
+from shardlab.parallel.lora import adapted, frozen_and_adapters, split_trained
 from shardlab.parallel.optimizer import (
     OptimizerConfig,
     global_norm,
@@ -47,6 +48,7 @@ from shardlab.parallel.serving import (
 from shardlab.parallel.shardings import Shardings, shardings_of
 from shardlab.parallel.training import method_notes, training_attention, training_project
 from shardlab.spec.case import Case
+from shardlab.spec.lora import is_adapter, trained_specs
 from shardlab.spec.names import accumulation_notes, context_split, reduced_once
 from shardlab.spec.params import LogicalAxes, ParamSpec
 from shardlab.spec.pipeline import num_microbatches, pipeline_notes
@@ -144,16 +146,18 @@ def init_state(case: Case, mesh: Mesh, seed: int, *, optimizer: OptimizerConfig 
     """A fresh training state, created where it lives. The same seed gives the same numbers on every mesh."""
     table = case.parameters()
     shardings = shardings_of(case.plan, mesh)
-    tx = make_optimizer(optimizer or OptimizerConfig(), table)
+    tx = make_optimizer(optimizer or OptimizerConfig(), trained_specs(table, case.plan.method))
+    adapters = tuple(spec for spec in table if is_adapter(spec.path))
 
     def create(key: jax.Array) -> TrainState:
-        params = to_stages(init_params(case.model, key, scan_layers=case.scan_layers), case)
-        return TrainState(params, tx.init(params))
+        base = to_stages(init_params(case.model, key, scan_layers=case.scan_layers), case)
+        params = frozen_and_adapters(base, adapters, key)
+        return TrainState(params, tx.init(split_trained(params, case.plan.method)[0]))
 
     abstract = jax.eval_shape(create, jax.random.key(0))
     placed = TrainState(
         {p.path: shardings.param(p) for p in table},
-        optimizer_shardings(tx, abstract.params, table, shardings)[1],
+        optimizer_shardings(tx, split_trained(abstract.params, case.plan.method)[0], table, shardings)[1],
     )
     return jax.jit(create, out_shardings=placed)(jax.random.key(seed))
 
@@ -209,9 +213,10 @@ def _refuse_methods(case: Case) -> None:
 
 
 def _train_step(setup: _Setup, config: OptimizerConfig, z_loss: float) -> Step:
-    case, shardings = setup.case, setup.shardings
-    tx = make_optimizer(config, setup.table)
-    gradient_shardings = {p.path: shardings.optimizer_state(p) for p in setup.table}
+    case, shardings, method = setup.case, setup.shardings, setup.case.plan.method
+    table = trained_specs(setup.table, method)
+    tx = make_optimizer(config, table)
+    gradient_shardings = {p.path: shardings.optimizer_state(p) for p in table}
 
     loss_and_gradients = _loss_and_gradients(setup, z_loss)
 
@@ -220,12 +225,14 @@ def _train_step(setup: _Setup, config: OptimizerConfig, z_loss: float) -> Step:
         with jax.named_scope("optimizer"):
             gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
             norm = global_norm(gradients)
-            updates, optimizer = tx.update(gradients, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
+            trained, frozen = split_trained(state.params, method)
+            updates, optimizer = tx.update(gradients, state.optimizer, trained)
+            params = {**frozen, **optax.apply_updates(trained, updates)}
         return TrainState(params, optimizer), Metrics(loss, norm)
 
-    params = setup.abstract_params(jnp.float32)
-    abstract, placed = optimizer_shardings(tx, params, setup.table, shardings)
+    trained, _ = split_trained(setup.abstract_params(jnp.float32), method)
+    params = {**setup.abstract_params(jnp.bfloat16), **trained}  # what LoRA freezes has no f32 copy
+    abstract, placed = optimizer_shardings(tx, trained, table, shardings)
     optimizer = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
@@ -251,22 +258,28 @@ def _loss_and_gradients(setup: _Setup, z_loss: float) -> LossAndGradients:
         )
         return pipeline.loss_and_gradients
 
+    plan = setup.case.plan
+
     def on(shardings: Shardings) -> LossAndGradients:
         run, model = setup.runtime_on(shardings), setup.case.model
-        taken = tuple(name for name in setup.case.plan.axes if name not in shardings.free_axes)
-        within = tuple(name for name in context_split(setup.case.plan) if name in taken)
+        taken = tuple(name for name in plan.axes if name not in shardings.free_axes)
+        within = tuple(name for name in context_split(plan) if name in taken)
 
-        def loss_of(params: Params, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+        def loss_of(trained: Params, frozen: Params, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+            params = adapted({**frozen, **trained})
             logits_BxLxV, load = with_params(setup.model, params).logits_and_load(tokens, run)
             loss = cross_entropy(logits_BxLxV, targets, z_loss=z_loss)
             return loss if load is None else loss + balance_term(load, model, taken, within)
 
-        return jax.value_and_grad(loss_of)
+        def of_trained(params: Params, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, Params]:
+            return jax.value_and_grad(loss_of)(*split_trained(params, plan.method), tokens, targets)
 
-    plan = setup.case.plan
+        return of_trained
+
     if plan.method.accumulate == 1:
         return on(setup.shardings)
-    return accumulated(on, plan.method.accumulate, reduced_once(plan), setup.table, setup.shardings)
+    table = trained_specs(setup.table, plan.method)
+    return accumulated(on, plan.method.accumulate, reduced_once(plan), table, setup.shardings)
 
 
 def _prefill_step(setup: _Setup) -> Step:

@@ -7,15 +7,18 @@ import jax
 from shardlab.model.attention import CausalAttention
 from shardlab.model.quantise import quantised_project
 from shardlab.model.runtime import Project, project
+from shardlab.parallel.lora import adapted_project
 from shardlab.spec.case import Case
 
 
 def training_project(case: Case) -> Project:
-    """The products with projections' kernels: quantised where the plan says so and the step trains."""
-    format = case.plan.method.products
-    if format == "bf16" or case.workload != "train":
+    """The products with projections' kernels: quantised, and with LoRA's adapters, where the plan says so
+    and the step trains."""
+    method = case.plan.method
+    if case.workload != "train":
         return project
-    return quantised_project(format)
+    base = project if method.products == "bf16" else quantised_project(method.products)
+    return base if method.lora is None else adapted_project(base, method)
 
 
 def training_attention(case: Case, attention: CausalAttention) -> CausalAttention:
@@ -25,7 +28,18 @@ def training_attention(case: Case, attention: CausalAttention) -> CausalAttentio
 
 def method_notes(case: Case, family: str) -> tuple[str, ...]:
     """What the report says about them. family: cpu, gpu or tpu."""
-    return tuple(note for note in (_products_note(case), _offload_note(case, family)) if note)
+    found = (_products_note(case), _offload_note(case, family), _lora_note(case))
+    return tuple(note for note in found if note)
+
+
+def _lora_note(case: Case) -> str:
+    method = case.plan.method
+    if method.lora is None:
+        return ""
+    if case.workload != "train":
+        return f"lora = {method.lora}: its adapters are merged into the weights for {case.workload}"
+    on = ", ".join(method.lora_targets)
+    return f"lora = {method.lora}: adapters on {on} are trained, weights are frozen in bf16"
 
 
 def _products_note(case: Case) -> str:

@@ -12,6 +12,7 @@ from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.machine import Machine
 from shardlab.spec.context import context_obstacles, ulysses_kv_note
 from shardlab.spec.experts import experts_obstacles
+from shardlab.spec.lora import adapter_table
 from shardlab.spec.models import ModelConfig, find_model
 from shardlab.spec.nearest import Array, nearest_size
 from shardlab.spec.params import ParamSpec, parameter_table
@@ -61,9 +62,11 @@ class Case(BaseModel):
         return load_machine(self.machine)
 
     def parameters(self) -> tuple[ParamSpec, ...]:
-        """Every parameter as the step holds it: in a pipeline, layers lie on stages."""
+        """Every parameter as the step holds it: in a pipeline, layers lie on stages; LoRA's adapters, with
+        which a model is trained, come last."""
         stages = layout_of(self.plan, self.model.layers)
-        return parameter_table(self.model, scan_layers=self.scan_layers, stages=stages)
+        table = parameter_table(self.model, scan_layers=self.scan_layers, stages=stages)
+        return table + (adapter_table(table, self.plan.method) if self.workload == "train" else ())
 
     def obstacles(self) -> dict[str, str]:
         """Why the plan's methods cannot be with this model and workload: reason -> what can."""

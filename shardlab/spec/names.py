@@ -36,7 +36,8 @@ def strategy_names(plan: Plan) -> tuple[str, ...]:
     """
     if plan.num_devices == 1:
         return ("single device",)
-    return (*_data_names(plan), *_model_names(plan), *_other_names(plan))
+    lora = () if plan.method.lora is None else (f"LoRA (rank {plan.method.lora})",)
+    return (*_data_names(plan), *_model_names(plan), *_other_names(plan), *lora)
 
 
 def reduced_once(plan: Plan) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from shardlab.errors import Problem, UserError
 from shardlab.hardware.toml_file import read_text
 from shardlab.spec import plan_checks as checks
 from shardlab.spec.experts import experts_problems
+from shardlab.spec.lora import lora_problems
 from shardlab.spec.plan_checks import ACTIVATION_AXES, PARAM_AXES
 from shardlab.spec.plan_file import PlanText, read_flags_file, read_plan_text
 from shardlab.spec.plan_schema import BlockTable, Check, Method, PlanTable, RuleLists, read_table
@@ -151,6 +152,7 @@ def _problems(plan: Plan, table: PlanTable, text: PlanText) -> list[Problem]:
     problems += checks.zero_problems(plan.params, plan.gradients, plan.optimizer, where)
     problems += checks.blocks_problems(table, plan.blocks, where)
     problems += checks.method_problems(plan.method, where)
+    problems += lora_problems(plan.method, where)
     problems += checks.pipeline_problems(plan.params, plan.activations, plan.method, where)
     problems += experts_problems(plan.params_in("moe"), plan.activations, plan.method, where)
     problems += checks.context_problems(plan.activations, plan.method, where)

@@ -28,6 +28,9 @@ class Method(BaseModel):
     experts: str = "dropless"
     remat: Literal["none", "full", "selective", "matmuls", "offload"] = "full"
     products: Literal["bf16", "fp8", "int8"] = "bf16"
+    lora: int | None = None
+    lora_alpha: int | None = None
+    lora_targets: list[str] = ["query", "value"]
     attention: Literal["auto", "reference", "blockwise", "cudnn", "splash"] = "auto"
     chunk: int = 1
 

@@ -177,6 +177,8 @@ def test_model_flops_of_training(config, weights, width):
     tokens = batch * seq
     assert model_flops(config, batch, seq, "train", "full") == tokens * (6 * weights + 12 * width * seq)
     assert model_flops(config, batch, seq, "train") == tokens * (6 * weights + 6 * width * seq)
+    lora = model_flops(config, batch, seq, "train", frozen=True)  # no gradients of weights
+    assert lora == tokens * (4 * weights + 6 * width * seq)
 
 
 def test_llama_70b_step_of_the_design():
