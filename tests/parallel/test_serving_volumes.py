@@ -1,0 +1,170 @@
+"""What a decode step sends against closed forms, and that its cache is never moved.
+
+In f32 on emulated devices, in bf16 ahead of time for GPUs and TPUs. The forms are Megatron's without a
+backward pass, and Flash-Decoding's: per query a greatest score, a sum of weights and a sum of values, in f32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import pytest
+from emulated import SMALL, TENSOR, case_of, plan, step_of
+from strategy_volumes import F32, Volumes, all_reduce, gather, together
+
+from shardlab.analysis import CollectiveRow, analyze
+from shardlab.compile import compile_case
+from shardlab.spec.case import Case
+from shardlab.spec.plan import Plan
+
+# Large enough for compilers to treat arrays as they treat large ones; 2 KV heads for 8 query heads.
+MODEL = replace(
+    SMALL, name="served", kv_heads=2, embed=512, head_dim=64, mlp=1_024, vocab=2_048, context=4_096
+)
+BATCH, SEQ = 16, 2_048
+MACHINES = {"cpu": "cpu:8", "gpu": "h100:1x8", "tpu": "v5e:2x4"}
+WIDE = {axis: ("tensor", "x") for axis in ("heads", "mlp", "vocab")} | {"kv_heads": ("tensor",)}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the closed forms need of a case on a target."""
+
+    case: Case
+    target: str
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation or a weight in use."""
+        return F32 if self.target == "cpu" else 2
+
+    def stream(self, batch: int = BATCH) -> int:
+        """Bytes of the residual stream."""
+        return batch * MODEL.embed * self.element
+
+    def megatron(self, axes: str, ways: int, batch: int = BATCH) -> Volumes:
+        """Forward: a layer all-reduces the residual stream after attention and after the MLP, and the
+        vocabulary-parallel embedding once (arXiv:1909.08053, section 3)."""
+        return {(axes, "all-reduce"): (2 * MODEL.layers + 1) * all_reduce(ways, self.stream(batch))}
+
+    def merged(self, axes: str, ways: int, heads: int, batch: int = BATCH) -> Volumes:
+        """Flash-Decoding's merge of partial softmaxes (Milakov and Gimelshein, arXiv:1805.02867, section
+        3.1): head_dim + 2 numbers for each query head."""
+        size = F32 * batch * heads * (MODEL.head_dim + 2)
+        return {(axes, "all-reduce"): MODEL.layers * all_reduce(ways, size)}
+
+
+def heads(f: Figures) -> Volumes:
+    return f.megatron("tensor", 2)
+
+
+def positions(f: Figures) -> Volumes:
+    return f.merged("x", 8, MODEL.heads)
+
+
+def all_three(f: Figures) -> Volumes:
+    one = BATCH // 2
+    return together([f.megatron("tensor", 2, one), f.merged("x", 2, MODEL.heads // 2, one)])
+
+
+def heads_positions(f: Figures) -> Volumes:
+    """Queries are gathered over x; a device gets the sums of its own heads, and the greatest of all."""
+    head_rows = BATCH * MODEL.heads // 2
+    per_layer = {
+        ("x", "all-gather"): gather(4, head_rows * MODEL.head_dim * f.element),
+        ("x", "all-reduce"): all_reduce(4, F32 * head_rows),
+        ("x", "reduce-scatter"): gather(4, F32 * head_rows * (MODEL.head_dim + 1)),
+    }
+    if f.target == "tpu":  # XLA:TPU all-reduces small arrays that it was told to scatter: twice the bytes
+        per_layer[("x", "reduce-scatter")] -= gather(4, F32 * head_rows)
+        per_layer[("x", "all-reduce")] += all_reduce(4, F32 * head_rows)
+    layers = {key: MODEL.layers * size for key, size in per_layer.items()}
+    return together([f.megatron("tensor+x", 8), layers])
+
+
+def slots(f: Figures) -> Volumes:
+    """FSDP's gathers of the forward pass: every weight once. Norms are used in f32; XLA:GPU gathers them as
+    they are stored, and XLA:TPU all-reduces them, small as they are."""
+    norms = sum(p.size for p in f.case.parameters() if "norm" in p.path)
+    matrices = sum(p.size for p in f.case.parameters()) - norms
+    if f.target == "tpu":
+        return {
+            ("data", "all-gather"): gather(8, matrices * 2),
+            ("data", "all-reduce"): all_reduce(8, norms * F32),
+        }
+    return {("data", "all-gather"): gather(8, (matrices + norms) * f.element)}
+
+
+CASES: dict[str, tuple[Plan, Callable[[Figures], Volumes]]] = {
+    "heads": (
+        plan({"data": 4, "tensor": 2}, TENSOR, {"batch": ("data",)}),
+        lambda f: f.megatron("tensor", 2, 4),
+    ),
+    "positions": (plan({"x": 8}, {}, {"cache": ("x",)}), positions),
+    "all-three": (
+        plan({"data": 2, "tensor": 2, "x": 2}, TENSOR, {"batch": ("data",), "cache": ("x",)}),
+        all_three,
+    ),
+    "heads-positions": (plan({"tensor": 2, "x": 4}, WIDE, {"cache": ("x",)}), heads_positions),
+    "batch": (plan({"data": 8}, {"embed": ("data",)}, {"batch": ("data",)}), slots),
+}
+
+
+def compiled(name: str, target: str) -> tuple[Figures, list[CollectiveRow]]:
+    asked, _ = CASES[name]
+    case = case_of(asked, MODEL, machine=MACHINES[target], batch=BATCH, seq=SEQ, workload="decode")
+    if target != "cpu":
+        return Figures(case, target), list(analyze(compile_case(case, find_largest_batch=False)).collectives)
+    step = step_of(case)
+    text = step.function.lower(*step.arguments).compile().as_text()
+    return Figures(case, target), list(analyze(text, axes=dict(asked.axes)).collectives)
+
+
+def sent(rows: list[CollectiveRow]) -> Volumes:
+    """Bytes per device per step by axes and kind."""
+    total: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        low, high = row.executions
+        assert low == high and row.axes is not None
+        total["+".join(row.axes), row.kind] += row.wire_bytes * low  # type: ignore[assignment]
+    return {key: Fraction(value) for key, value in total.items() if value}
+
+
+def check(name: str, target: str) -> None:
+    figures, rows = compiled(name, target)
+    assert sent(rows) == {k: v for k, v in CASES[name][1](figures).items() if v}
+    # Nothing in attention is as large as what a device holds of one layer's keys: the cache stays.
+    held = BATCH * SEQ * MODEL.kv_heads * MODEL.head_dim * figures.element // 8
+    kernel = [row for row in rows if "attention/kernel" in (row.op_name or "")]
+    assert all(row.payload_bytes < held for row in kernel)
+    assert bool(kernel) == ("positions" in name or name == "all-three")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_on_emulated_devices(name: str) -> None:
+    check(name, "cpu")
+
+
+# Ahead of time the case with every kind of collective, and the others in the full set.
+AHEAD_OF_TIME = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.matrix if n == "heads-positions" else pytest.mark.full)
+        for n in CASES
+    ],
+)
+
+
+@pytest.mark.gpu
+@AHEAD_OF_TIME
+def test_bytes_on_gpus(name: str) -> None:
+    check(name, "gpu")
+
+
+@pytest.mark.tpu
+@AHEAD_OF_TIME
+def test_bytes_on_tpus(name: str) -> None:
+    check(name, "tpu")
