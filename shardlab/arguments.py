@@ -157,7 +157,7 @@ def _add_workload(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--batch", type=_positive, metavar="N", help="global batch in sequences")
     verb.add_argument("--seq", type=_positive, metavar="N", help="tokens per sequence")
     verb.add_argument(
-        "--workload", choices=("train", "prefill", "decode"), default="train", help="default: train"
+        "--workload", choices=("train", "prefill", "decode"), help="default: the plan's [check], else train"
     )
 
 

@@ -13,6 +13,7 @@ from shardlab.analysis import Analysis, attribute
 from shardlab.audit import Finding, audit, finding_json
 from shardlab.cost.energy import Energy, step_energy
 from shardlab.cost.flops import Flops, model_flops
+from shardlab.cost.generation import Generation, generation
 from shardlab.cost.instructions import InstructionCost, StepCost, step_cost
 from shardlab.cost.liveness import temporaries_at_peak
 from shardlab.cost.memory import MemoryFit, memory_report
@@ -81,6 +82,14 @@ class CaseReport:
     def step_time_s(self) -> float | None:
         """The predicted step time; None where a part of it is unknown."""
         return self.predicted.timeline.step_time_s if self.predicted is not None else None
+
+    @property
+    def generation(self) -> Generation | None:
+        """What one generated token costs; None unless this is a decode step that was analysed."""
+        if self.analysis is None or self.case.workload != "decode":
+            return None
+        moved = None if self.cost is None else (self.cost.read_bytes, self.cost.written_bytes)
+        return generation(self.case.batch, moved, self.analysis.totals.wire_bytes[1])
 
     @property
     def tokens_per_s_per_device(self) -> float | None:
@@ -208,6 +217,7 @@ def to_json(report: CaseReport, *, instructions: bool = False) -> Json:
         "memory": _memory_json(report),
         "compute": _compute_json(report),
         "prediction": _prediction_json(report),
+        "generation": _known(**asdict(report.generation)) if report.generation is not None else {},
     }
     if instructions and report.cost is not None:
         missing = (*report.cost.flops.unknown, *report.cost.not_counted)

@@ -12,6 +12,7 @@ from shardlab.case_report import NOT_AUTOTUNED_NOTE, CaseReport, report_case, to
 from shardlab.cost.flops import model_flops
 from shardlab.hardware.catalog import load_machine
 from shardlab.program import Memory, Program, Refusal
+from shardlab.report.cost import token_text
 
 # Per device and step: a product of 2·64·32·16 = 65,536 FLOPs, run three times by the loop; one all-gather of
 # 8 · 1,024 f32 = 32,768 bytes, of which a device sends 7/8 = 28,672.
@@ -136,6 +137,21 @@ def test_json_has_every_member_of_the_contract() -> None:
     assert (described["plan"], described["model"], described["machine"]) == ("fsdp8", "tiny", "h100:1x8")
     assert (described["batch"], described["seq"], described["workload"]) == (8, 128, "train")
     assert json.loads(json.dumps(document)) == document
+
+
+def test_a_decode_step_says_what_a_token_costs() -> None:
+    """Eight sequences: 28,672 bytes sent are 3,584 a token. What training would say of tokens is absent."""
+    machine = load_machine("h100:1x8")
+    made = report_case(case().model_copy(update={"workload": "decode"}), program(), machine)
+    assert made.cost is not None and made.cost.read_bytes is not None and made.cost.written_bytes is not None
+    assert to_json(made)["generation"] == {
+        "tokens_per_step": 8,
+        "hbm_bytes_per_token_per_device": (made.cost.read_bytes + made.cost.written_bytes) / 8,
+        "wire_bytes_per_token_per_device": 3_584,
+    }
+    assert "generation" not in to_json(report_case(case(), program(), machine))
+    assert token_text(made) is not None
+    assert "3.58 kB sent" in str(token_text(made))
 
 
 @pytest.mark.parametrize(("backend", "elsewhere"), [("gpu", 0), ("tpu", 3 * 2_048)])

@@ -21,13 +21,14 @@ from shardlab.spec.models import MODELS
 from shardlab.spec.plan import load_plan
 
 ALWAYS = {"cpu8-tensor", "h100x8-fsdp8"}
-SUBSET = {"cpu8-fsdp", "h100x64-fsdp8-tensor8"}
+SUBSET = {"decode-cpu8-tensor2-cache4", "cpu8-fsdp", "h100x64-fsdp8-tensor8"}
 NAMES = sorted(path.stem for path in MESHES.glob("*.toml") if path.stem != "budgets")
 ByteRange = tuple[Fraction, Fraction | None]
 
 
 def target_of(name: str) -> list[pytest.MarkDecorator]:
     """What the plan's compiler needs: the extra that brings it."""
+    name = name.removeprefix("decode-").removeprefix("prefill-")
     if name.startswith("cpu"):
         return []
     return [pytest.mark.tpu if name.startswith(("v4", "v5", "v6", "tpu")) else pytest.mark.gpu]

@@ -28,7 +28,7 @@ class Question:
     machines: tuple[str, ...] = ()
     batch: int | None = None
     seq: int | None = None
-    workload: Workload = "train"
+    workload: Workload | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,8 @@ def comparison_cases(plans: Sequence[Plan], question: Question) -> Cases:
     _all_or_every_mistake(names)
     own = () if question.machines else _all_or_every_mistake(partial(_own_machine, plan) for plan in plans)
     pairs = list(zip(plans, own, strict=True)) if own else list(product(plans, question.machines))
-    question, notes = _settled(pairs, replace(question, model=model))
+    workload = question.workload or _common_workload(plans)
+    question, notes = _settled(pairs, replace(question, model=model, workload=workload))
     made = [_try_case(plan, machine, question) for plan, machine in pairs]
     cases = tuple(item for item in made if isinstance(item, Case))
     mistakes = [item for item in made if isinstance(item, UserError)]
@@ -101,6 +102,14 @@ def _common_model(plans: Sequence[Plan]) -> str:
     if names or name is None:
         raise UserError(Problem("--model", "the plans do not name one model in [check]", "give --model NAME"))
     return name
+
+
+def _common_workload(plans: Sequence[Plan]) -> Workload:
+    found = {plan.check.workload for plan in plans}
+    if len(found) > 1:
+        what = f"the plans are for {', '.join(sorted(found))} in [check]"
+        raise UserError(Problem("--workload", what, "give --workload, or compare plans for one"))
+    return found.pop()
 
 
 def _try_case(plan: Plan, machine: str, question: Question) -> Case | Infeasible | UserError:
@@ -137,6 +146,7 @@ def _settled(pairs: Sequence[tuple[Plan, str]], question: Question) -> tuple[Que
 def _unchecked(plan: Plan, machine: str, question: Question) -> Case:
     """The case as it was asked for (a settled question), though it cannot be: for the row that says why."""
     assert question.model is not None and question.batch is not None and question.seq is not None
+    assert question.workload is not None
     return Case(
         plan=plan,
         model=find_model(question.model),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TextIO
 
 from shardlab.case_report import CaseReport, unanswered
@@ -39,6 +39,7 @@ def search_plans(
     All have one global batch: the user's, else one sequence per device. What cannot hold its own parameters
     and optimizer state is a row without a compile. Raises UserError for mistakes in flags.
     """
+    question = replace(question, workload=question.workload or "train")
     config, spec = find_model(question.model or ""), _only_machine(question)
     machine = load_machine(spec)
     made = candidates(config, machine)
@@ -80,9 +81,8 @@ def _cases(made: Sequence[Candidate], question: Question) -> tuple[list[Case], l
     limit = memory_limit(machine)[0]
     cases, rejected = [], []
     for one in made:
-        whole = Case(
-            plan=one.plan, model=config, machine=spec, batch=batch, seq=seq, workload=question.workload
-        )
+        workload = question.workload or "train"
+        whole = Case(plan=one.plan, model=config, machine=spec, batch=batch, seq=seq, workload=workload)
         try:
             case = make_case(one.plan, config, spec, batch, seq, question.workload)
             needed = state_bytes(case) if question.workload == "train" else 0

@@ -2,8 +2,8 @@
 
 The cache may be split by KV heads, by slots (batch), and by positions (`cache`). Split by positions, every
 device attends to its own and the parts are put together by their softmax sums (Flash-Decoding; Milakov and
-Gimelshein, arXiv:1805.02867): three small all-reduces, and the cache stays where it is. Written out,
-and not left to the partitioner: it does the same on its own where only positions are split, and more elsewhere.
+Gimelshein, arXiv:1805.02867): three small all-reduces, and the cache stays where it is. It is written out and
+not left to the partitioner, which does the same where only positions are split, and more elsewhere.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from shardlab.agreement import Agreement, AgreementRow
 from shardlab.analysis import Analysis
 from shardlab.case_report import EMULATED_NOTE, CaseReport
 from shardlab.compare import Comparison, Unranked, dominant
+from shardlab.report.cost import token_text
 from shardlab.report.figures import (
     NONE,
     axes_text,
@@ -102,7 +103,9 @@ def _section(
 def _plan_cell(report: CaseReport, machines: bool) -> Cell:
     name = Line(report.case.plan.name, "strong")
     machine = (Line(f"on {report.case.machine}"),) if machines else ()
-    return (name, *machine, Line(", ".join(strategy_names(report.case.plan)), "dim"))
+    token = token_text(report)
+    per_token = () if token is None else (Line(f"{token} per token", "dim"),)
+    return (name, *machine, Line(", ".join(strategy_names(report.case.plan)), "dim"), *per_token)
 
 
 def memory_cell(report: CaseReport) -> Cell:

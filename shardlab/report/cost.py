@@ -109,3 +109,15 @@ def _not_counted(cost: StepCost) -> Table:
     columns = (Column("what"), Column("name", keep=False), Column("why", keep=False))
     rows = tuple((code(one.what), code(one.name), cell(one.why)) for one in missing)
     return Table(title="FLOPs or traffic not counted", columns=columns, rows=rows)
+
+
+def token_text(report: CaseReport) -> str | None:
+    """`2.1 GB of HBM and 1.3 MB sent`, per generated token and device; None unless tokens are generated."""
+    one = report.generation
+    if one is None:
+        return None
+    hbm, sent = (
+        "unknown" if value is None else format_bytes(round(value))
+        for value in (one.hbm_bytes_per_token_per_device, one.wire_bytes_per_token_per_device)
+    )
+    return f"{hbm} of HBM and {sent} sent"

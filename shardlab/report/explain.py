@@ -8,7 +8,7 @@ from shardlab.case_report import EMULATED_NOTE, PATH_ENTRIES, CaseReport
 from shardlab.compare import refusal_reason
 from shardlab.report.breakdown import TIME_MEANS, TOP, audit_tables, mesh_text, traffic_tables
 from shardlab.report.comparison import time_text
-from shardlab.report.cost import cost_facts, cost_tables
+from shardlab.report.cost import cost_facts, cost_tables, token_text
 from shardlab.report.figures import shares
 from shardlab.report.page import Column, Page, Table, cell, code
 from shardlab.report.step import path_tables, step_facts
@@ -62,6 +62,8 @@ def _figure_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
     facts += cost_facts(report)
     if analysis is not None:
         facts.append(("sent", f"{format_bytes(analysis.totals.wire_bytes)} per device and step"))
+    if (text := token_text(report)) is not None:
+        facts.append(("per token", f"{text}, per device; a step generates {report.case.batch}"))
     if report.communication_s is not None:
         facts.append(("comm. time", f"{time_text(report)} {TIME_MEANS}"))
     return (*facts, *step_facts(report))

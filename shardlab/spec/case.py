@@ -95,15 +95,15 @@ def make_case(
     machine: str | None = None,
     batch: int | None = None,
     seq: int | None = None,
-    workload: Workload = "train",
+    workload: Workload | None = None,
     *,
     scan_layers: bool = True,
 ) -> Case:
     """The plan put on a model and a machine; what is not given comes from the plan, then from the defaults.
 
-    Defaults: machine from `on`; model, batch and seq from `[check]`; else seq = min(context, 4096) and one
-    sequence per batch shard and microbatch. Raises UserError for mistakes (all at once) and Infeasible, with
-    the nearest value that works, when a dimension cannot be split as the rules say.
+    Defaults: machine from `on`; model, batch, seq and workload from `[check]`; else seq = min(context, 4096)
+    and one sequence per batch shard and microbatch, in training. Raises UserError for mistakes (all at once)
+    and Infeasible, with the nearest value that works, when a dimension cannot be split as the rules say.
     """
     config, spec = _resolved(plan, model, machine)
     length = _given("--seq", seq, _default_seq(plan, config))
@@ -114,7 +114,7 @@ def make_case(
         machine=spec,
         batch=sequences,
         seq=length,
-        workload=workload,
+        workload=workload or plan.check.workload,
         scan_layers=scan_layers,
     )
     check_feasible(case)

@@ -43,6 +43,7 @@ class Check(BaseModel):
     model: str | None = None
     batch: int | None = None
     seq: int | None = None
+    workload: Literal["train", "prefill", "decode"] = "train"
 
 
 class BlockTable(BaseModel):

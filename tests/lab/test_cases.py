@@ -77,6 +77,15 @@ def test_the_model_may_come_from_the_plans_if_they_agree() -> None:
         comparison_cases([*both, with_check("c", 4, model="tiny")], Question())
 
 
+def test_the_workload_may_come_from_the_plans_if_they_agree() -> None:
+    both = [with_check(name, 4, model="gpt2-124m", workload="decode") for name in ("a", "b")]
+    assert {case.workload for case in comparison_cases(both, Question()).cases} == {"decode"}
+    mixed = [*both, with_check("c", 4, model="gpt2-124m")]
+    with pytest.raises(UserError, match="--workload: the plans are for decode, train"):
+        comparison_cases(mixed, Question())
+    assert len(comparison_cases(mixed, Question(workload="decode")).cases) == 3
+
+
 def test_every_unknown_name_is_reported_at_once() -> None:
     plans = [plan("no-machine"), plan("none-either")]
     with pytest.raises(UserError) as caught:

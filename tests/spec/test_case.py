@@ -167,6 +167,12 @@ def test_kv_heads_fewer_than_the_tensor_axis_are_replicated_and_told() -> None:
     assert make_case(plan_of({"tensor": 8}, params=TENSOR8), "llama3-70b", "cpu:8").notes() == ()
 
 
+def test_the_workload_is_the_plans_unless_said() -> None:
+    plan = plan_from_text(HYBRID + '[check]\nworkload = "prefill"\n')
+    assert make_case(plan, "gpt2-124m").workload == "prefill"
+    assert make_case(plan, "gpt2-124m", workload="train").workload == "train"
+
+
 @pytest.mark.parametrize(
     ("workload", "feasible"),
     [("train", False), ("prefill", False), ("decode", True)],

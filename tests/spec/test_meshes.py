@@ -51,7 +51,7 @@ def test_the_name_gives_the_sizes_of_the_axes(path: Path) -> None:
     named = dict(re.findall(r"(data|fsdp|tensor|stage|expert)(\d+)", path.stem))
     assert {axis: int(size) for axis, size in named.items()}.items() <= plan.axes.items()
     machine = make_case(plan).load_machine()
-    count = re.match(r"(?:cpu|h100x|a100x|b200x|gb200x|rtx4090x)(\d+)", path.stem)
+    count = re.match(r"(?:decode-|prefill-)?(?:cpu|h100x|a100x|b200x|gb200x|rtx4090x)(\d+)", path.stem)
     assert machine.num_devices == (int(count[1]) if count else machine.num_devices)
     words = {
         "tensor": "2-D tensor parallel" if "y" in plan.axes else "tensor parallel",
