@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 
 from absl import app, flags
+from validation.sites import implied_rate_lines
 
 from shardlab.cost.collective_time import algorithms, collective_time
 from shardlab.cost.shapes import group_shapes
@@ -245,23 +246,6 @@ def table_lines(errors: Sequence[FitError]) -> Iterator[str]:
         yield f"| {one.line} | {one.rows} | {shares} | {'yes' if one.fitted else 'no'} |"
 
 
-def implied_rates(machine: str = "intellect1") -> Iterator[tuple[str, float]]:
-    """(row of INTELLECT-1's table 2, bytes per second of each node's link that its time implies).
-
-    10e9 int8 values in a ring over 14 nodes: each sends 2 · 13/14 of them.
-    """
-    nodes = load_machine(machine).hosts
-    for row, seconds in (("USA", 103), ("USA + Europe", 382), ("global", 469)):
-        wire = wire_of(
-            kind="all-reduce",
-            operand_bytes=10**10,
-            result_bytes=10**10,
-            groups=(tuple(range(nodes)),),
-            pairs=(),
-        )
-        yield row, float(wire.wire_bytes) / seconds
-
-
 # --- the fit: coordinate by coordinate, in the mean of |log(predicted / measured)| -------------------------
 
 FREE = {  # constant -> the field that holds it; latency_s stands beside the calibration
@@ -335,9 +319,7 @@ def main(_: Sequence[str]) -> None:
     print("\n".join(table_lines(tuple(fit_errors(rows)))))
     for key, why in EXCLUDED.items():
         print(f"left out: {', '.join(key)}: {sum(row.key == key for row in rows)} rows, {why}")
-    print("INTELLECT-1, table 2: the link rate of a node that each row implies; calibration, not validation")
-    for row, rate in implied_rates():
-        print(f"  {row}: {rate * 8 / 1e9:.2f} Gbit/s")
+    print("\n".join(implied_rate_lines()))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from absl import app, flags
-from validation.gpu_rows import korthikanti, torchtitan, vtrain_single_node
-from validation.outcome import Outcome, energy_outcomes, figure_1_outcomes, memory_outcome, step_outcome
+from validation.gpu_rows import attached_gpu, figure_1_rows, korthikanti, torchtitan, vtrain_single_node
+from validation.outcome import (
+    Outcome,
+    energy_outcomes,
+    figure_1_compiled,
+    figure_1_outcomes,
+    memory_outcome,
+    step_outcome,
+)
 from validation.programs import Programs, with_microbatches
 from validation.row import Row
+from validation.sites import implied_rate_lines
 from validation.tables import COLUMNS, csv_line, group_lines, outcome_lines, score_lines
 from validation.tpu_rows import tpu_recipes
 
@@ -30,6 +38,7 @@ SOURCES: dict[str, Callable[[], Iterator[Row]]] = {
     "torchtitan": torchtitan,
     "tpu_recipes": tpu_recipes,
     "vtrain_single_node": vtrain_single_node,
+    "attached_gpu": attached_gpu,
 }
 SOURCE_LIST = flags.DEFINE_list("sources", list(SOURCES), "Which sources, separated by commas.")
 CACHE = flags.DEFINE_string("cache", "programs", "Folder of compiled programs; made where it is not there.")
@@ -90,11 +99,14 @@ def main(argv: Sequence[str]) -> None:
             steps.append(step)
             memory += [held] if held is not None else []
     memory += figure_1_outcomes()
+    for row in figure_1_rows():
+        answer = row.excluded_because if row.case is None else reported(row, programs)
+        memory += figure_1_compiled(row, answer)
     energy = list(energy_outcomes())
     for kind, rows in (("step", steps), ("memory", memory), ("energy", energy)):
         lines = outcome_lines(rows, every=EVERY_ROW.value)
         print("\n".join([f"\n## {kind}\n", *score_lines(rows), "", *lines]))
-    print("\n".join(group_lines(steps)))
+    print("\n".join([*group_lines(steps), "", *implied_rate_lines()]))
     if programs.stale:
         print(f"\n{len(programs.stale)} programs are of other versions of the sources (--any_sources)")
     if CSV.value is not None:

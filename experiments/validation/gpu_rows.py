@@ -13,6 +13,7 @@ GIB = 1 << 30
 SELECTIVE_IN_PIPELINE = (
     "selective recomputation in a pipeline: stages keep the inputs of layers and nothing else"
 )
+NO_REMAT_IN_PIPELINE = "a pipeline without recomputation: stages keep the inputs of layers and nothing else"
 ASYNC_TENSOR_PARALLEL = "async tensor parallelism (products cut up and overlapped with their gathers)"
 FUSED_CONTEXT_PARALLEL = "fused attention in ring context parallelism: ours attends blockwise, unfused"
 # Megatron of 2022 had no fused kernel: it stored scores, which is what selective recomputation is against.
@@ -51,6 +52,37 @@ def korthikanti() -> Iterator[Row]:
             method=method,
         )
         yield with_case(row, text, f"megatron-{line['model'].lower()}", batch, int(line["seq_len_tokens"]))
+
+
+def figure_1_rows() -> Iterator[Row]:
+    """The bars of figure 1; a program can stand beside 22B on one host, with and without recomputation."""
+    for line in read_table("korthikanti_fig1"):
+        selective = "selective" in line["method"]
+        row = Row(
+            source="korthikanti figure 1, compiled",
+            row=f"{line['model']} {'sequence parallel, selective' if selective else 'baseline'}",
+            chip="a100",
+            measured_step_s=None,
+        )
+        if line["model"] != "22B":
+            missing = SELECTIVE_IN_PIPELINE if selective else NO_REMAT_IN_PIPELINE
+            yield replace(row, excluded_because=missing)
+            continue
+        method = {"remat": "selective" if selective else "none", **UNFUSED}
+        text = plan_text("a100:1x8", {"tensor": 8}, sequence_parallel=selective, method=method)
+        yield with_case(row, text, "megatron-22b", 4, 2_048)
+
+
+def attached_gpu() -> Iterator[Row]:
+    """What `shardlab` would measure itself, if a GPU were attached."""
+    for what in ("GPT-2 124M", "a layer of Llama 3 8B"):
+        yield Row(
+            source="attached_gpu",
+            row=f"{what} on one GPU",
+            chip="",
+            measured_step_s=None,
+            excluded_because="no GPU was attached: nothing measured",
+        )
 
 
 def torchtitan() -> Iterator[Row]:

@@ -117,6 +117,30 @@ def figure_1_outcomes() -> Iterator[Outcome]:
             )
 
 
+def figure_1_compiled(row: Row, answer: CaseReport | str) -> Iterator[Outcome]:
+    """The compiled program beside the formula. It differs where XLA does: weights are f32 (12 bytes with
+    Adam, no 16-bit copy between steps), gradients f32, scores f32, and what is kept of a layer is what JAX
+    keeps."""
+    published = {
+        "states": "published_params_grads_optimizer_gib",
+        "activations": "published_activations_gib",
+    }
+    owners = {"states": ("parameters", "optimizer", "gradients"), "activations": ("activations",)}
+    model, _, method = row.row.partition(" ")
+    (line,) = [
+        line
+        for line in read_table("korthikanti_fig1")
+        if line["model"] == model and line["method"].startswith(method.split(",")[0])
+    ]
+    for what, column in published.items():
+        predicted, why = None, answer if isinstance(answer, str) else ""
+        if isinstance(answer, CaseReport) and answer.owners is not None:
+            held = answer.owners.by_owner
+            predicted = float(sum(held.get(owner, 0) for owner in owners[what]))
+        outcome = _outcome(row, float(line[column]) * GIB, predicted, why)
+        yield replace(outcome, row=f"{row.row}, {what}")
+
+
 # --- energy -----------------------------------------------------------------------------------------------
 
 COOLED = {"immersion": "hgx-h100-immersion", "air": "h100"}

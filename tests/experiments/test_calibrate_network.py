@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from validation.sites import implied_rates
 
 from shardlab.cost.traffic import traffic_of
 from shardlab.cost.wire import wire_of
@@ -54,7 +55,7 @@ def test_no_constant_is_better_a_tenth_away(program: ModuleType, link: str) -> N
     ("row", "gbit_per_s"), [("USA", "1.4"), ("USA + Europe", "0.39"), ("global", "0.32")]
 )
 def test_intellect1_implies_its_link_rates(program: ModuleType, row: str, gbit_per_s: str) -> None:
-    rate = dict(program.implied_rates())[row]
+    rate = dict(implied_rates())[row]
     assert f"{rate * 8 / 1e9:.2g}" == gbit_per_s
 
 

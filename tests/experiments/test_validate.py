@@ -10,7 +10,7 @@ import pytest
 import validate
 from absl.testing import flagsaver
 from validation import programs as kept
-from validation.gpu_rows import korthikanti, torchtitan, vtrain_single_node
+from validation.gpu_rows import attached_gpu, korthikanti, torchtitan, vtrain_single_node
 from validation.memory import Layout
 from validation.outcome import Outcome, energy_outcomes, figure_1_outcomes
 from validation.programs import Programs, case_digest, with_microbatches
@@ -57,6 +57,7 @@ SOURCES = {
     "korthikanti": (korthikanti, 9),
     "torchtitan": (torchtitan, 32),
     "tpu_recipes": (tpu_recipes, 25),
+    "attached_gpu": (attached_gpu, 2),
 }
 
 
@@ -95,6 +96,7 @@ def test_what_is_excluded_lacks_a_feature() -> None:
         "Gemma 3's layers",
         "Llama 4's layers",
         "multi-token prediction, as MaxText trains DeepSeek-V3",
+        "no GPU was attached",
     }
 
 
@@ -240,7 +242,12 @@ def test_the_program_prints_and_writes_every_row(
     predicted, measured = float(lines[0]["predicted_step_s"]), float(lines[0]["measured_step_s"])
     assert float(lines[0]["error_pct"]) == pytest.approx(100 * (predicted / measured - 1), abs=0.01)
     assert [line["row"] for line in lines[1:] if not line["excluded_because"]] == []
-    assert (tmp_path / "rows-memory.csv").exists()
+    with (tmp_path / "rows-memory.csv").open(encoding="utf-8") as file:
+        memory = list(csv.DictReader(file))
+    assert [
+        line["row"] for line in memory if not line["predicted_bytes"] and not line["excluded_because"]
+    ] == []
+    assert sum(line["source"] == "korthikanti figure 1, compiled" for line in memory) == 16
     assert (tmp_path / "rows-energy.csv").exists()
     assert "| korthikanti | 9 | 1 | 4 | 4 |" in capsys.readouterr().out
 
