@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from absl import app, flags
+from validation.efficiency import TAKEN_FROM, at_efficiency, efficiency_of, taken_from
 from validation.gpu_rows import attached_gpu, figure_1_rows, korthikanti, torchtitan, vtrain_single_node
 from validation.outcome import (
     Outcome,
@@ -48,12 +49,13 @@ ANY_SOURCES = flags.DEFINE_bool(
     False,
     "Also take programs that other versions of shardlab or of a compiler made; it says so.",
 )
+CALIBRATE = flags.DEFINE_bool("calibrate", False, "One efficiency per chip, taken from one row each.")
 CSV = flags.DEFINE_string("csv", None, "Write every row here; memory and energy beside it.")
 EVERY_ROW = flags.DEFINE_bool("every_row", False, "Print a line for every row, not only for those predicted.")
 
 
-def reported(row: Row, programs: Programs) -> CaseReport | str:
-    """The report of the row's case, or why there is none."""
+def reported(row: Row, programs: Programs, efficiency: float = 1.0) -> CaseReport | str:
+    """The report of the row's case, or why there is none. efficiency: of the chip's peak."""
     assert row.case is not None
     program = programs.find(row.case)
     if program is None:
@@ -61,17 +63,44 @@ def reported(row: Row, programs: Programs) -> CaseReport | str:
     try:
         if row.microbatches is not None:
             program = with_microbatches(program, row.microbatches)
-        return report_case(row.case, program, load_machine(row.case.machine))
+        return report_case(row.case, program, at_efficiency(load_machine(row.case.machine), efficiency))
     except (ShardlabError, ValueError) as error:
         return f"not analysed: {error}"
 
 
-def outcomes(rows: Iterable[Row], programs: Programs) -> Iterator[tuple[Outcome, Outcome | None]]:
-    """The step and, where memory was measured, the memory of every row."""
+def efficiencies(programs: Programs) -> dict[str, float]:
+    """Chip -> efficiency, of the chips whose row has a program."""
+    found: dict[str, float] = {}
+    for chip, (source, begins) in TAKEN_FROM.items():
+        (row,) = [row for row in SOURCES[source]() if row.row.startswith(begins)]
+
+        def step_s(efficiency: float, row: Row = row) -> float | None:
+            answer = reported(row, programs, efficiency)
+            return None if isinstance(answer, str) else answer.step_time_s
+
+        assert row.measured_step_s is not None
+        efficiency = efficiency_of(step_s, row.measured_step_s)
+        if efficiency is not None:
+            found[chip] = efficiency
+            print(
+                f"calibration: {chip} computes at {efficiency:.3f} of its tables (from {source}, {row.row})"
+            )
+    return found
+
+
+def outcomes(
+    rows: Iterable[Row], programs: Programs, known: Mapping[str, float]
+) -> Iterator[tuple[Outcome, Outcome | None]]:
+    """The step and, where memory was measured, the memory of every row. known: efficiencies by chip."""
     for row in rows:
-        answer = row.excluded_because if row.case is None else reported(row, programs)
+        answer = (
+            row.excluded_because if row.case is None else reported(row, programs, known.get(row.chip, 1.0))
+        )
+        step: CaseReport | str = answer
+        if row.chip in known and taken_from(row):
+            step = "calibration: the chip's efficiency is taken from it"
         yield (
-            step_outcome(row, answer),
+            step_outcome(row, step),
             memory_outcome(row, answer) if row.measured_bytes is not None else None,
         )
 
@@ -92,10 +121,11 @@ def main(argv: Sequence[str]) -> None:
     if unknown:
         raise app.UsageError(f"unknown sources {unknown}; known: {', '.join(SOURCES)}")
     programs = Programs(Path(CACHE.value), MAX_COMPILES.value, any_sources=ANY_SOURCES.value)
+    known = efficiencies(programs) if CALIBRATE.value else {}
     steps: list[Outcome] = []
     memory: list[Outcome] = []
     for name in SOURCE_LIST.value:
-        for step, held in outcomes(SOURCES[name](), programs):
+        for step, held in outcomes(SOURCES[name](), programs, known):
             steps.append(step)
             memory += [held] if held is not None else []
     memory += figure_1_outcomes()

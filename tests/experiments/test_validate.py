@@ -10,6 +10,7 @@ import pytest
 import validate
 from absl.testing import flagsaver
 from validation import programs as kept
+from validation.efficiency import at_efficiency, efficiency_of, taken_from
 from validation.gpu_rows import attached_gpu, korthikanti, torchtitan, vtrain_single_node
 from validation.memory import Layout
 from validation.outcome import Outcome, energy_outcomes, figure_1_outcomes
@@ -250,6 +251,29 @@ def test_the_program_prints_and_writes_every_row(
     assert sum(line["source"] == "korthikanti figure 1, compiled" for line in memory) == 16
     assert (tmp_path / "rows-energy.csv").exists()
     assert "| korthikanti | 9 | 1 | 4 | 4 |" in capsys.readouterr().out
+
+
+def test_the_efficiency_of_a_chip_makes_its_row_exact_and_scores_it_not() -> None:
+    """A step of 3 s of computing and 1 s of waiting takes 5 s at 3/4; outside the bounds there is none."""
+    assert efficiency_of(lambda share: 3 / share + 1, 5.0) == pytest.approx(0.75, rel=1e-3)
+    assert efficiency_of(lambda share: 3 / share + 1, 100.0) is None
+    assert efficiency_of(lambda share: None, 5.0) is None
+    rows = [row for make, _ in SOURCES.values() for row in make() if taken_from(row)]
+    assert [row.chip for row in rows] == ["a100", "h100-96", "h200", "v6e", "v5p"]
+    assert [row.row for row in rows if row.case is None] == []
+
+
+def test_efficiency_is_of_the_peak_alone(vtrain: list[Row]) -> None:
+    """A product takes twice as long at half the peak, but for its launch; memory keeps its rate."""
+    row = next(row for row in vtrain if row.microbatches == 4 and "TP 4 DP 2" in row.row)
+    assert row.case is not None
+    program, machine = loop_program(row.case), load_machine(row.case.machine)
+    whole, half = (
+        report_case(row.case, program, at_efficiency(machine, share)).step_time_s for share in (1.0, 0.5)
+    )
+    assert whole is not None
+    assert half == pytest.approx(2 * whole, rel=0.02)
+    assert at_efficiency(machine, 0.5).chip.memory_bytes_per_s == machine.chip.memory_bytes_per_s
 
 
 def test_tables_count_what_is_missing_and_order_groups() -> None:
