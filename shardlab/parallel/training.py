@@ -23,7 +23,29 @@ def training_project(case: Case) -> Project:
 
 def training_attention(case: Case, attention: CausalAttention) -> CausalAttention:
     """The kernel, which `selective` remat runs again in the backward pass: scores are not kept."""
-    return jax.checkpoint(attention) if case.plan.method.remat == "selective" else attention
+    return run_again(attention) if case.plan.method.remat == "selective" else attention
+
+
+def run_again(attention: CausalAttention) -> CausalAttention:
+    """Attention of which queries, keys and values are kept, and nothing else.
+
+    A `jax.checkpoint` would do nothing: inside another one, the layer's, its own policy is not asked.
+    """
+
+    @jax.custom_vjp
+    def kernel(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array) -> jax.Array:
+        return attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD)
+
+    def forward(*qkv: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return attention(*qkv), qkv
+
+    def backward(qkv: tuple[jax.Array, ...], d_out_BxLxHxD: jax.Array) -> tuple[jax.Array, ...]:
+        # The barrier keeps XLA from taking the forward pass's scores where layers are unrolled.
+        _, pull = jax.vjp(attention, *jax.lax.optimization_barrier(qkv))
+        return pull(d_out_BxLxHxD)
+
+    kernel.defvjp(forward, backward)
+    return kernel
 
 
 def method_notes(case: Case, family: str) -> tuple[str, ...]:
