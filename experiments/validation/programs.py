@@ -66,7 +66,7 @@ class Programs:
 
 def case_digest(case: Case) -> str:
     """Of what the case asks for, whatever its row is called: equal for rows that share a program."""
-    asked = case.model_dump(mode="json")
+    asked = case.model_dump(mode="json", exclude_defaults=True)  # a new key of plans changes nothing
     asked["plan"] = {key: value for key, value in asked["plan"].items() if key not in ("name", "path")}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
