@@ -63,7 +63,8 @@ def reported(row: Row, programs: Programs, efficiency: float = 1.0) -> CaseRepor
     try:
         if row.microbatches is not None:
             program = with_microbatches(program, row.microbatches)
-        return report_case(row.case, program, at_efficiency(load_machine(row.case.machine), efficiency))
+        machine = at_efficiency(load_machine(row.case.machine), efficiency)
+        return report_case(row.case, program, machine, attention_kernel=row.attention_kernel)
     except (ShardlabError, ValueError) as error:
         return f"not analysed: {error}"
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 from shardlab.analysis import Analysis, attribute
 from shardlab.audit import Finding, audit, finding_json
+from shardlab.cost.compute_time import ATTENTION_KERNEL
 from shardlab.cost.energy import Energy, step_energy
 from shardlab.cost.flops import Flops, model_flops
 from shardlab.cost.generation import Generation, generation
@@ -99,9 +100,11 @@ class CaseReport:
         return _tokens(self.case) / self.step_time_s / math.prod(self.case.plan.axes.values())
 
 
-def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
+def report_case(
+    case: Case, program: Program, machine: Machine, *, attention_kernel: str = ATTENTION_KERNEL
+) -> CaseReport:
     """What the compiled program of a case costs on `machine`. A refused program has a memory verdict and no
-    analysis. Raises ParseError when the compiled program cannot be read.
+    analysis. attention_kernel: as in `predict`. Raises ParseError when the compiled program cannot be read.
     """
     fit = memory_report(program.memory, program.refusal, machine)
     known = CaseReport(
@@ -127,7 +130,7 @@ def report_case(case: Case, program: Program, machine: Machine) -> CaseReport:
     cost = step_cost(part.module, program.backend)
     peak = temporaries_at_peak(part.module, part.graph, program.backend)
     time = communication(analysis, machine)
-    predicted = predict(part, cost, machine)
+    predicted = predict(part, cost, machine, attention_kernel=attention_kernel)
     return replace(
         known,
         analysis=analysis,

@@ -12,7 +12,7 @@ from shardlab.attribute.chains import Chains
 from shardlab.attribute.collectives import KINDS
 from shardlab.attribute.edges import CallSite, CallSites
 from shardlab.attribute.members import Members
-from shardlab.cost.compute_time import ComputeTimes, compute_times
+from shardlab.cost.compute_time import ATTENTION_KERNEL, ComputeTimes, compute_times
 from shardlab.cost.instructions import InstructionCost, StepCost
 from shardlab.cost.timeline import Timeline, simulate
 from shardlab.cost.walk import Kernel, Place, Transfer
@@ -44,15 +44,22 @@ class Prediction:
 
 
 def predict(
-    part: Attributed, cost: StepCost, machine: Machine, *, slowdown: float = 1.0
+    part: Attributed,
+    cost: StepCost,
+    machine: Machine,
+    *,
+    slowdown: float = 1.0,
+    attention_kernel: str = ATTENTION_KERNEL,
 ) -> Prediction | None:
     """The timeline of an analysed program on a machine; slowdown: of the compute of one device.
+    attention_kernel: what stands in for a fused call (`ComputeTimes`).
 
     None for emulated devices, programs without a schedule, and chips that no measurement is near.
     """
     times = None if machine.emulated or not part.module.is_scheduled else compute_times(machine.chip)
     if times is None:
         return None
+    times = replace(times, attention_kernel=attention_kernel)
     timeline = simulate(
         part.module,
         part.graph,
@@ -75,10 +82,12 @@ def predict(
 
 
 def _busy_s(cost: StepCost, times: ComputeTimes) -> float | None:
-    """Of the busiest device; None in a loop that cannot be bounded, or where work is not counted."""
-    if cost.flops.unknown or any(row.products and row.executions[1] is None for row in cost.instructions):
+    """Of one device, of a conditional the dearest branch; None in a loop that cannot be bounded, or where
+    work is not counted."""
+    by_dtype = {dtype: flops for dtype, flops in cost.flops.by_dtype.items() if flops is not None}
+    if cost.flops.unknown or len(by_dtype) < len(cost.flops.by_dtype):
         return None
-    return sum((row.executions[1] or 0) * times.peak_s(row.products) for row in cost.instructions)
+    return times.peak_s(by_dtype)
 
 
 def kernels(part: Attributed, cost: StepCost, times: ComputeTimes) -> dict[Place, Kernel]:

@@ -16,6 +16,8 @@ SELECTIVE_IN_PIPELINE = (
 NO_REMAT_IN_PIPELINE = "a pipeline without recomputation: stages keep the inputs of layers and nothing else"
 ASYNC_TENSOR_PARALLEL = "async tensor parallelism (products cut up and overlapped with their gathers)"
 FUSED_CONTEXT_PARALLEL = "fused attention in ring context parallelism: ours attends blockwise, unfused"
+# What scaled_dot_product_attention runs on H100 by default: PyTorch 2.5.1 release notes put cuDNN behind it.
+PYTORCH_ATTENTION = "flash-attention-2"
 # Megatron of 2022 had no fused kernel: it stored scores, which is what selective recomputation is against.
 UNFUSED = {"attention": "reference"}
 KEPT_PRODUCTS = "keeps every product, recomputes attention; theirs keeps attention and every second product"
@@ -102,6 +104,7 @@ def torchtitan() -> Iterator[Row]:
             chip=chip,
             measured_step_s=float(line["derived_step_time_s"]),
             measured_bytes=memory,
+            attention_kernel=PYTORCH_ATTENTION,
         )
         missing = _torchtitan_misses(line)
         yield replace(row, excluded_because=missing) if missing else _torchtitan_case(row, line)

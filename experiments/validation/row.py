@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shardlab.cost.compute_time import ATTENTION_KERNEL
 from shardlab.errors import Infeasible, UserError
 from shardlab.spec.case import Case, make_case
 from shardlab.spec.models import ModelConfig
@@ -26,6 +27,7 @@ class Row:
     compiled; None where `excluded_because` names the feature that shardlab lacks, or the contradiction that
     the source holds. microbatches: how often the accumulation loop of `case` (`SHARED_MICROBATCHES` there)
     runs in this row; None where the case is the row itself. measured_bytes: peak memory of one device.
+    attention_kernel: the fused kernel that the row ran, whose measured curve is taken.
     group: rows of one group are what a user would choose among. notes: where the case is only near the row.
     """
 
@@ -37,6 +39,7 @@ class Row:
     excluded_because: str = ""
     microbatches: int | None = None
     measured_bytes: float | None = None
+    attention_kernel: str = ATTENTION_KERNEL
     group: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

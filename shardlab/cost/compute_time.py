@@ -67,11 +67,11 @@ class ComputeTimes:
         edge = max(1, round((work.flops / 2) ** (1 / 3)))
         return self.matmul.time_s(MatmulShape(1, edge, edge, edge, "bf16"))
 
-    def peak_s(self, products: Iterable[Work]) -> float:
-        """Seconds of these products at the chip's datasheet peak for their types: what keeps it busy."""
+    def peak_s(self, flops_by_dtype: Mapping[str, int]) -> float:
+        """Seconds of this work at the chip's datasheet peak for each type: what keeps it busy."""
         classes = compute_constants()["dtype_peak"][self.chip.family]
-        kinds = ((work.flops, work.shape.dtype if work.shape is not None else "bf16") for work in products)
-        return sum(flops / (self._peak * float(classes[dtype_class(kind)])) for flops, kind in kinds)
+        rates = {dtype: self._peak * float(classes[dtype_class(dtype)]) for dtype in flops_by_dtype}
+        return sum(flops / rates[dtype] for dtype, flops in flops_by_dtype.items())
 
     def memory_s(self, traffic: Traffic) -> float:
         """Seconds that the bytes take, without overhead. What is neither HBM nor the host's is VMEM."""
