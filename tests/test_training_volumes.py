@@ -15,6 +15,7 @@ from compiled_plans import compiled_case
 
 from shardlab.analysis import CollectiveRow, analyze
 from shardlab.cost.instructions import StepCost, step_cost
+from shardlab.errors import Infeasible
 from shardlab.hlo.reader import parse
 from shardlab.program import Program
 from shardlab.spec.case import make_case
@@ -52,9 +53,9 @@ TPU = pytest.param("v5e:2x4", marks=[pytest.mark.tpu, pytest.mark.full])
 
 
 @cache
-def compiled(machine: str, method: str) -> Program:
+def compiled(machine: str, method: str, window: int = 0) -> Program:
     plan = plan_from_text(PLAN.format(machine=machine, method=method))
-    return compiled_case(make_case(plan, MODEL, batch=BATCH, seq=SEQ))[0]
+    return compiled_case(make_case(plan, replace(MODEL, window=window), batch=BATCH, seq=SEQ))[0]
 
 
 def cost_of(program: Program) -> StepCost:
@@ -116,3 +117,30 @@ def test_an_h100_multiplies_in_fp8() -> None:
     again = once - 2 * LAYERS * TOKENS * EMBED * MLP
     in_fp8 = sum(flops or 0 for dtype, flops in by_dtype.items() if dtype.startswith("f8"))
     assert in_fp8 == 3 * once + again
+
+
+@pytest.mark.matrix
+@pytest.mark.gpu
+def test_cudnn_attends_within_the_window() -> None:
+    """Flash attention: 2 products forward and again under full remat, 5 backward, of the pairs that meet."""
+    window = 300
+    pairs = window * (window + 1) // 2 + (SEQ - window) * window
+    flops = cost_of(compiled("h100:1x8", "", window)).flops
+    assert flops.attention == LAYERS * (2 + 2 + 5) * 2 * BATCH // SHARDS * HEADS * HEAD_DIM * pairs
+    assert not flops.unknown
+
+
+def test_windows_are_refused_where_they_are_not_built() -> None:
+    plan = plan_from_text(PLAN.format(machine="cpu:8", method="").replace("fsdp = 8", "fsdp = 8\nring = 1"))
+    ring = plan.model_copy(
+        update={
+            "method": plan.method.model_copy(update={"context": "ring"}),
+            "activations": {**plan.activations, "seq": ("ring",)},
+        }
+    )
+    model = replace(MODEL, window=300)
+    for asked, workload in ((ring, "train"), (plan, "decode")):
+        with pytest.raises(Infeasible, match="window of 300") as error:
+            make_case(asked, model, batch=BATCH, seq=SEQ, workload=workload)  # type: ignore[arg-type]
+        assert error.value.nearest == "seq at most 300"
+        make_case(asked, model, batch=BATCH, seq=300, workload=workload)  # type: ignore[arg-type]

@@ -211,7 +211,8 @@ def model_flops(
 
     Per token 2 · (weights in matrix products, head included, embedding lookup not) forward and twice that
     backward; plus 2 · layers · heads · (head_dim + value_dim) per pair of positions that attend, again three
-    times that in training. `causal` counts half of the seq² pairs, `full` all (Megatron's convention).
+    times that in training. `causal` counts half of the seq² pairs, `full` all (Megatron's convention);
+    of a window w < seq that is w · seq - w² / 2 and w · seq.
     Prefill needs the head for one position per sequence. Decode is `chunk` new tokens per sequence, which
     attend to `seq` cached ones, and the head for one; latent attention does so in the latent space, 2 · heads
     · (2 · kv_rank + rope_dim) per pair (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Experts count as often
@@ -226,7 +227,8 @@ def model_flops(
         if config.latent is not None:
             attend = 2 * config.layers * config.heads * (2 * config.latent.kv_rank + config.latent.rope_dim)
         return batch * (2 * (layers * chunk + head) + attend * chunk * seq)
-    pairs_of_two = seq * seq * (1 if attention == "causal" else 2)
+    seen = min(config.window or seq, seq)
+    pairs_of_two = 2 * seq * seen - (seen * seen if attention == "causal" else 0)
     passes = 3 if workload == "train" else 1
     heads_run = seq if workload == "train" else 1
     weight_passes = passes - 1 if frozen and workload == "train" else passes

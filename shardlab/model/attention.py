@@ -46,19 +46,34 @@ def masked_attention(
     return out_BxLxKxGxD.reshape(B, L, H, -1)
 
 
-def reference_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array) -> jax.Array:
-    """Causal attention in plain XLA: any backend, memory quadratic in L."""
+def reference_attention(
+    q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array, *, window: int = 0
+) -> jax.Array:
+    """Causal attention in plain XLA: any backend, memory quadratic in L. window: tokens that each sees, the
+    last of them itself; 0 for all before it (arXiv:2310.06825, section 2)."""
     position_L = jnp.arange(q_BxLxHxD.shape[1])
-    return masked_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, position_L[:, None] >= position_L[None, :])
+    behind_LxL = position_L[:, None] - position_L[None, :]
+    visible_LxL = behind_LxL >= 0
+    if window:
+        visible_LxL = visible_LxL & (behind_LxL < window)
+    return masked_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, visible_LxL)
 
 
-def cudnn_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array) -> jax.Array:
-    """cuDNN's fused causal attention (`__cudnn$fmha…` custom calls); half-precision inputs only."""
+def cudnn_attention(
+    q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array, *, window: int = 0
+) -> jax.Array:
+    """cuDNN's fused causal attention (`__cudnn$fmha…` custom calls); half-precision inputs only. window: as
+    the reference's, where values have the head size of keys."""
     same = q_BxLxHxD.shape[-1] == v_BxLxKxD.shape[-1]
     with _cudnn_for_tracing():
         if same:
             return jax.nn.dot_product_attention(
-                q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, is_causal=True, implementation="cudnn"
+                q_BxLxHxD,
+                k_BxLxKxD,
+                v_BxLxKxD,
+                is_causal=True,
+                local_window_size=(window - 1, 0) if window else None,
+                implementation="cudnn",
             )
     return _cudnn_latent_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD)
 

@@ -3,6 +3,7 @@ and heads."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -45,6 +46,8 @@ def choose_kernel(case: Case, target: str) -> tuple[Kernel, tuple[str, ...]]:
     Raises Infeasible when the plan asks by name for a kernel that the target or the shapes cannot have.
     """
     asked, context = case.plan.method.attention, case.plan.method.context
+    if asked == "auto" and window_of(case) and target == "tpu":
+        return "reference", ("attention: reference instead of splash, whose window is not built yet",)
     kernel = FUSED_FOR[target] if asked == "auto" else asked
     reason = _unsuited(kernel, case, target)
     if reason is None:
@@ -58,6 +61,8 @@ def choose_kernel(case: Case, target: str) -> tuple[Kernel, tuple[str, ...]]:
 
 def _unsuited(kernel: str, case: Case, target: str) -> str | None:
     """Why this kernel cannot run this case, None when it can."""
+    if window_of(case) and kernel in ("blockwise", "splash"):
+        return f"{kernel} has no sliding window yet, and {case.model.name} has one of {window_of(case)}"
     if kernel == "blockwise" and case.plan.method.context != "none":
         return None
     if case.plan.method.context not in ("none", "ulysses"):
@@ -102,7 +107,12 @@ def kv_repeats(case: Case) -> int:
     return ways // kv_heads if ways % kv_heads == 0 else case.model.heads // kv_heads
 
 
-def mesh_attention(kernel: Kernel, shardings: Shardings) -> CausalAttention:
+def window_of(case: Case) -> int:
+    """The window of the model's attention; 0 where it has none, or none shorter than the sequence."""
+    return case.model.window if case.model.window < case.seq else 0
+
+
+def mesh_attention(kernel: Kernel, shardings: Shardings, window: int = 0) -> CausalAttention:
     """The kernel over the whole mesh: global arrays in and out, each device does its own sequences and heads.
 
     KV heads are placed as the query heads are, so that no device needs another's.
@@ -112,13 +122,13 @@ def mesh_attention(kernel: Kernel, shardings: Shardings) -> CausalAttention:
 
     def reference(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         k, v = (shardings.constrain(a, whole) for a in (k, v))
-        return reference_attention(shardings.constrain(q, queries), k, v)
+        return reference_attention(shardings.constrain(q, queries), k, v, window=window)
 
     def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q_spec: PartitionSpec = shardings.activation(q.shape, whole).spec
         kv_spec: PartitionSpec = shardings.activation(k.shape, whole).spec
         return jax.shard_map(
-            PER_DEVICE[kernel],
+            per_device(kernel, window),
             mesh=shardings.mesh,
             axis_names=shardings.free_axes,
             in_specs=(q_spec, kv_spec, kv_spec),
@@ -129,8 +139,15 @@ def mesh_attention(kernel: Kernel, shardings: Shardings) -> CausalAttention:
     return reference if kernel == "reference" else fused
 
 
-def attention_on(plan: Plan, kernel: Kernel, shardings: Shardings) -> CausalAttention:
+def per_device(kernel: Kernel, window: int) -> CausalAttention:
+    """The kernel of one device."""
+    if not window:
+        return PER_DEVICE[kernel]
+    return partial(cudnn_attention if kernel == "cudnn" else reference_attention, window=window)
+
+
+def attention_on(plan: Plan, kernel: Kernel, shardings: Shardings, window: int = 0) -> CausalAttention:
     """The plan's attention over the whole mesh: context parallel where it asks for that."""
     if plan.method.context == "none":
-        return mesh_attention(kernel, shardings)
-    return context_attention(plan, PER_DEVICE[kernel], shardings)
+        return mesh_attention(kernel, shardings, window)
+    return context_attention(plan, per_device(kernel, window), shardings)

@@ -29,7 +29,7 @@ from shardlab.model.transformer import (
 from shardlab.parallel.context import order_notes, positions_of
 from shardlab.parallel.embedding import mesh_lookup
 from shardlab.parallel.experts import experts_notes, mesh_experts
-from shardlab.parallel.kernels import attention_on, choose_kernel, kv_repeats
+from shardlab.parallel.kernels import attention_on, choose_kernel, kv_repeats, window_of
 from shardlab.parallel.lora import adapted, frozen_and_adapters, split_trained
 from shardlab.parallel.optimizer import (
     OptimizerConfig,
@@ -175,7 +175,7 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
         return Runtime(
             compute_dtype=compute_dtype,
             remat=case.plan.method.remat,
-            attention=training_attention(case, attention_on(case.plan, kernel, shardings)),
+            attention=training_attention(case, attention_on(case.plan, kernel, shardings, window_of(case))),
             positions=positions_of(case.plan, shardings),
             kv_repeats=kv_repeats(case),
             cached_attention=mesh_cached_attention(shardings),

@@ -72,6 +72,7 @@ class Case(BaseModel):
         """Why the plan's methods cannot be with this model and workload: reason -> what can."""
         plan = self.plan
         found = obstacles(plan, self.model.layers, self.workload)
+        found |= _window_obstacles(plan, self.model, self.seq, self.workload)
         found |= experts_obstacles(
             self.model, plan.params_in("moe"), plan.activations, plan.method, self.workload
         )
@@ -87,6 +88,19 @@ class Case(BaseModel):
             ulysses_kv_note(self.plan, self.model),
         )
         return tuple(note for note in found if note is not None)
+
+
+def _window_obstacles(plan: Plan, model: ModelConfig, seq: int, workload: str) -> dict[str, str]:
+    """Where sliding windows are not built: sequences no longer than the window do not need one."""
+    if not model.window or seq <= model.window:
+        return {}
+    fix = f"seq at most {model.window}"
+    if workload == "decode":
+        return {f"a cache of {seq} tokens with a window of {model.window}: not built yet": fix}
+    if plan.method.context not in ("none", "ulysses"):
+        asked = f"context = {plan.method.context!r}"
+        return {f"{asked} with a window of {model.window} in {seq} tokens: not built yet": fix}
+    return {}
 
 
 def make_case(

@@ -66,7 +66,8 @@ class ModelConfig:
     joint width. dense_layers: how many of `layers`, the first, have an MLP of width `dense_mlp` instead.
     balance_coefficient: what the load-balance loss counts; balance: whether load is judged over the batch or
     for each sequence alone. head_dim: of queries and keys. latent: multi-head latent attention, None for
-    grouped queries. Source of each named configuration: see `MODELS`.
+    grouped queries. window: of sliding-window attention, how many tokens each sees, itself included; 0 for
+    all before it. Source of each named configuration: see `MODELS`.
     """
 
     name: str
@@ -98,6 +99,7 @@ class ModelConfig:
     groups_per_token: int = 1
     router_bias: bool = False
     latent: LatentAttention | None = None
+    window: int = 0
 
     @property
     def value_dim(self) -> int:
@@ -239,6 +241,19 @@ _NAMED = (
     _llama3("llama3-8b", layers=32, embed=4_096, heads=32, mlp=14_336),
     _llama3("llama3-70b", layers=80, embed=8_192, heads=64, mlp=28_672),
     _llama3("llama3-405b", layers=126, embed=16_384, heads=128, mlp=53_248),
+    # Mistral 7B v0.1, arXiv:2310.06825 table 1; theta and epsilon from mistralai/Mistral-7B-v0.1 config.json.
+    ModelConfig(
+        name="mistral-7b",
+        layers=32,
+        embed=4_096,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        mlp=14_336,
+        vocab=32_000,
+        context=8_192,
+        window=4_096,
+    ),
     # Mixtral of experts, arXiv:2401.04088 table 1; theta, epsilon and the coefficient from
     # mistralai/Mixtral-8x7B-v0.1 config.json.
     _mixtral("mixtral-8x7b", layers=32, embed=4_096, heads=32, mlp=14_336, context=32_768, balance=0.02),

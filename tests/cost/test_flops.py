@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -177,6 +179,8 @@ def test_model_flops_of_training(config, weights, width):
     tokens = batch * seq
     assert model_flops(config, batch, seq, "train", "full") == tokens * (6 * weights + 12 * width * seq)
     assert model_flops(config, batch, seq, "train") == tokens * (6 * weights + 6 * width * seq)
+    windowed = model_flops(replace(config, window=seq // 4), batch, seq, "train")
+    assert windowed == tokens * (6 * weights + 6 * width * seq * 7 // 16)  # 2 · 1/4 - 1/16 of causal pairs
     lora = model_flops(config, batch, seq, "train", frozen=True)  # no gradients of weights
     assert lora == tokens * (4 * weights + 6 * width * seq)
 

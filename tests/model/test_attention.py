@@ -40,6 +40,15 @@ def test_reference_agrees_with_jax(H: int, K: int) -> None:
     np.testing.assert_allclose(reference_attention(*qkv), theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [1, 5, 16, 99])
+def test_a_window_is_as_jax_has_it(window: int) -> None:
+    qkv = random_qkv(16, 4, 2, 8)
+    theirs = jax.nn.dot_product_attention(
+        *qkv, is_causal=True, local_window_size=(window - 1, 0), implementation="xla"
+    )
+    np.testing.assert_allclose(reference_attention(*qkv, window=window), theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2)], ids=["multi-head", "grouped"])
 def test_splash_agrees_with_the_reference(H: int, K: int) -> None:
     qkv = random_qkv(256, H, K, 64)

@@ -21,6 +21,7 @@ from shardlab.spec.plan import Plan
 FOUR = replace(SMALL, name="four-layers", layers=4)
 GROUPED4 = replace(GROUPED, name="four-layers-grouped", layers=4)
 EXPERTS4 = replace(MIXTURE, name="mixture-four-layers", layers=4)
+WINDOW = replace(SMALL, name="window", window=5)
 GPT2 = replace(
     SMALL,
     name="gpt2",
@@ -63,6 +64,7 @@ def rows() -> list[Row]:
         Row(asked(D8, "zero2"), "data parallel, ZeRO-2"),
         Row(asked(F8), "FSDP"),
         Row(asked(F8, remat="none"), "FSDP"),
+        Row(asked(FT, "seq"), "FSDP, tensor parallel, sequence parallel (Megatron)", "matrix", WINDOW),
         Row(asked(F8, remat="selective"), "FSDP", "matrix"),
         Row(asked(FT, "seq", remat="selective"), "FSDP, tensor parallel, sequence parallel (Megatron)"),
         Row(asked(F8, remat="offload"), "FSDP", "matrix"),

@@ -16,6 +16,7 @@ PUBLISHED = {
     "llama3-8b": 8_030_261_248,  # meta-llama/Meta-Llama-3-8B, safetensors index
     "llama3-70b": 70_553_706_496,  # meta-llama/Meta-Llama-3-70B
     "llama3-405b": 405_853_388_800,  # meta-llama/Llama-3.1-405B
+    "mistral-7b": 7_241_732_096,  # mistralai/Mistral-7B-v0.1, safetensors index
     "mixtral-8x7b": 46_702_792_704,  # mistralai/Mixtral-8x7B-v0.1
     "mixtral-8x22b": 140_620_634_112,  # mistralai/Mixtral-8x22B-v0.1, safetensors index
     "llama2-7b": 6_738_415_616,  # meta-llama/Llama-2-7b-hf
