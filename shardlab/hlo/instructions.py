@@ -19,7 +19,7 @@ from shardlab.errors import ParseError
 from shardlab.hlo.lexer import NAME, WORD, Text, split_top_level
 from shardlab.hlo.module import Instruction, Operand, Shape
 from shardlab.hlo.opcodes import PLAIN
-from shardlab.hlo.printed import ATTRIBUTE, NAMES, PARTS, RESULT, ROW, WHOLE
+from shardlab.hlo.printed import ATTRIBUTE, NAMES, PARTS, ROW
 from shardlab.hlo.shape import parse_shape
 
 _LITERAL_OPCODES = ("constant", "parameter")
@@ -229,7 +229,7 @@ class Instructions(Mapping[str, Instruction]):
 
     def printed_operands(self) -> dict[str, list[str]]:
         """Names of operands by instruction; instructions of which lines do not tell it are missing."""
-        rows = WHOLE.findall(self._text.text, *self._span) if self._span is not None else []
+        rows = PARTS.findall(self._text.text, *self._span) if self._span is not None else []
         return {
             name: [] if opcode in _LITERAL_OPCODES or not inner else inner.replace("%", "").split(", ")
             for _, name, _, opcode, inner in rows
@@ -241,7 +241,7 @@ class Instructions(Mapping[str, Instruction]):
         found = self._listed().get(name)
         if type(found) is not int:
             return None
-        match = RESULT.match(self._text.text, self._lines.start_of(found))
+        match = PARTS.match(self._text.text, self._lines.start_of(found))
         return shape_at(self._text, *match.span(3)) if match else None
 
     def printed_metadata(self, name: str) -> str | None:
@@ -253,7 +253,7 @@ class Instructions(Mapping[str, Instruction]):
         if text.find("metadata=", start, text.find("\n", start)) < 0:
             return ""
         match = PARTS.match(text, start)
-        attributes = _printed_attributes(text, match.end()) if match else None
+        attributes = _printed_attributes(text, match.end(5) + 1) if match else None
         return None if attributes is None else attributes.get("metadata", "")
 
     @overload
@@ -325,7 +325,7 @@ def _printed_instruction(text: Text, lines: Lines, line: int) -> Instruction:
         opcode=intern(opcode),
         shape=shape_at(text, *match.span(3)),
         operands=() if is_literal else read_operands(text, match.start(5), inner),
-        attributes=Attributes(text, match.end()),
+        attributes=Attributes(text, match.end(5) + 1),  # after the closing parenthesis
         literal=inner if is_literal else None,
         is_root=bool(root),
         line=line,

@@ -47,15 +47,9 @@ ROW = re.compile(rf"{_BEFORE}{_SHAPE}\ ([a-z][a-z0-9\-]*+)\({_IN_PARENS}\){_CALL
 """One line: ROOT or not, name and opcode of the instruction that fills it, and the computation that it calls
 if it is a fusion; or else the line itself."""
 
-PARTS = re.compile(rf"^{_BEFORE}({_SHAPE})\ ([a-z][a-z0-9\-]*+)\(({_IN_PARENS})\)", re.MULTILINE)
-"""Root, name, shape, opcode and operands of an instruction that `ROW` has matched; its tail follows."""
-
-WHOLE = re.compile(PARTS.pattern + r"[^\n]*+", re.MULTILINE)
-"""`PARTS` to the end of the line: a search for all of them looks for the next line where this one ends."""
-
-RESULT = re.compile(rf"{_BEFORE}({_SHAPE})\ ")
-"""The start of `PARTS`: root, name and shape."""
-
+PARTS = re.compile(rf"^{_BEFORE}({_SHAPE})\ ([a-z][a-z0-9\-]*+)\(({_IN_PARENS})\)[^\n]*+", re.MULTILINE)
+"""Root, name, shape, opcode and operands of an instruction that `ROW` has matched, up to the end of its line:
+a search for all of them goes on there."""
 HEAD = re.compile(
     rf"\n*+(?!HloModule\s)(ENTRY\ )?+%?+({NAME})\ (?:\({_IN_PARENS}\)\ ->\ {_SHAPE}\ )?+\{{(?=\n)"
 )
