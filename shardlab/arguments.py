@@ -49,6 +49,15 @@ examples:
   shardlab search --model llama3-8b --on h100:1x8 --batch 32
   shardlab search --model llama3-70b --on v5p:4x4x4 --save best.toml
 """
+DIFF_EXAMPLES = """\
+BASE and HEAD are JSON of analyze or explain, saved programs, HLO dumps, or mesh files, which are compiled
+with their [check] unless flags say otherwise.
+
+examples:
+  shardlab diff base.json head.json
+  shardlab diff base.program head.program --on h100:64x8 --markdown
+  shardlab diff meshes/cpu8-fsdp.toml meshes/cpu8-tensor.toml --model tiny
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     _add_search(
         _verb(verbs, "search", "compile the plans a machine suggests, and rank them", SEARCH_EXAMPLES)
     )
+    _add_diff(_verb(verbs, "diff", "what a change does to a step", DIFF_EXAMPLES))
     doctor = _verb(verbs, "doctor", "which targets this machine can compile for", "")
     doctor.add_argument("--deep", action="store_true", help="prove each target with a tiny compile")
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
@@ -147,6 +157,15 @@ def _add_search(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--jobs", type=_positive, metavar="N", help="compiles at a time (default: by cores and memory)"
     )
+    _add_format(verb)
+
+
+def _add_diff(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("base", metavar="BASE", help="JSON, saved program, HLO dump or mesh file: before")
+    verb.add_argument("head", metavar="HEAD", help="the same, after")
+    verb.add_argument("--on", metavar="MACHINE", help="the machine of mesh files; prices programs and dumps")
+    verb.add_argument("--axes", metavar="A=N,B=M", help="mesh axes of programs and dumps, major to minor")
+    _add_workload(verb)
     _add_format(verb)
 
 

@@ -192,6 +192,26 @@ def run_search(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_diff(args: argparse.Namespace) -> int:
+    """`shardlab diff`: exit 0 whether or not they differ."""
+    from shardlab.lab.review import diff_of
+    from shardlab.review import diff_json
+
+    machines = (args.on,) if args.on else ()
+    question = _question(args, machines)
+    found = diff_of(args.base, args.head, question, axes=parse_axes(args.axes), progress=sys.stderr)
+    if args.json:
+        _print_json(diff_json(found))
+        return 0
+    from shardlab.report.diff import TERMINAL_ROWS, diff_comment, diff_page
+
+    if args.markdown:
+        sys.stdout.write(diff_comment(found))
+    else:
+        _print_page(diff_page(found, TERMINAL_ROWS), markdown=False)
+    return 0
+
+
 def run_doctor(args: argparse.Namespace) -> int:
     """`shardlab doctor`: a missing target is an answer, exit 0."""
     from shardlab.compile.doctor import targets
@@ -297,5 +317,6 @@ VERBS = {
     "compare": run_compare,
     "fit": run_fit,
     "search": run_search,
+    "diff": run_diff,
     "doctor": run_doctor,
 }

@@ -123,3 +123,8 @@ def refused(name: str, needed_gb: int, limit_gb: int, largest_batch: int | None)
     refusal = Refusal(needed_bytes=needed_gb * GB, limit_bytes=limit_gb * GB, largest_batch=largest_batch)
     program = Program(name=name, backend="tpu", hlo_text="", num_devices=8, refusal=refusal)
     return CaseReport(case=case(name), program=program)
+
+
+def infeasible_report(reason: str) -> CaseReport:
+    """A plan that cannot be put on its model or machine."""
+    return CaseReport(case=case(), infeasible=reason)

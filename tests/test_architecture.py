@@ -17,11 +17,11 @@ PACKAGE = Path(__file__).parents[1] / "shardlab"
 ORDER = (
     "errors", "units", "hardware", "spec", "program", "model", "parallel", "compile", "hlo", "attribute",
     "cost", "analysis", "order", "audit", "prediction", "case_report", "agreement", "capacity", "compare",
-    "report", "lab", "testing", "arguments", "cli", "__main__",
+    "review", "report", "lab", "testing", "arguments", "cli", "__main__",
 )  # fmt: skip
 WITHOUT_JAX = (
     "hardware", "spec", "program", "hlo", "attribute", "cost", "analysis", "order", "audit", "prediction",
-    "case_report", "agreement", "capacity", "compare", "report",
+    "case_report", "agreement", "capacity", "compare", "review", "report",
 )  # fmt: skip
 WITHOUT_PYDANTIC = ("hlo", "attribute", "cost", "analysis", "order", "audit", "hardware")
 # `__init__` re-exports the Python interface, lazily; any module may read it for the version alone.

@@ -125,6 +125,13 @@ class Analysis:
 
         return analysis_to_json(self)
 
+    @staticmethod
+    def from_json(document: Mapping[str, Any]) -> Analysis:
+        """The Analysis that `to_json` wrote. Raises UserError when the document is something else."""
+        from shardlab.analysis.document import analysis_from_json
+
+        return analysis_from_json(document)
+
 
 def axes_key(axes: tuple[str, ...] | None) -> str:
     """The key of a set of axes in totals and budgets: joined by `+`, `unknown` for None, `none` for ()."""

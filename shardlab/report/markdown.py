@@ -39,8 +39,10 @@ def _table(table: Table) -> str:
     head = "| " + " | ".join(plain(column.header) for column in table.columns) + " |"
     rule = "|" + "|".join(_rule(column) for column in table.columns) + "|"
     rows = ["| " + " | ".join(_cell(value) for value in row) + " |" for row in table.rows]
-    parts = [f"### {plain(table.title)}", "\n".join([head, rule, *rows])]
-    return "\n\n".join([*parts, plain(table.caption)] if table.caption else parts)
+    parts = ["\n".join([head, rule, *rows]), *([plain(table.caption)] if table.caption else [])]
+    if table.folded:  # GitHub wants an empty line on either side of what is folded
+        return "\n\n".join([f"<details><summary>{plain(table.title)}</summary>", *parts, "</details>"])
+    return "\n\n".join([f"### {plain(table.title)}", *parts])
 
 
 def _rule(column: Column) -> str:

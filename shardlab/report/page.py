@@ -37,12 +37,16 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Rows of cells under a title; `caption` says what was left out, or how to read the figures."""
+    """Rows of cells under a title; `caption` says what was left out, or how to read the figures.
+
+    folded: a writer that can fold shows the title alone until it is asked for.
+    """
 
     title: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
     caption: str = ""
+    folded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
