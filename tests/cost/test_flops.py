@@ -92,6 +92,16 @@ def test_einsums(spec, a, b, expected):
     assert compiled_flops(lambda a, b: jnp.einsum(spec, a, b), *shapes).matmul == expected
 
 
+@pytest.mark.parametrize(
+    ("dtype", "result"),
+    [(jnp.float8_e4m3fn, jnp.float32), (jnp.float8_e5m2, jnp.bfloat16), (jnp.int8, jnp.int32)],
+)
+def test_narrow_products_are_counted_as_wide_ones(dtype, result):
+    shapes = [jax.ShapeDtypeStruct((N, N), dtype)] * 2
+    flops = compiled_flops(lambda a, b: jnp.matmul(a, b, preferred_element_type=result), *shapes)
+    assert (flops.matmul, flops.unknown) == (PRODUCT, ())
+
+
 def test_work_in_a_computation_that_never_runs_is_not_counted():
     (module,) = parse(
         """HloModule m

@@ -147,6 +147,15 @@ def gemm(lhs_contracting):
             2 * 128 * 512 * 1024,
             id="transposed-left-side",
         ),
+        # Scales of both sides and of the result follow (XLA: gemm_rewriter_test.cc).
+        pytest.param(
+            "__cublas$lt$matmul$f8",
+            "(f32[16,24]{1,0}, s8[33554432]{0})",
+            ["f8e4m3fn[16,32]{1,0}", "f8e4m3fn[24,32]{1,0}", "f32[]", "f32[]", "f32[]"],
+            gemm([1]),
+            2 * 16 * 24 * 32,
+            id="f8-with-scales",
+        ),
     ],
 )
 def test_cublas(target, shape, operands, rest, expected):
