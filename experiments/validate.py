@@ -9,6 +9,7 @@ Sources and licences: `experiments/validation/data/README.md`. Nothing here is f
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ SOURCES: dict[str, Callable[[], Iterator[Row]]] = {
 SOURCE_LIST = flags.DEFINE_list("sources", list(SOURCES), "Which sources, separated by commas.")
 CACHE = flags.DEFINE_string("cache", "programs", "Folder of compiled programs; made where it is not there.")
 MAX_COMPILES = flags.DEFINE_integer("max_compiles", 0, "How many programs to compile that are not there yet.")
+COMPILE_ONLY = flags.DEFINE_string("compile_only", "", "Compile only rows whose name this pattern finds.")
 ANY_SOURCES = flags.DEFINE_bool(
     "any_sources",
     False,
@@ -57,7 +59,7 @@ EVERY_ROW = flags.DEFINE_bool("every_row", False, "Print a line for every row, n
 def reported(row: Row, programs: Programs, efficiency: float = 1.0) -> CaseReport | str:
     """The report of the row's case, or why there is none. efficiency: of the chip's peak."""
     assert row.case is not None
-    program = programs.find(row.case)
+    program = programs.find(row.case, compiling=re.search(COMPILE_ONLY.value, row.row) is not None)
     if program is None:
         return programs.why_not(row.case)
     try:

@@ -16,7 +16,7 @@ SELECTIVE_IN_PIPELINE = (
 NO_REMAT_IN_PIPELINE = "a pipeline without recomputation: stages keep the inputs of layers and nothing else"
 ASYNC_TENSOR_PARALLEL = "async tensor parallelism (products cut up and overlapped with their gathers)"
 FUSED_CONTEXT_PARALLEL = "fused attention in ring context parallelism: ours attends blockwise, unfused"
-# What scaled_dot_product_attention runs on H100 by default: PyTorch 2.5.1 release notes put cuDNN behind it.
+# What scaled_dot_product_attention dispatches to on H100 unless told otherwise: pytorch/torchtitan#1042.
 PYTORCH_ATTENTION = "flash-attention-2"
 # Megatron of 2022 had no fused kernel: it stored scores, which is what selective recomputation is against.
 UNFUSED = {"attention": "reference"}

@@ -230,7 +230,12 @@ def test_the_program_prints_and_writes_every_row(
     if not validate.flags.FLAGS.is_parsed():
         validate.flags.FLAGS(sys.argv[:1])
     with flagsaver.flagsaver(
-        cache=str(tmp_path), csv=str(out), sources=["korthikanti"], max_compiles=1, every_row=True
+        cache=str(tmp_path),
+        csv=str(out),
+        sources=["korthikanti"],
+        max_compiles=9,
+        every_row=True,
+        compile_only="22B on 8: full",
     ):
         validate.main(["validate.py"])
     with out.open(encoding="utf-8") as file:
