@@ -14,8 +14,12 @@ SELECTIVE_IN_PIPELINE = (
     "selective recomputation in a pipeline: stages keep the inputs of layers and nothing else"
 )
 NO_REMAT_IN_PIPELINE = "a pipeline without recomputation: stages keep the inputs of layers and nothing else"
-ASYNC_TENSOR_PARALLEL = "async tensor parallelism (products cut up and overlapped with their gathers)"
 FUSED_CONTEXT_PARALLEL = "fused attention in ring context parallelism: ours attends blockwise, unfused"
+# Async tensor parallelism: products are cut up, and each part runs beside a hop of its gather or scatter.
+WINDOWED_EINSUM = (
+    "--xla_gpu_threshold_for_windowed_einsum_mib=0",
+    "--xla_gpu_multi_streamed_windowed_einsum=true",
+)
 # What scaled_dot_product_attention dispatches to on H100 unless told otherwise: pytorch/torchtitan#1042.
 PYTORCH_ATTENTION = "flash-attention-2"
 # Megatron of 2022 had no fused kernel: it stored scores, which is what selective recomputation is against.
@@ -106,17 +110,10 @@ def torchtitan() -> Iterator[Row]:
             measured_bytes=memory,
             attention_kernel=PYTORCH_ATTENTION,
         )
-        missing = _torchtitan_misses(line)
-        yield replace(row, excluded_because=missing) if missing else _torchtitan_case(row, line)
-
-
-def _torchtitan_misses(line: Mapping[str, str]) -> str:
-    found = []
-    if line["async_tp"] == "yes":
-        found.append(ASYNC_TENSOR_PARALLEL)
-    if line["context_parallel"] != "1":
-        found.append(FUSED_CONTEXT_PARALLEL)
-    return "; ".join(found)
+        if line["context_parallel"] != "1":
+            yield replace(row, excluded_because=FUSED_CONTEXT_PARALLEL)
+        else:
+            yield _torchtitan_case(row, line)
 
 
 def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
@@ -131,13 +128,20 @@ def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
         notes.append("one fp8 scale per tensor for theirs per row")
     if line["torch_compile"] == "no":
         notes.append("compiled and fused; theirs ran eagerly")
+    stages = int(line["pipeline_parallel"])
+    if stages > 1:  # as many microbatches as stages, torchtitan's default
+        method |= {"pipeline": "1f1b", "microbatches": stages}
+        if line["pipeline_schedule"] != "1F1B":
+            notes.append("1F1B for their interleaved schedule: a bubble twice as long")
+    flags = WINDOWED_EINSUM if line["async_tp"] == "yes" else ()
     model = MODELS["llama3-" + line["model"].rpartition(" ")[2].lower()]
     seq = int(line["seq_len_tokens"])
     text = plan_text(
         f"{row.chip}:{int(line['num_gpus']) // 8}x8",
-        {"fsdp": int(line["fsdp"]), "tensor": int(line["tensor_parallel"])},
+        {"fsdp": int(line["fsdp"]), "stage": stages, "tensor": int(line["tensor_parallel"])},
         sequence_parallel=True,
         method=method,
+        flags=flags,
     )
     model = replace(model, context=max(seq, model.context))
     return with_case(replace(row, notes=tuple(notes)), text, model, int(line["global_batch_seqs"]), seq)

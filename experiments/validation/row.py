@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,6 +70,7 @@ def plan_text(
     batch: Iterable[str] = ("fsdp",),
     sequence_parallel: bool = False,
     method: Mapping[str, str | int] | None = None,
+    flags: Sequence[str] = (),
 ) -> str:
     """A mesh file. Axes of size one are left out, and with them what they would split.
 
@@ -89,6 +90,7 @@ def plan_text(
         "params": {name: _list(names) for name, names in params.items() if names},
         "activations": {name: _list(names) for name, names in activations.items() if names},
         "method": {key: json.dumps(value) for key, value in (method or {}).items()},
+        "compiler": {"flags": json.dumps(list(flags))} if flags else {},
     }
     lines = [f'on = "{machine}"']
     for table, entries in tables.items():

@@ -92,7 +92,6 @@ def test_what_is_excluded_lacks_a_feature() -> None:
     reasons = {row.excluded_because for make, _ in SOURCES.values() for row in make()} - {""}
     assert {reason.split(":")[0].split(" (")[0] for reason in reasons} == {
         "selective recomputation in a pipeline",
-        "async tensor parallelism",
         "fused attention in ring context parallelism",
         "Gemma 3's layers",
         "Llama 4's layers",
