@@ -86,6 +86,8 @@ def test_tokens_of_a_step_are_those_that_the_sources_state() -> None:
             rate = float(line["tokens_per_s_per_gpu"]) * int(line["num_gpus"])
             assert row.case.batch * row.case.seq / rate == pytest.approx(row.measured_step_s, rel=1e-4)
             assert (row.case.plan.method.products == "fp8") == ("float8" in line["precision"])
+            assert bool(row.case.plan.flags) == (line["async_tp"] == "yes")
+            assert row.case.plan.num_devices == int(line["num_gpus"])
 
 
 def test_what_is_excluded_lacks_a_feature() -> None:
