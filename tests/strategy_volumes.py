@@ -2,6 +2,16 @@
 
 Of the strategies of data and tensor parallelism, as the literature gives them, with bandwidth-optimal
 algorithms (DESIGN section 3). Sizes are what the other axes leave a device. Nothing here reads a program.
+
+Which tests hold which strategy's bytes to a closed form (c: CPU, g: GPU, t: TPU):
+- data parallel, ZeRO-1, 2-D tensor and sequence parallelism: parallel/test_volumes.py c g t; ZeRO-2, FSDP,
+  HSDP, tensor and vocabulary parallelism: there c g, and on a TPU not: it writes ZeRO-2's scatters as
+  permutes over windows. FSDP and tensor parallelism of large models: test_literature_volumes.py g t.
+- context parallelism: test_context_volumes.py, ring and Ulysses c g t, all-gather and ring x Ulysses c g.
+- pipelines (1F1B, GPipe): test_pipeline_volumes.py c g t, beside tensor parallelism g.
+- context parallelism and experts inside a pipeline: test_meeting_volumes.py c g t.
+- experts: parallel/test_experts.py, capacity c g t; dropless c, and g t as upper bounds.
+- what may not appear: test_forbidden.py, one table, c g t.
 """
 
 from __future__ import annotations
