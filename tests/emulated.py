@@ -15,12 +15,14 @@ from jax.sharding import Mesh
 from shardlab.model.cache import KeysValues, Slots
 from shardlab.model.experts import balance_term, dropless, grouped_experts, with_capacity
 from shardlab.model.loss import cross_entropy
+from shardlab.model.quantise import Quantised
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import abstract_model, with_params
 from shardlab.parallel.context import in_step_order
 from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer
 from shardlab.parallel.pipeline import from_stages
 from shardlab.parallel.step import Batch, Step, TrainState, build_step, init_state
+from shardlab.parallel.weights import TYPES, quantise_weights
 from shardlab.spec.case import Case
 from shardlab.spec.experts import capacity_factor
 from shardlab.spec.models import ModelConfig
@@ -194,11 +196,13 @@ def prefilled(plan: Plan, model: ModelConfig) -> tuple[np.ndarray, KeysValues]:
 
 
 def served_params(step: Step, model: ModelConfig) -> dict[str, Any]:
-    """The parameters of seed 0 where the step wants them."""
-    return {
-        path: jax.device_put(array, step.arguments[0][path].sharding)
-        for path, array in params_of(model).items()
-    }
+    """The parameters of seed 0 where the step wants them, quantised where it wants them so."""
+    asked = step.arguments[0]
+    formats = {str(leaf.dtype): name for name in TYPES for leaf in [jnp.zeros((), TYPES[name])]}
+    weights = {formats[str(a.values.dtype)] for a in asked.values() if isinstance(a, Quantised)} or {"bf16"}
+    case = case_of(plan({"data": 1}, {}, {}, weights=weights.pop()), model)
+    params = quantise_weights(case, {path: jnp.asarray(a) for path, a in params_of(model).items()})
+    return jax.tree.map(lambda a, leaf: jax.device_put(a, leaf.sharding), params, dict(asked))
 
 
 @cache

@@ -40,10 +40,12 @@ class FusedTraffic:
     """Bytes that one run of a fused computation asks for; None where a size is unknown.
 
     reads: by parameter number; what is not there is not read. writes: of each array of the result, in order.
+    pointwise: each element of the result takes at most one of each operand.
     """
 
     reads: Mapping[int, int | None]
     writes: tuple[int | None, ...]
+    pointwise: bool = False
 
 
 def num_elements(shape: Shape) -> int | None:
@@ -75,7 +77,8 @@ def fused_traffic(computation: Computation, inner: Mapping[str, FusedTraffic]) -
     )
     if target == "AsyncCollectiveStart":  # (operands, results, flags): only the results are new
         writes = _started(root.shape, writes)
-    return FusedTraffic(reads, writes)
+    pointwise = all(one.opcode in _POINTWISE or not one.operands for one in instructions.values())
+    return FusedTraffic(reads, writes, pointwise)
 
 
 def bytes_of(shape: Shape, elements: int | None) -> int | None:
@@ -193,7 +196,7 @@ class _Demand:
         shape = operand_shape(user.operands[position], self.computation)
         available = None if shape is None else num_elements(shape)
         if opcode == "fusion" and shape is not None:
-            return self._of_inner(user, position, shape)
+            return self._of_inner(user, position, shape, asked)
         if position == 0 and user.name in self.changed and is_update(user):
             # A scatter combines what it puts with what is there.
             return 0 if opcode == "dynamic-update-slice" else update_elements(user, self.computation)
@@ -205,15 +208,19 @@ class _Demand:
         follows = opcode in _POINTWISE or position < _FOLLOWING.get(opcode, 0)
         return min(available, asked) if follows else available
 
-    def _of_inner(self, fusion: Instruction, position: int, shape: Shape) -> int | None:
-        """What a fusion inside the fusion reads of an operand, as if all its results were asked for."""
+    def _of_inner(self, fusion: Instruction, position: int, shape: Shape, asked: int | None) -> int | None:
+        """What a fusion inside the fusion reads of an operand, as if all its results were asked for, unless
+        it is pointwise: TPU programs move a whole stack of int8 weights to other tiles so, and slice it."""
         callees = computation_names(fusion, "calls")
         traffic = self.inner.get(callees[0]) if callees else None
         available, whole = num_elements(shape), try_shape_bytes(shape)
         if traffic is None or available is None or whole is None:
             return available
         read = traffic.reads.get(position, 0)
-        return None if read is None else -(-read * available // whole) if whole else 0
+        if read is None:
+            return None
+        elements = -(-read * available // whole) if whole else 0
+        return min(elements, asked) if traffic.pointwise and asked is not None else elements
 
 
 def _at_most(whole: int | None, one: int | None, other: int | None) -> int | None:

@@ -47,6 +47,7 @@ from shardlab.parallel.serving import (
 )
 from shardlab.parallel.shardings import Shardings, shardings_of
 from shardlab.parallel.training import method_notes, training_attention, training_project
+from shardlab.parallel.weights import serving_project, small_weights
 from shardlab.spec.case import Case
 from shardlab.spec.lora import is_adapter, trained_specs
 from shardlab.spec.names import accumulation_notes, context_split, reduced_once
@@ -109,9 +110,14 @@ class _Setup:
 
     def abstract_params(self, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
         """Every parameter's shape, type and sharding."""
-        return {
-            p.path: jax.ShapeDtypeStruct(p.shape, dtype, sharding=self.shardings.param(p)) for p in self.table
-        }
+        return {p.path: self._struct(p, dtype) for p in self.table}
+
+    def abstract_weights(self) -> dict[str, Any]:
+        """Of a step that does not train: no f32 master copy, and as small as the plan says."""
+        return small_weights(self.case, self._struct, self.runtime.compute_dtype)
+
+    def _struct(self, spec: ParamSpec, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=self.shardings.param(spec))
 
     def abstract_tokens(self) -> jax.ShapeDtypeStruct:
         """int32 [B, L]."""
@@ -185,7 +191,7 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
             lookup=mesh_lookup(shardings),
             experts=mesh_experts(case, shardings, family),
             block=(lambda name: runtime_on(shardings.within(name))) if shardings.blocks else None,
-            project=training_project(case),
+            project=training_project(case) if case.workload == "train" else serving_project(case),
         )
 
     return _Setup(
@@ -291,7 +297,7 @@ def _prefill_step(setup: _Setup) -> Step:
 
     cache = jax.tree.map(lambda leaf: leaf.sharding, _abstract_cache(setup))
     function = jax.jit(prefill, out_shardings=(_logits_sharding(setup), cache))
-    params = setup.abstract_params(setup.runtime.compute_dtype)
+    params = setup.abstract_weights()
     return Step(function=function, arguments=(params, setup.abstract_tokens()), notes=setup.notes)
 
 
@@ -310,7 +316,7 @@ def _decode_step(setup: _Setup) -> Step:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=shardings.activation(shape, axes))
 
     slots = Slots(per_slot(batch, setup.case.plan.method.chunk), per_slot(batch), per_slot(batch))
-    arguments = (setup.abstract_params(setup.runtime.compute_dtype), cache, slots)
+    arguments = (setup.abstract_weights(), cache, slots)
     return Step(
         function=jax.jit(decode, donate_argnums=1, out_shardings=out), arguments=arguments, notes=setup.notes
     )

@@ -12,11 +12,9 @@ from shardlab.spec.case import Case
 
 
 def training_project(case: Case) -> Project:
-    """The products with projections' kernels: quantised, and with LoRA's adapters, where the plan says so
-    and the step trains."""
+    """The products with projections' kernels in training: quantised, and with LoRA's adapters, where the plan
+    says so."""
     method = case.plan.method
-    if case.workload != "train":
-        return project
     base = project if method.products == "bf16" else quantised_project(method.products)
     return base if method.lora is None else adapted_project(base, method)
 
@@ -50,7 +48,7 @@ def run_again(attention: CausalAttention) -> CausalAttention:
 
 def method_notes(case: Case, family: str) -> tuple[str, ...]:
     """What the report says about them. family: cpu, gpu or tpu."""
-    found = (_products_note(case), _offload_note(case, family), _lora_note(case))
+    found = (_products_note(case), _weights_note(case), _offload_note(case, family), _lora_note(case))
     return tuple(note for note in found if note)
 
 
@@ -72,6 +70,13 @@ def _products_note(case: Case) -> str:
         return f"products = {format!r} is for training: {case.workload} has bf16 products"
     experts = ", experts" if case.model.num_experts else ""
     return f"products: {format} in projections; head{experts}, attention, norms and embedding are not"
+
+
+def _weights_note(case: Case) -> str:
+    format = case.plan.method.weights
+    if format == "bf16":
+        return ""
+    return f"weights: {format} in projections and head, a scale per channel; embedding, norms, biases are not"
 
 
 def _offload_note(case: Case, family: str) -> str:

@@ -76,7 +76,7 @@ class Case(BaseModel):
         found |= experts_obstacles(
             self.model, plan.params_in("moe"), plan.activations, plan.method, self.workload
         )
-        found |= serving_obstacles(plan.method, self.seq, self.workload)
+        found |= serving_obstacles(plan.method, self.model, self.seq, self.workload)
         return found | context_obstacles(plan, self.model, self.seq, self.workload)
 
     def notes(self) -> tuple[str, ...]:

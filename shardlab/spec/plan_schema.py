@@ -33,6 +33,7 @@ class Method(BaseModel):
     lora_targets: list[str] = ["query", "value"]
     attention: Literal["auto", "reference", "blockwise", "cudnn", "splash"] = "auto"
     chunk: int = 1
+    weights: Literal["bf16", "int8", "fp8"] = "bf16"
 
 
 class Check(BaseModel):

@@ -272,6 +272,26 @@ def test_a_fusion_inside_a_fusion_hands_on_what_it_needs() -> None:
     assert row.traffic == Traffic(2 * B + 4, B)
 
 
+def test_a_stack_moved_to_other_tiles_and_sliced_is_read_as_far_as_the_slice() -> None:
+    """As XLA:TPU fuses int8 weights of scanned layers; XLA's own copy would read all eight."""
+    nested = (
+        "retiled {\n  s = f32[8,64,16]{2,1,0} parameter(0)\n"
+        "  ROOT c = f32[8,64,16]{2,1,0:T(8,128)} copy(s)\n}\n\n"
+        "outer {\n  p = f32[8,64,16]{2,1,0} parameter(0)\n  i = s32[] parameter(1)\n"
+        "  zero = s32[] constant(0)\n"
+        "  whole = f32[8,64,16]{2,1,0:T(8,128)} fusion(p), kind=kLoop, calls=retiled\n"
+        "  ROOT one = f32[1,64,16]{2,1,0} dynamic-slice(whole, i, zero, zero), "
+        "dynamic_slice_sizes={1,64,16}\n}\n\n"
+    )
+    lines = (
+        "p = f32[8,64,16]{2,1,0} parameter(0)",
+        "i = s32[] parameter(1)",
+        "ROOT o = f32[1,64,16]{2,1,0} fusion(p, i), kind=kLoop, calls=outer",
+    )
+    (row,) = cost_of(entry(*lines, before=nested)).instructions
+    assert row.traffic == Traffic(B + 4, B)
+
+
 def test_a_tpu_gather_split_over_fusions_counts_at_its_start() -> None:
     gather = (
         "all-gather(p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, use_global_device_ids=true"

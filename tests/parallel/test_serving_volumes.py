@@ -86,16 +86,33 @@ def heads_positions(f: Figures) -> Volumes:
 
 
 def slots(f: Figures) -> Volumes:
-    """FSDP's gathers of the forward pass: every weight once. Norms are used in f32; XLA:GPU gathers them as
-    they are stored, and XLA:TPU all-reduces them, small as they are."""
-    norms = sum(p.size for p in f.case.parameters() if "norm" in p.path)
-    matrices = sum(p.size for p in f.case.parameters()) - norms
+    """FSDP's gathers of the forward pass: every weight once, in the type that it is stored in.
+
+    In int8 and fp8 a kernel's number is a byte, and the f32 scales of outputs that are embed are gathered
+    too. Norms are used in f32; XLA:GPU gathers them as they are stored. XLA:TPU all-reduces norms and scales,
+    small as they are.
+    """
+    kernels, others, norms = (
+        sum(p.size for p in f.case.parameters() if kind(p.path) == which)
+        for which in ("kernel", "table", "norm")
+    )
+    weights = f.case.plan.method.weights
+    scales = 0 if weights == "bf16" else 2 * MODEL.layers * MODEL.embed * F32
+    small = f.element if weights == "bf16" else CPU_WIDENS.get((f.target, weights), 1)
+    gathered, reduced = kernels * small + others * f.element, 0
     if f.target == "tpu":
-        return {
-            ("data", "all-gather"): gather(8, matrices * 2),
-            ("data", "all-reduce"): all_reduce(8, norms * F32),
-        }
-    return {("data", "all-gather"): gather(8, (matrices + norms) * f.element)}
+        reduced = norms * F32 + scales
+    else:
+        gathered += norms * f.element + scales
+    return {("data", "all-gather"): gather(8, gathered), ("data", "all-reduce"): all_reduce(8, reduced)}
+
+
+# Bytes of a number that XLA:CPU gathers in a larger type.
+CPU_WIDENS = {("cpu", "fp8"): 2}
+
+
+def kind(path: str) -> str:
+    return "norm" if "norm" in path else path.rsplit("/")[-1]
 
 
 CASES: dict[str, tuple[Plan, Callable[[Figures], Volumes]]] = {
@@ -109,7 +126,13 @@ CASES: dict[str, tuple[Plan, Callable[[Figures], Volumes]]] = {
         all_three,
     ),
     "heads-positions": (plan({"tensor": 2, "x": 4}, WIDE, {"cache": ("x",)}), heads_positions),
-    "batch": (plan({"data": 8}, {"embed": ("data",)}, {"batch": ("data",)}), slots),
+    **{
+        f"batch-{weights}": (
+            plan({"data": 8}, {"embed": ("data",)}, {"batch": ("data",)}, weights=weights),
+            slots,
+        )
+        for weights in ("bf16", "int8", "fp8")
+    },
 }
 
 
@@ -152,7 +175,9 @@ def test_bytes_on_emulated_devices(name: str) -> None:
 AHEAD_OF_TIME = pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.matrix if n == "heads-positions" else pytest.mark.full)
+        pytest.param(
+            n, marks=pytest.mark.matrix if n in ("heads-positions", "batch-int8") else pytest.mark.full
+        )
         for n in CASES
     ],
 )
