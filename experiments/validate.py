@@ -12,10 +12,11 @@ import csv
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from absl import app, flags
-from validation.efficiency import TAKEN_FROM, at_efficiency, efficiency_of, taken_from
+from validation.efficiency import TAKEN_FROM, at_efficiency, efficiency_of, launch_rows, launch_s, taken_from
 from validation.gpu_rows import attached_gpu, figure_1_rows, korthikanti, torchtitan, vtrain_single_node
 from validation.outcome import (
     Outcome,
@@ -35,11 +36,14 @@ from shardlab.case_report import CaseReport, report_case
 from shardlab.errors import ShardlabError
 from shardlab.hardware.catalog import load_machine
 
+ATTENTION = flags.DEFINE_enum(
+    "megatron_attention", "auto", ["auto", "reference"], "What stands in for Megatron's kernels of 2022."
+)
 SOURCES: dict[str, Callable[[], Iterator[Row]]] = {
-    "korthikanti": korthikanti,
+    "korthikanti": lambda: korthikanti(ATTENTION.value),
     "torchtitan": torchtitan,
     "tpu_recipes": tpu_recipes,
-    "vtrain_single_node": vtrain_single_node,
+    "vtrain_single_node": lambda: vtrain_single_node(ATTENTION.value),
     "attached_gpu": attached_gpu,
 }
 SOURCE_LIST = flags.DEFINE_list("sources", list(SOURCES), "Which sources, separated by commas.")
@@ -108,12 +112,49 @@ def outcomes(
         )
 
 
+def with_launches(steps: Sequence[Outcome]) -> list[Outcome]:
+    """Steps of eager rows with what launching adds, which the first of them say; those are not scored."""
+    eager = [row for row in steps if row.layer_runs and row.predicted is not None]
+    used = eager[: launch_rows(len(eager))]
+    if not used:
+        return list(steps)
+    each_s = launch_s([(row.measured or 0.0, row.predicted or 0.0, row.layer_runs) for row in used])
+    print(f"calibration: {each_s * 1e3:.2f} ms per run of a layer, from {len(used)} rows of {used[0].source}")
+    why = "calibration: the overhead of launches is taken from it"
+    names = {(row.source, row.row) for row in used}
+    return [
+        replace(row, predicted=None, excluded_because=why)
+        if (row.source, row.row) in names
+        else replace(row, predicted=row.predicted + each_s * row.layer_runs)
+        if row.layer_runs and row.predicted is not None
+        else row
+        for row in steps
+    ]
+
+
 def write_csv(path: Path, kind: str, rows: Iterable[Outcome]) -> None:
     """One line per row, scored or not."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS[kind])
         writer.writerows(csv_line(row) for row in rows)
+
+
+def tables(programs: Programs) -> dict[str, list[Outcome]]:
+    """The rows of each kind of table."""
+    known = efficiencies(programs) if CALIBRATE.value else {}
+    steps: list[Outcome] = []
+    memory: list[Outcome] = []
+    for name in SOURCE_LIST.value:
+        for step, held in outcomes(SOURCES[name](), programs, known):
+            steps.append(step)
+            memory += [held] if held is not None else []
+    memory += figure_1_outcomes()
+    for row in figure_1_rows(ATTENTION.value):
+        answer = row.excluded_because if row.case is None else reported(row, programs)
+        memory += figure_1_compiled(row, answer)
+    steps = with_launches(steps) if CALIBRATE.value else steps
+    return {"step": steps, "memory": memory, "energy": list(energy_outcomes())}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -124,28 +165,17 @@ def main(argv: Sequence[str]) -> None:
     if unknown:
         raise app.UsageError(f"unknown sources {unknown}; known: {', '.join(SOURCES)}")
     programs = Programs(Path(CACHE.value), MAX_COMPILES.value, any_sources=ANY_SOURCES.value)
-    known = efficiencies(programs) if CALIBRATE.value else {}
-    steps: list[Outcome] = []
-    memory: list[Outcome] = []
-    for name in SOURCE_LIST.value:
-        for step, held in outcomes(SOURCES[name](), programs, known):
-            steps.append(step)
-            memory += [held] if held is not None else []
-    memory += figure_1_outcomes()
-    for row in figure_1_rows():
-        answer = row.excluded_because if row.case is None else reported(row, programs)
-        memory += figure_1_compiled(row, answer)
-    energy = list(energy_outcomes())
-    for kind, rows in (("step", steps), ("memory", memory), ("energy", energy)):
+    found = tables(programs)
+    for kind, rows in found.items():
         lines = outcome_lines(rows, every=EVERY_ROW.value)
         print("\n".join([f"\n## {kind}\n", *score_lines(rows), "", *lines]))
-    print("\n".join([*group_lines(steps), "", *implied_rate_lines()]))
+    print("\n".join([*group_lines(found["step"]), "", *implied_rate_lines()]))
     if programs.stale:
         print(f"\n{len(programs.stale)} programs are of other versions of the sources (--any_sources)")
     if CSV.value is not None:
         path = Path(CSV.value)
-        tables = (("step", steps, ""), ("memory", memory, "-memory"), ("energy", energy, "-energy"))
-        for kind, rows, suffix in tables:
+        for kind, rows in found.items():
+            suffix = "" if kind == "step" else f"-{kind}"
             write_csv(path.with_name(path.stem + suffix + path.suffix), kind, rows)
     sys.stdout.flush()
 

@@ -1,4 +1,5 @@
-"""One constant per chip: the share of its datasheet peak at which it really computes, from one row each.
+"""One constant per chip: the share of its datasheet peak at which it really computes, from one row each;
+and for an eager framework what it adds to each run of a layer.
 
 A chip that holds 500 W, or whose clock sags, reaches less than what microbenchmarks of a few seconds do. The
 constant multiplies the chip's peak; memory and links keep their measured rates. The row that it is taken
@@ -7,8 +8,9 @@ from is not scored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 
 from shardlab.hardware.machine import Machine
 from validation.row import Row
@@ -21,6 +23,7 @@ TAKEN_FROM: Mapping[str, tuple[str, str]] = {
     "v6e": ("tpu_recipes", "17:"),
     "v5p": ("tpu_recipes", "22:"),
 }
+MAX_LAUNCH_ROWS = 20
 BOUNDS = (0.4, 2.5)
 STEPS = 12  # halvings: to 0.05 %
 
@@ -52,3 +55,14 @@ def efficiency_of(step_s: Callable[[float], float | None], measured_s: float) ->
         assert found is not None
         low, high = (middle, high) if found > measured_s else (low, middle)
     return (low + high) / 2
+
+
+def launch_rows(predicted: int) -> int:
+    """How many rows the launch overhead is taken from: a quarter of those predicted, at most 20."""
+    return min(MAX_LAUNCH_ROWS, predicted // 4)
+
+
+def launch_s(rows: Sequence[tuple[float, float, int]]) -> float:
+    """Seconds that an eager framework adds to each run of a layer: the median of what (measured, predicted,
+    layer runs) lack, and never less than nothing."""
+    return max(0.0, median((measured - predicted) / runs for measured, predicted, runs in rows))

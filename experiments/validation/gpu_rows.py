@@ -22,13 +22,15 @@ WINDOWED_EINSUM = (
 )
 # What scaled_dot_product_attention dispatches to on H100 unless told otherwise: pytorch/torchtitan#1042.
 PYTORCH_ATTENTION = "flash-attention-2"
-# Megatron of 2022 had no fused kernel: it stored scores, which is what selective recomputation is against.
-UNFUSED = {"attention": "reference"}
+# Megatron of 2022 wrote 16-bit scores to memory, with a fused softmax. Neither of ours does: cuDNN's kernel
+# writes none (the default, as in `meshes/`), the reference passes over f32 scores a dozen times.
+FUSED = "fused attention; theirs wrote 16-bit scores to memory"
 KEPT_PRODUCTS = "keeps every product, recomputes attention; theirs keeps attention and every second product"
 
 
-def korthikanti() -> Iterator[Row]:
-    """Tables 3 and 5 and section 6.3 of arXiv:2205.05198: Megatron's GPTs on DGX A100."""
+def korthikanti(attention: str = "auto") -> Iterator[Row]:
+    """Tables 3 and 5 and section 6.3 of arXiv:2205.05198: Megatron's GPTs on DGX A100. attention: as in
+    `[method]`."""
     for line in read_table("korthikanti"):
         tensor, stages, data = (int(line[f"{name}_parallel"]) for name in ("tensor", "pipeline", "data"))
         batch, micro = int(line["global_batch_seqs"]), int(line["micro_batch_seqs"])
@@ -39,17 +41,18 @@ def korthikanti() -> Iterator[Row]:
             row=f"{line['model']} on {line['num_gpus']}: {what}",
             chip="a100",
             measured_step_s=float(line["iteration_time_s"]),
+            notes=(FUSED,) if attention == "auto" else (),
         )  # fmt: skip
         if selective and stages > 1:
             yield replace(row, excluded_because=SELECTIVE_IN_PIPELINE)
             continue
-        method: dict[str, str | int] = {"remat": "selective" if selective else "full", **UNFUSED}
+        method: dict[str, str | int] = {"remat": "selective" if selective else "full", "attention": attention}
         if stages > 1:
             method |= {"pipeline": "1f1b", "microbatches": batch // (data * micro)}
         if int(line["interleave_stages"]) > 1:
             chunks = line["interleave_stages"]
             note = f"1F1B for their {chunks} interleaved chunks: a bubble {chunks} times as long"
-            row = replace(row, notes=(note,))
+            row = replace(row, notes=(*row.notes, note))
         text = plan_text(
             f"a100:{int(line['num_gpus']) // 8}x8",
             {"data": data, "stage": stages, "tensor": tensor},
@@ -60,7 +63,7 @@ def korthikanti() -> Iterator[Row]:
         yield with_case(row, text, f"megatron-{line['model'].lower()}", batch, int(line["seq_len_tokens"]))
 
 
-def figure_1_rows() -> Iterator[Row]:
+def figure_1_rows(attention: str = "auto") -> Iterator[Row]:
     """The bars of figure 1; a program can stand beside 22B on one host, with and without recomputation."""
     for line in read_table("korthikanti_fig1"):
         selective = "selective" in line["method"]
@@ -74,7 +77,7 @@ def figure_1_rows() -> Iterator[Row]:
             missing = SELECTIVE_IN_PIPELINE if selective else NO_REMAT_IN_PIPELINE
             yield replace(row, excluded_because=missing)
             continue
-        method = {"remat": "selective" if selective else "none", **UNFUSED}
+        method = {"remat": "selective" if selective else "none", "attention": attention}
         text = plan_text("a100:1x8", {"tensor": 8}, sequence_parallel=selective, method=method)
         yield with_case(row, text, "megatron-22b", 4, 2_048)
 
@@ -147,7 +150,7 @@ def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
     return with_case(replace(row, notes=tuple(notes)), text, model, int(line["global_batch_seqs"]), seq)
 
 
-def vtrain_single_node() -> Iterator[Row]:
+def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:
     """GPTs on up to eight A100, eager Megatron: 1F1B, full recomputation, gradients reduced at the end.
 
     Rows without a pipeline that differ only in their microbatches share a program.
@@ -159,7 +162,7 @@ def vtrain_single_node() -> Iterator[Row]:
         count = batch // (data * micro)
         shared = stages == 1 and count > 1
         split = f"TP {tensor} DP {data} PP {stages}"
-        method: dict[str, str | int] = {"remat": "full", **UNFUSED}
+        method: dict[str, str | int] = {"remat": "full", "attention": attention}
         if stages > 1:
             method |= {"pipeline": "1f1b", "microbatches": count}
         elif shared:
@@ -171,6 +174,7 @@ def vtrain_single_node() -> Iterator[Row]:
             measured_step_s=float(line["iteration_time_ms"]) / 1e3,
             group=tuple(line[k] for k in ("num_gpus", "global_batch_seqs", "hidden_size", "num_layers")),
             microbatches=count if shared else None,
+            layer_runs=layers // stages * (count + stages - 1),
         )  # fmt: skip
         text = plan_text(
             f"a100:1x{gpus}",

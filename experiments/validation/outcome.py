@@ -32,6 +32,7 @@ class Outcome:
     measured: float | None
     predicted: float | None = None
     excluded_because: str = ""
+    layer_runs: int = 0
     group: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -75,6 +76,7 @@ def _outcome(row: Row, measured: float | None, predicted: float | None, why: str
         measured=measured,
         predicted=predicted,
         excluded_because=why,
+        layer_runs=row.layer_runs,
         group=row.group,
         notes=row.notes,
     )

@@ -27,7 +27,8 @@ class Row:
     compiled; None where `excluded_because` names the feature that shardlab lacks, or the contradiction that
     the source holds. microbatches: how often the accumulation loop of `case` (`SHARED_MICROBATCHES` there)
     runs in this row; None where the case is the row itself. measured_bytes: peak memory of one device.
-    attention_kernel: the fused kernel that the row ran, whose measured curve is taken.
+    attention_kernel: the fused kernel that the row ran, whose measured curve is taken. layer_runs: of a step
+    that launched its kernels one by one, how often a device ran a layer, bubbles included.
     group: rows of one group are what a user would choose among. notes: where the case is only near the row.
     """
 
@@ -40,6 +41,7 @@ class Row:
     microbatches: int | None = None
     measured_bytes: float | None = None
     attention_kernel: str = ATTENTION_KERNEL
+    layer_runs: int = 0
     group: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

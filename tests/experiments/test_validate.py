@@ -10,7 +10,7 @@ import pytest
 import validate
 from absl.testing import flagsaver
 from validation import programs as kept
-from validation.efficiency import at_efficiency, efficiency_of, taken_from
+from validation.efficiency import at_efficiency, efficiency_of, launch_rows, launch_s, taken_from
 from validation.gpu_rows import attached_gpu, korthikanti, torchtitan, vtrain_single_node
 from validation.memory import Layout
 from validation.outcome import Outcome, energy_outcomes, figure_1_outcomes
@@ -267,6 +267,22 @@ def test_the_efficiency_of_a_chip_makes_its_row_exact_and_scores_it_not() -> Non
     rows = [row for make, _ in SOURCES.values() for row in make() if taken_from(row)]
     assert [row.chip for row in rows] == ["a100", "h100-96", "h200", "v6e", "v5p"]
     assert [row.row for row in rows if row.case is None] == []
+
+
+def test_launches_add_to_every_layer_what_a_quarter_of_the_rows_lack() -> None:
+    """Rows lack 1, 2 and 3 ms a layer run: 2 ms; the others get it, and what has no layers does not."""
+    assert launch_s([(1.010, 1.0, 10), (1.040, 1.0, 20), (1.030, 1.0, 10)]) == pytest.approx(2e-3)
+    assert launch_s([(0.9, 1.0, 10)]) == 0.0
+    assert [launch_rows(count) for count in (3, 8, 1_440)] == [0, 2, 20]
+    eager = [
+        Outcome(source="e", row=str(n), chip="a100", measured=1.2, predicted=1.0, layer_runs=100)
+        for n in range(4)
+    ]
+    whole = Outcome(source="w", row="0", chip="a100", measured=1.2, predicted=1.0)
+    steps = validate.with_launches([*eager, whole])
+    assert steps[0].predicted is None
+    assert steps[0].excluded_because.startswith("calibration")
+    assert [row.predicted for row in steps[1:]] == [pytest.approx(1.2)] * 3 + [1.0]
 
 
 def test_efficiency_is_of_the_peak_alone(vtrain: list[Row]) -> None:
