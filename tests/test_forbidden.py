@@ -137,7 +137,7 @@ STRATEGIES = {
     ),
 }  # fmt: skip
 MACHINES = {"cpu": "cpu:8", "gpu": "h100:1x8", "tpu": "v5e:2x4"}
-ALWAYS = {("context parallel (ring)", "cpu"), ("pipeline parallel (1F1B)", "cpu")}
+ALWAYS = {("pipeline parallel (1F1B)", "cpu")}
 
 
 def broken(rows: Iterable[CollectiveRow], rules: Iterable[Forbidden], target: str) -> list[str]:

@@ -18,6 +18,8 @@ from shardlab.spec.case import make_case
 from shardlab.spec.models import find_model
 from shardlab.spec.params import parameter_table
 
+pytestmark = pytest.mark.full
+
 F32_BYTES = 4
 MODEL = replace(find_model("tiny"), name="tiny-grouped", layers=4, kv_heads=4)
 MIXTURE = replace(MODEL, name="tiny-mixture", num_experts=8, experts_per_token=2, balance_coefficient=0.02)
@@ -31,15 +33,14 @@ FORWARDS = 2  # a layer's backward computes its forward again
 TOKENS = BATCH * SEQ // MICROBATCHES // WAYS  # of one device in one microbatch
 
 
-def targets(often: tuple[str, ...]) -> pytest.MarkDecorator:
-    families = {"cpu:8": (), "h100:1x8": (pytest.mark.gpu,), "v5e:2x4": (pytest.mark.tpu,)}
-    return pytest.mark.parametrize(
-        "on",
-        [
-            pytest.param(on, marks=[*marks, pytest.mark.matrix if on in often else pytest.mark.full])
-            for on, marks in families.items()
-        ],
-    )
+ON = pytest.mark.parametrize(
+    "on",
+    [
+        "cpu:8",
+        pytest.param("h100:1x8", marks=pytest.mark.gpu),
+        pytest.param("v5e:2x4", marks=pytest.mark.tpu),
+    ],
+)
 
 
 @cache
@@ -109,7 +110,7 @@ def check_rest(found: dict[tuple[str, str], Fraction], on: str) -> None:
     assert found == {}
 
 
-@targets(often=("h100:1x8",))
+@ON
 def test_gathered_keys_in_stages(on: str) -> None:
     """Every microbatch gathers the keys and values of each layer of its stage, n - 1 shards, forward and
     again backward, and scatters their gradients once (Llama 3, arXiv:2407.21783, section 3.3.2)."""
@@ -120,7 +121,7 @@ def test_gathered_keys_in_stages(on: str) -> None:
     check_rest(found, on)
 
 
-@targets(often=())
+@ON
 def test_ulysses_in_stages(on: str) -> None:
     """Four all-to-alls per layer and pass, of queries, keys, values and output (arXiv:2309.14509, 3.2)."""
     found = sent(compiled(on, "context", context="ulysses"))
@@ -131,7 +132,7 @@ def test_ulysses_in_stages(on: str) -> None:
     check_rest(found, on)
 
 
-@targets(often=("cpu:8",))
+@ON
 def test_experts_in_stages(on: str) -> None:
     """Two all-to-alls per layer and pass of the slots that a device has (GShard, arXiv:2006.16668, section
     3.1), and with each activation, and each cotangent, two numbers per expert in f32 for the balance."""

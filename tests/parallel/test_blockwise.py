@@ -62,7 +62,7 @@ def test_memory_is_linear_in_the_sequence() -> None:
 @pytest.mark.parametrize(
     "on",
     [
-        pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.matrix]),
+        pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.full]),
         pytest.param("v5e:2x4", marks=[pytest.mark.tpu, pytest.mark.full]),
     ],
 )

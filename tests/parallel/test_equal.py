@@ -146,7 +146,7 @@ def context_rows() -> list[Row]:
         Row(asked(DCT, "seq zero1", context="ulysses"), f"data parallel, ZeRO-1, {MEGATRON}, {ULYSSES}"),
         Row(asked(RU, context="ring+ulysses"), BOTH),
         Row(asked(RUT, "seq", context="ring+ulysses"), f"{MEGATRON}, {BOTH}"),
-        Row(asked(DC, context="ring", accumulate=4), f"data parallel, {RING}", "matrix"),
+        Row(asked(DC, context="ring", accumulate=4), f"data parallel, {RING}"),
         Row(asked(FC, context="all-gather", accumulate=2), f"FSDP, {GATHER}"),
         Row(asked(DRU, "zero2", context="ring+ulysses", accumulate=2), f"data parallel, ZeRO-2, {BOTH}"),
     ]
