@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from fractions import Fraction
 from typing import NoReturn
 
 from shardlab.errors import Problem, UserError
@@ -58,6 +59,13 @@ examples:
   shardlab diff base.program head.program --on h100:64x8 --markdown
   shardlab diff meshes/cpu8-fsdp.toml meshes/cpu8-tensor.toml --model tiny
 """
+CHECK_EXAMPLES = """\
+Each plan is compiled with its [check] and compared with PLAN.baseline.json and budgets.toml beside it.
+
+examples:
+  shardlab check meshes/cpu8-fsdp.toml --update    write the baseline, then commit it
+  shardlab check                                   every plan of meshes/; exit 1 when one is broken
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
         _verb(verbs, "search", "compile the plans a machine suggests, and rank them", SEARCH_EXAMPLES)
     )
     _add_diff(_verb(verbs, "diff", "what a change does to a step", DIFF_EXAMPLES))
+    _add_check(_verb(verbs, "check", "plans against their committed baselines and budgets", CHECK_EXAMPLES))
     doctor = _verb(verbs, "doctor", "which targets this machine can compile for", "")
     doctor.add_argument("--deep", action="store_true", help="prove each target with a tiny compile")
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
@@ -137,9 +146,7 @@ def _add_compare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("meshes", nargs="+", metavar="MESH", help="mesh files (TOML)")
     verb.add_argument("--on", metavar="M1,M2,…", help="machines; each plan's own unless said")
     _add_workload(verb)
-    verb.add_argument(
-        "--jobs", type=_positive, metavar="N", help="compiles at a time (default: by cores and memory)"
-    )
+    _add_jobs(verb)
     _add_format(verb)
 
 
@@ -154,9 +161,7 @@ def _add_search(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--on", required=True, metavar="MACHINE", help="such as h100:8x8, v5p:4x4x4")
     _add_workload(verb)
     verb.add_argument("--save", metavar="FILE", help="write the mesh file of the best plan")
-    verb.add_argument(
-        "--jobs", type=_positive, metavar="N", help="compiles at a time (default: by cores and memory)"
-    )
+    _add_jobs(verb)
     _add_format(verb)
 
 
@@ -167,6 +172,22 @@ def _add_diff(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--axes", metavar="A=N,B=M", help="mesh axes of programs and dumps, major to minor")
     _add_workload(verb)
     _add_format(verb)
+
+
+def _add_check(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("meshes", nargs="*", metavar="MESH", help="mesh files (default: all of meshes/)")
+    verb.add_argument("--update", action="store_true", help="write the baselines")
+    verb.add_argument(
+        "--tolerance", type=_percentage, metavar="PCT", default="1", help="how much worse passes (default: 1)"
+    )
+    _add_jobs(verb)
+    _add_format(verb)
+
+
+def _add_jobs(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--jobs", type=_positive, metavar="N", help="compiles at a time (default: by cores and memory)"
+    )
 
 
 def _add_workload(verb: argparse.ArgumentParser) -> None:
@@ -194,6 +215,14 @@ def _positive(text: str) -> int:
     if not _is_count(text):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number above 0")
     return int(text)
+
+
+def _percentage(text: str) -> Fraction:
+    """A share from `1`, `0.5` or `1%`."""
+    number = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) ?%?", text)
+    if number is None:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a percentage such as 1 or 0.5")
+    return Fraction(number[1]) / 100
 
 
 def parse_axes(text: str | None) -> dict[str, int] | None:

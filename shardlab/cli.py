@@ -1,8 +1,8 @@
 """The command line: verbs over the rest. Reads flags, calls one function per verb, prints what it returns.
 
-Exit codes: 0 ran; 1 ran, and `--strict` found something that was not counted; 2 could not run, with one line
-per mistake on standard error. What a verb needs is imported by that verb: `analyze --json` starts without
-jax, rich and pydantic.
+Exit codes: 0 ran; 1 ran, and `check` found something worse, or `--strict` something that was not counted; 2
+could not run, with one line per mistake on standard error. What a verb needs is imported by that verb:
+`analyze --json` starts without jax, rich and pydantic.
 """
 
 from __future__ import annotations
@@ -212,6 +212,23 @@ def run_diff(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_check(args: argparse.Namespace) -> int:
+    """`shardlab check`: exit 1 when a plan is worse than its baseline, above its budget, or cannot be."""
+    from shardlab.lab.check import check_plans
+    from shardlab.review.check import check_json
+
+    checks = check_plans(
+        args.meshes, update=args.update, tolerance=args.tolerance, progress=sys.stderr, jobs=args.jobs
+    )
+    if args.json:
+        _print_json(check_json(checks, args.tolerance))
+    else:
+        from shardlab.report.check import check_page
+
+        _print_page(check_page(checks, args.tolerance), args.markdown)
+    return 1 if any(check.broken for check in checks) else 0
+
+
 def run_doctor(args: argparse.Namespace) -> int:
     """`shardlab doctor`: a missing target is an answer, exit 0."""
     from shardlab.compile.doctor import targets
@@ -318,5 +335,6 @@ VERBS = {
     "fit": run_fit,
     "search": run_search,
     "diff": run_diff,
+    "check": run_check,
     "doctor": run_doctor,
 }

@@ -1,0 +1,84 @@
+"""The page of `shardlab check`: what is worse than its baseline or above its budget, plan by plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from shardlab.report.figures import percent
+from shardlab.report.page import Cell, Column, Mood, Page, Table, cell
+from shardlab.review.baseline import FLOPS, Figure, Line
+from shardlab.review.check import PlanCheck
+from shardlab.units import format_bytes, format_count
+
+_MOODS: dict[str, Mood] = {"worse": "bad", "lost": "bad", "better": "good"}
+
+
+def check_page(checks: Sequence[PlanCheck], tolerance: Fraction) -> Page:
+    """Plans that are as they were are counted, not listed."""
+    broken = [check for check in checks if check.broken]
+    better = [check for check in checks if check.better and not check.broken and not check.written]
+    written = sum(check.written for check in checks)
+    rows = [row for check in checks for row in _rows(check)]
+    columns = (
+        Column("plan", keep=False),
+        Column("figure"),
+        *(Column(name, "right") for name in ("allowed", "now", "change")),
+        Column("verdict"),
+    )
+    notes = [f"{check.plan}: {note}" for check in checks for note in check.notes]
+    notes += [f"{check.plan}: better than its baseline; write it again with --update" for check in better]
+    facts = (
+        ("plans", f"{len(checks)} checked, {len(broken)} broken, {len(better)} better"),
+        ("tolerance", f"{float(tolerance * 100):g} % of the baseline"),
+        *((("written", f"{written} baselines"),) if written else ()),
+    )
+    table = Table(title="What is not as it was", columns=columns, rows=tuple(rows))
+    return Page(
+        title="Broken" if broken else "All within their baselines and budgets",
+        facts=facts,
+        tables=(table,) if rows else (),
+        notes=tuple(notes),
+    )
+
+
+def _rows(check: PlanCheck) -> list[tuple[Cell, ...]]:
+    if check.why_not:
+        return [(cell(check.plan), cell("–"), *[cell("")] * 3, cell(check.why_not, "bad"))]
+    rows: list[tuple[Cell, ...]] = [
+        (
+            cell(check.plan),
+            cell(line.name),
+            cell(_text(line.name, line.before)),
+            cell(_text(line.name, line.after)),
+            cell(_change(line)),
+            cell(
+                "no bound is known any more" if line.outcome == "lost" else line.outcome, _MOODS[line.outcome]
+            ),
+        )
+        for line in check.lines
+        if line.outcome != "same"
+    ]
+    rows += [
+        (
+            cell(check.plan),
+            cell(one.name),
+            cell(_text(one.name, one.budget)),
+            cell(_text(one.name, one.figure)),
+            cell(""),
+            cell("above its budget", "bad"),
+        )
+        for one in check.over
+    ]
+    return rows
+
+
+def _text(name: str, value: Figure) -> str:
+    return format_count(value) if name == FLOPS else format_bytes(value)
+
+
+def _change(line: Line) -> str:
+    if line.before is None or line.after is None or not line.before:
+        return ""
+    share = (line.after - line.before) / line.before
+    return ("+" if share > 0 else "−") + percent(abs(share))
