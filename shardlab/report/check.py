@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from shardlab.report.figures import percent
 from shardlab.report.page import Cell, Column, Mood, Page, Table, cell
 from shardlab.review.baseline import FLOPS, Figure, Line
 from shardlab.review.check import PlanCheck
+from shardlab.review.verdict import share_text
 from shardlab.units import format_bytes, format_count
 
 _MOODS: dict[str, Mood] = {"worse": "bad", "lost": "bad", "better": "good"}
@@ -23,7 +23,7 @@ def check_page(checks: Sequence[PlanCheck], tolerance: Fraction) -> Page:
     columns = (
         Column("plan", keep=False),
         Column("figure"),
-        *(Column(name, "right") for name in ("allowed", "now", "change")),
+        *(Column(name, "right") for name in ("baseline, budget", "now", "change")),
         Column("verdict"),
     )
     notes = [f"{check.plan}: {note}" for check in checks for note in check.notes]
@@ -31,7 +31,7 @@ def check_page(checks: Sequence[PlanCheck], tolerance: Fraction) -> Page:
     facts = (
         ("plans", f"{len(checks)} checked, {len(broken)} broken, {len(better)} better"),
         ("tolerance", f"{float(tolerance * 100):g} % of the baseline"),
-        *((("written", f"{written} baselines"),) if written else ()),
+        *((("written", f"{written} of {len(checks)} baselines"),) if written else ()),
     )
     table = Table(title="What is not as it was", columns=columns, rows=tuple(rows))
     return Page(
@@ -80,5 +80,5 @@ def _text(name: str, value: Figure) -> str:
 def _change(line: Line) -> str:
     if line.before is None or line.after is None or not line.before:
         return ""
-    share = (line.after - line.before) / line.before
-    return ("+" if share > 0 else "−") + percent(abs(share))
+    share = (Fraction(line.after) - Fraction(line.before)) / Fraction(line.before)
+    return ("+" if share > 0 else "−") + share_text(abs(share))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
 from shardlab.analysis import ByteRange, axes_key
 from shardlab.report.breakdown import mesh_text
 from shardlab.report.figures import NONE, axes_text, key_text, times
 from shardlab.report.markdown import to_markdown
-from shardlab.report.page import Cell, Column, Line, Mood, Page, Table, cell, lines
+from shardlab.report.page import Cell, Column, Line, Mood, Page, Table, cell, lines, visible
 from shardlab.review.records import NOTHING, Diff, Flow, Row, Side, minus, plus
 from shardlab.review.verdict import Judgement, Measure, measures, verdict
 from shardlab.units import UNKNOWN, format_bytes
@@ -17,7 +17,9 @@ from shardlab.units import UNKNOWN, format_bytes
 COMMENT_CHARACTERS = 60_000  # GitHub refuses comments above 65,536
 COMMENT_ROWS = 10
 TERMINAL_ROWS = 25
-_CLIP = 160  # characters of a name on the page: names come from a program, and some are very long
+# Characters of a name, notes, and rows of the tables of parts: names come from a program, and some are long.
+# Escaping makes a text at most six times as long, so that what is not a change stays below 50,000 together.
+_CLIP, _NOTES, _PARTS = 160, 10, 10
 _MOODS: dict[Judgement, Mood] = {
     "worse": "bad",
     "better": "good",
@@ -39,19 +41,20 @@ def diff_page(found: Diff, top: int | None = None) -> Page:
     notes = (*found.notes, *_side_notes(found))
     return Page(
         title="What the change does to a step",
-        facts=tuple((label, _clipped(text, 4 * _CLIP)) for label, text in facts),
+        facts=tuple((label, _clipped(text, 2 * _CLIP)) for label, text in facts),
         tables=tuple(table for table in tables if table.rows),
-        notes=tuple(_clipped(note, 4 * _CLIP) for note in notes[:20]),
+        notes=(*(_clipped(note, 2 * _CLIP) for note in notes[:_NOTES]), *_more(notes[_NOTES:], "note")),
     )
 
 
 def diff_comment(found: Diff) -> str:
     """The page as Markdown that fits a GitHub comment: the top ten changes, details folded away."""
-    for top in range(COMMENT_ROWS, -1, -1):
+    top = COMMENT_ROWS
+    text = to_markdown(diff_page(found, top))
+    while len(text) > COMMENT_CHARACTERS and top:
+        top -= 1
         text = to_markdown(diff_page(found, top))
-        if len(text) <= COMMENT_CHARACTERS:
-            return text
-    return text[: COMMENT_CHARACTERS - 1] + "\n"  # names are clipped, so that this is out of reach
+    return text
 
 
 def _side_text(side: Side) -> str:
@@ -244,9 +247,17 @@ def _parts_table(
         for key, (before, after) in pairs.items()
     )
     columns = (Column(header, keep=False), *(Column(name, "right") for name in ("base", "head", "change")))
-    return Table(title=title, columns=columns, rows=rows[:30] if changed else (), folded=True)
+    (caption,) = _more(rows[_PARTS:], "row") or ("",)
+    shown = rows[:_PARTS] if changed else ()
+    return Table(title=title, columns=columns, rows=shown, caption=caption, folded=True)
+
+
+def _more(left: Sequence[object], noun: str) -> tuple[str, ...]:
+    """What is not shown is counted."""
+    return (f"{len(left)} more {noun}{'' if len(left) == 1 else 's'}; --json has all",) if left else ()
 
 
 def _clipped(text: str, limit: int = _CLIP) -> str:
-    """The text, its middle left out where it is very long."""
+    """The text, control characters spelled out, its middle left out where it is very long."""
+    text = visible(text)
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 + 1 :]}"

@@ -9,7 +9,7 @@ from fractions import Fraction
 from shardlab.analysis import Analysis
 from shardlab.review.flows import flows_of, renamed_axes, whole_step
 from shardlab.review.matching import match
-from shardlab.review.records import UNCHANGED, Diff, Flow, Row, Side
+from shardlab.review.records import UNCHANGED, Diff, Flow, Row, Side, version_changes
 from shardlab.review.sides import Source, side_of
 
 LEDGER_ENTRIES = 5  # of one side in a note
@@ -82,7 +82,8 @@ def _notes(base: Side, head: Side) -> Iterator[str]:
         was, now = base.case.get(member), head.case.get(member)
         if was is not None and now is not None and was != now:
             yield f"{member}: {was} in the base, {now} in the head; the figures are of two different cases"
-    yield from _compiler_notes(base, head)
+    if changed := version_changes(base.versions, head.versions):
+        yield f"versions changed too: {changed}"
     if base.analysis is not None and head.analysis is not None:
         yield from _analysis_notes(base.analysis, head.analysis)
     if base.case.get("emulated") or head.case.get("emulated"):
@@ -101,14 +102,3 @@ def _analysis_notes(base: Analysis, head: Analysis) -> Iterator[str]:
     flags = base.made_by.get("flags"), head.made_by.get("flags")
     if None not in flags and flags[0] != flags[1]:
         yield "compiler flags differ"
-
-
-def _compiler_notes(base: Side, head: Side) -> Iterator[str]:
-    known = base.versions.keys() & head.versions.keys()
-    changed = [
-        f"{name} {base.versions[name]} → {head.versions[name]}"
-        for name in sorted(known)
-        if base.versions[name] != head.versions[name]
-    ]
-    if changed:
-        yield f"the compiler changed too: {', '.join(changed)}"

@@ -11,7 +11,7 @@ from typing import Any
 from shardlab.errors import Problem, UserError
 from shardlab.hardware.toml_file import did_you_mean, parse_toml, read_text
 from shardlab.review.baseline import FIGURES, FLOPS, TOTAL, Baseline, Figure, Line, against
-from shardlab.review.records import Side
+from shardlab.review.records import Side, version_changes
 from shardlab.units import parse_bytes
 
 SCHEMA = "shardlab.check/1"
@@ -148,14 +148,8 @@ def _notes(baseline: Baseline, now: Baseline) -> Iterator[str]:
     for member in sorted(baseline.case.keys() & now.case.keys()):
         if baseline.case[member] != now.case[member]:
             yield f"{member}: {baseline.case[member]} in the baseline, {now.case[member]} now"
-    known = baseline.versions.keys() & now.versions.keys()
-    changed = [
-        f"{name} {baseline.versions[name]} → {now.versions[name]}"
-        for name in sorted(known)
-        if baseline.versions[name] != now.versions[name]
-    ]
-    if changed:
-        yield f"the compiler changed since the baseline: {', '.join(changed)}"
+    if changed := version_changes(baseline.versions, now.versions):
+        yield f"versions changed since the baseline: {changed}"
 
 
 def no_figures(plan: str, side: Side, path: str) -> PlanCheck:

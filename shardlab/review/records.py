@@ -150,6 +150,12 @@ class Diff:
         return tuple(row for row in self.rows if row.what in UNCHANGED)
 
 
+def version_changes(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """`jax 0.10.2 → 0.12.0, jaxlib …` of what both name and is not the same; "" when nothing changed."""
+    known = sorted(old.keys() & new.keys())
+    return ", ".join(f"{name} {old[name]} → {new[name]}" for name in known if old[name] != new[name])
+
+
 def total(amounts: Iterable[Amounts]) -> Amounts:
     """Their sum; unknown in one is unknown in the sum."""
     payload = wire = NOTHING

@@ -14,7 +14,7 @@ from shardlab.report.diff import COMMENT_CHARACTERS, COMMENT_ROWS, diff_comment,
 from shardlab.report.terminal import print_page
 from shardlab.review import diff
 
-HOSTILE = "</details><script>alert(1)</script>|@owner [x](http://y) `` \x1b[31m" + "y" * 5000
+HOSTILE = "</details><script>alert(1)</script>|@owner [x](http://y) `` \x1b[31m" + "y" * 20_000
 
 
 def many(count: int, text: str = "layer", gb: int = 1) -> Analysis:
@@ -71,6 +71,24 @@ def test_a_comment_fits_and_names_stay_data() -> None:
     assert "<script>" not in outside_code
     assert not re.search(r"@\w", outside_code)
     assert "\x1b" not in text
+
+
+def test_the_worst_that_names_and_notes_can_be_still_fits() -> None:
+    """Mentions grow most when they are escaped; every table and every note is full of them."""
+    rows = [
+        collective(
+            f"{n}",
+            axes=("@a" * 9_000 + str(n),),
+            tier="@b" * 9_000 + str(n),
+            traffic={"@c" * 9_000 + str(n): Fraction(n)},
+        )
+        for n in range(1, 60)
+    ]
+    notes = tuple("@d" * 9_000 + str(n) for n in range(60))
+    base, head = report(notes=notes, analysis=made_of([])), report(analysis=made_of(rows))
+    text = diff_comment(diff(base, head))
+    assert len(text) <= COMMENT_CHARACTERS
+    assert "50 more notes; --json has all" in text
 
 
 def test_notes_that_both_reports_have_are_said_once() -> None:

@@ -80,6 +80,26 @@ def layers(count: int, axis: str = "fsdp", mesh: Mesh | None = None) -> Program:
     return compiled(step, mesh, ((BATCH, WIDTH), P(axis)), *[weight] * count)
 
 
+def rematerialized_layers(*, remat: bool) -> Program:
+    """The gradients of two FSDP layers, each split as its weight; with remat nothing of a layer is kept."""
+    mesh = mesh_of(fsdp=8)
+
+    def layer(x_BxD: jax.Array, weight_DxD: jax.Array) -> jax.Array:
+        return jnp.tanh(x_BxD @ placed(weight_DxD, mesh))
+
+    def step(x_BxD: jax.Array, *weights_DxD: jax.Array) -> Any:
+        def loss(weights_DxD: tuple[jax.Array, ...]) -> jax.Array:
+            y_BxD = x_BxD
+            for weight_DxD in weights_DxD:
+                y_BxD = (jax.checkpoint(layer) if remat else layer)(y_BxD, weight_DxD)
+            return jnp.square(y_BxD).mean()
+
+        return [placed(gradient_DxD, mesh, "fsdp") for gradient_DxD in jax.grad(loss)(weights_DxD)]
+
+    weight = ((WIDTH, WIDTH), P("fsdp"))
+    return compiled(step, mesh, ((BATCH, WIDTH), P("fsdp")), weight, weight)
+
+
 def refactored_layers(count: int) -> Program:
     """`layers`, tidied: a function per block, other scopes, weights in a dictionary and gathered ahead."""
     mesh = mesh_of(fsdp=8)

@@ -239,7 +239,7 @@ def test_another_case_or_compiler_is_said(
     code, found = outcome(capsys, plan)
     assert (code, found["notes"]) == (
         0,
-        ["batch: 8 in the baseline, 16 now", "the compiler changed since the baseline: jax 0.10 → 0.12"],
+        ["batch: 8 in the baseline, 16 now", "versions changed since the baseline: jax 0.10 → 0.12"],
     )
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 from case_reports import analysis, collective, infeasible_report, memory, report
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from review.analyses import analyses, made_of, rewritten
 
@@ -19,6 +19,7 @@ from shardlab.review import Diff, Row, diff, diff_json
 from shardlab.review.records import minus, total
 from shardlab.review.verdict import verdict
 
+FEWER = settings(max_examples=60)
 SLOW = {"tier": "infiniband", "traffic": {"infiniband": Fraction(7)}}
 MIRRORED = {"added": "removed", "removed": "added", "grew": "shrank", "shrank": "grew"}
 
@@ -27,6 +28,7 @@ def changes(found: Diff) -> list[tuple[str, tuple[str, ...]]]:
     return [(row.what, row.moved) for row in found.changes]
 
 
+@FEWER
 @given(analyses())
 def test_nothing_changed_between_an_analysis_and_itself(found: Analysis) -> None:
     same = diff(found, found)
@@ -34,12 +36,42 @@ def test_nothing_changed_between_an_analysis_and_itself(found: Analysis) -> None
     assert verdict(same).what == "same"
 
 
+@FEWER
 @given(st.data())
 def test_what_a_compiler_calls_orders_combines_or_splits_is_no_change(data: st.DataObject) -> None:
     found = data.draw(analyses())
     assert diff(found, data.draw(rewritten(found))).changes == ()
 
 
+@pytest.mark.parametrize("dtypes", ["f32", "bf16"])
+def test_arrays_of_several_layers_and_dtypes_combined_into_one_are_no_change(dtypes: str) -> None:
+    """3 GB of one layer and 4 of another, apart and as one tuple whose layer is what both share."""
+    one, other = (
+        collective(
+            name,
+            layer=f"layers/{name}",
+            payload_bytes=gb,
+            wire_bytes=Fraction(gb),
+            traffic={"nvlink": Fraction(gb)},
+            dtypes=(dtype,),
+        )
+        for name, gb, dtype in (("a", 3, "f32"), ("b", 4, dtypes))
+    )
+    together = replace(
+        one,
+        layer="layers",
+        payload_bytes=7,
+        wire_bytes=Fraction(7),
+        traffic={"nvlink": Fraction(7)},
+        dtypes=("f32", dtypes),
+    )
+    found = diff(made_of([one, other]), made_of([together]))
+    assert [row.what for row in found.rows] == ["regrouped"]
+    larger = replace(together, payload_bytes=8, wire_bytes=Fraction(8), traffic={"nvlink": Fraction(8)})
+    assert diff(made_of([one, other]), made_of([larger])).changes != ()
+
+
+@FEWER
 @given(analyses(), analyses())
 def test_the_way_back_is_the_mirror_image(base: Analysis, head: Analysis) -> None:
     def mirrored(row: Row) -> Row:
@@ -51,6 +83,7 @@ def test_the_way_back_is_the_mirror_image(base: Analysis, head: Analysis) -> Non
     assert {verdict(forth).what, verdict(back).what} in ({"same"}, {"mixed"}, {"better", "worse"})
 
 
+@FEWER
 @given(analyses(), analyses())
 def test_rows_explain_the_change_of_every_total_exactly(base: Analysis, head: Analysis) -> None:
     found = diff(base, head)
@@ -64,6 +97,7 @@ def test_rows_explain_the_change_of_every_total_exactly(base: Analysis, head: An
     assert (found.before.time_s, found.after.time_s) == (old.time_s, new.time_s)
 
 
+@FEWER
 @given(analyses(), analyses())
 def test_every_collective_stands_in_one_row(base: Analysis, head: Analysis) -> None:
     found = diff(base, head)
@@ -74,6 +108,7 @@ def test_every_collective_stands_in_one_row(base: Analysis, head: Analysis) -> N
         assert sum(flow.executions[0] for flow in flows) == sum(row.executions[0] for row in side.collectives)
 
 
+@FEWER
 @given(analyses(), analyses())
 def test_a_saved_analysis_gives_the_same_diff(base: Analysis, head: Analysis) -> None:
     saved = [json.loads(json.dumps(side.to_json())) for side in (base, head)]
@@ -175,7 +210,7 @@ def test_a_changed_compiler_and_another_batch_are_said() -> None:
     def by(version: str) -> Analysis:
         return replace(analysis(), made_by={"versions": {"jax": version, "jaxlib": "0.12"}, "flags": "stock"})
 
-    assert diff(by("0.10"), by("0.12")).notes == ("the compiler changed too: jax 0.10 → 0.12",)
+    assert diff(by("0.10"), by("0.12")).notes == ("versions changed too: jax 0.10 → 0.12",)
     twice = report().case.model_copy(update={"batch": 16})
     (note,) = diff(report(), report(case=twice)).notes
     assert note.startswith("batch: 8 in the base, 16 in the head")

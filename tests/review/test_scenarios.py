@@ -20,6 +20,7 @@ from review.programs import (
     mesh_of,
     optimizer_step,
     refactored_layers,
+    rematerialized_layers,
     tensor_parallel,
 )
 
@@ -88,6 +89,18 @@ def test_a_new_layer_gathers_one_more_weight() -> None:
     assert found.changes[0].head[0].layer == "layer2"
     assert (found.base.flops, found.head.flops) == tuple(n * 2 * BATCH // 8 * WIDTH * WIDTH for n in (2, 3))
     assert verdict(found).text.startswith("Worse: bytes sent +14.3 kB (+50 %); ")
+
+
+def test_another_remat_policy_gathers_again_and_computes_again() -> None:
+    """Each of two layers gathers its weight once more, in the backward pass, and does its product once more:
+    to two products forward, two for the weights and one for the activations between them come two."""
+    found = diff(rematerialized_layers(remat=False), rematerialized_layers(remat=True))
+    gathered = 2 * Fraction(7, 8) * WIDTH * WIDTH * F32_BYTES
+    assert {(what, kind, axes) for what, kind, axes, _ in told(found)} == {("added", "all-gather", ("fsdp",))}
+    assert sum(change for *_, change in told(found)) == gathered
+    assert {row.head[0].phase for row in found.changes} == {"backward"}
+    product = 2 * BATCH // 8 * WIDTH * WIDTH
+    assert (found.base.flops, found.head.flops) == (5 * product, 7 * product)
 
 
 def test_a_harmless_refactoring_shows_nothing() -> None:
