@@ -26,10 +26,10 @@ from shardlab.hlo.module import Instruction, Shape
 # Custom calls that move, allocate or mark, and do no arithmetic worth counting.
 NO_FLOPS = frozenset({
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart",
-    "ConcatBitcast", "GetPartitionId", "LayoutConstraint", "MoveToDevice", "MoveToHost", "PadToStatic",
-    "PinToDevice", "SPMDFullToShardShape", "SPMDShardToFullShape", "Sharding", "SliceToDynamic", "TopK",
-    "X64Combine", "X64SplitHigh", "X64SplitLow", "__cub$DeviceRadixSort", "__gpu$TopK",
-    "annotate_device_placement",
+    "ConcatBitcast", "GatherScatterIndicesBitpacked", "GetPartitionId", "LayoutConstraint", "MoveToDevice",
+    "MoveToHost", "PadToStatic", "PinToDevice", "SPMDFullToShardShape", "SPMDShardToFullShape", "Sharding",
+    "SliceToDynamic", "TopK", "X64Combine", "X64SplitHigh", "X64SplitLow", "__cub$DeviceRadixSort",
+    "__gpu$TopK", "annotate_device_placement",
 })  # fmt: skip
 
 

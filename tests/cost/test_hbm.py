@@ -272,6 +272,13 @@ def test_a_fusion_inside_a_fusion_hands_on_what_it_needs() -> None:
     assert row.traffic == Traffic(2 * B + 4, B)
 
 
+def test_a_mark_on_the_indices_of_a_scatter_costs_nothing() -> None:
+    """XLA:TPU says so of indices that it packed itself, in the fusion of a scatter (v5e, a cache's write)."""
+    line = 'ROOT k = s32[8,3]{1,0} custom-call(i), custom_call_target="GatherScatterIndicesBitpacked"'
+    cost = cost_of(entry("i = s32[8,3]{1,0} parameter(0)", line))
+    assert (cost.read_bytes, cost.written_bytes, cost.not_counted, cost.flops.unknown) == (0, 0, (), ())
+
+
 def test_a_stack_moved_to_other_tiles_and_sliced_is_read_as_far_as_the_slice() -> None:
     """As XLA:TPU fuses int8 weights of scanned layers; XLA's own copy would read all eight."""
     nested = (
