@@ -32,7 +32,8 @@ def diff_of(
     """
     plans = [path for path in dict.fromkeys((base, head)) if path.endswith(".toml")]
     compiled = dict(zip(plans, compile_plans(plans, question, progress=progress, steps=steps), strict=True))
-    machine = load_machine(question.machines[0]) if question.machines else None
+    read = {base, head} - compiled.keys()
+    machine = load_machine(question.machines[0]) if question.machines and read else None
     sides: list[Side] = []
     problems: list[UserError] = []
     for path in (base, head):

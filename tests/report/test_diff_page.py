@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import re
 from fractions import Fraction
+from pathlib import Path
 
 from case_reports import collective, report
 from review.analyses import made_of
 
-from shardlab.analysis import Analysis
+from shardlab.analysis import Analysis, analyze
 from shardlab.report.diff import COMMENT_CHARACTERS, COMMENT_ROWS, diff_comment, diff_page
 from shardlab.report.terminal import print_page
 from shardlab.review import diff
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "hlo"
 HOSTILE = "</details><script>alert(1)</script>|@owner [x](http://y) `` \x1b[31m" + "y" * 20_000
 
 
@@ -54,6 +56,18 @@ def test_what_is_left_out_is_said_with_its_sum() -> None:
     assert text.count("| added |") == COMMENT_ROWS
     assert "2 more, +3 GB together" in text
     assert "<details><summary>Bytes sent, by mesh axis</summary>\n\n|" in text
+
+
+def test_rows_that_do_not_sum_to_the_totals_are_said_to() -> None:
+    """A conditional counts once in the totals; its branches are rows of their own."""
+    text = (GOLDEN / "d17_conditional.hlo").read_text()
+    branches = analyze(text, axes={"data": 2, "model": 4})
+    sent = branches.totals.wire_bytes[1]
+    rows = sum(row.wire_bytes * (row.executions[1] or 0) for row in branches.collectives)
+    assert sent is not None and sent < rows
+    caption = "Rows count every branch of a conditional"
+    assert caption in printed(branches, branches)
+    assert caption not in printed(many(1), many(2))
 
 
 def test_no_change_needs_no_table() -> None:

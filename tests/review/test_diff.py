@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from review.analyses import analyses, made_of, rewritten
 
 import shardlab
-from shardlab.analysis import Analysis
+from shardlab.analysis import Analysis, CollectiveRow
 from shardlab.errors import UserError
 from shardlab.review import Diff, Row, diff, diff_json
 from shardlab.review.records import minus, total
@@ -69,6 +69,24 @@ def test_arrays_of_several_layers_and_dtypes_combined_into_one_are_no_change(dty
     assert [row.what for row in found.rows] == ["regrouped"]
     larger = replace(together, payload_bytes=8, wire_bytes=Fraction(8), traffic={"nvlink": Fraction(8)})
     assert diff(made_of([one, other]), made_of([larger])).changes != ()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_a_change_elsewhere_hides_no_regrouping(dtype: str) -> None:
+    """Two bf16 gathers of one scope become one; what grew is in another scope, in either dtype."""
+
+    def gather(layer: str, sent: int, dtype: str = "bf16") -> CollectiveRow:
+        carried = {"nvlink": Fraction(sent)}
+        return collective(
+            layer=layer, payload_bytes=sent, wire_bytes=Fraction(sent), traffic=carried, dtypes=(dtype,)
+        )
+
+    base = made_of([gather("layers/a", 3), gather("layers/b", 4), gather("head", 5, dtype)])
+    head = made_of([gather("layers", 7), gather("head", 6, dtype)])
+    assert [row.what for row in diff(base, head).rows] == ["grew", "regrouped"]
+    # under a scope that shares nothing with the old ones, the dtype alone tells them apart
+    renamed = made_of([gather("blocks", 7), gather("head", 6, dtype)])
+    assert bool(diff(base, renamed).unchanged) == (dtype == "f32")
 
 
 @FEWER
