@@ -132,7 +132,7 @@ def _settled(pairs: Sequence[tuple[Plan, str]], question: Question) -> tuple[Que
         return question, ()
     made = [_try_case(plan, machine, question) for plan, machine in pairs]
     cases = [item for item in made if isinstance(item, Case)]
-    batches = [case.batch for case in cases] or [default_batch(plan) for plan, _ in pairs]
+    batches = [case.batch for case in cases] or [p.check.batch or default_batch(p) for p, _ in pairs]
     seqs = [case.seq for case in cases] or [find_model(question.model or "").context]
     batch, seq = question.batch or math.lcm(*batches), question.seq or min(seqs)
     notes: list[str] = []

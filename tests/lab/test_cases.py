@@ -33,6 +33,15 @@ def test_the_batch_of_check_counts_and_the_shortest_sequence_is_taken() -> None:
     assert cases.notes[1] == "sequence 256: the shortest that a plan asks for; --seq N sets it"
 
 
+def test_a_batch_that_does_not_divide_is_said_and_not_replaced() -> None:
+    """cpu:4 with a batch of 6 in [check]: the answer is a reason, not another batch."""
+    cases = comparison_cases([with_check("a", 4, batch=6)], Question(model="gpt2-124m"))
+    assert cases.cases == ()
+    (row,) = cases.rejected
+    assert row.case.batch == 6
+    assert row.infeasible is not None and "6 sequences" in row.infeasible
+
+
 def test_what_the_user_says_holds() -> None:
     question = Question(model="gpt2-124m", batch=48, seq=128)
     cases = comparison_cases([with_check("a", 4, batch=8, seq=512), with_check("b", 6)], question)
