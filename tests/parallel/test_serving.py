@@ -55,7 +55,7 @@ LAYOUTS: dict[str, tuple[Plan, ModelConfig]] = {
         GROUPED,
     ),
 }
-IN_FULL = ("heads", "heads-part", "positions-two-axes", "positions")
+IN_FULL = ("batch", "heads", "heads-part", "positions", "positions-tensor", "positions-two-axes")
 
 
 @cache
@@ -138,7 +138,9 @@ def without_cache() -> np.ndarray:
 
 
 @pytest.mark.parametrize("counts", [np.ones_like(COUNTS), COUNTS], ids=["decode", "chunks"])
-@pytest.mark.parametrize("name", ["one-device", "positions", "all-three"])
+@pytest.mark.parametrize(
+    "name", ["all-three", *(pytest.param(n, marks=pytest.mark.full) for n in ("one-device", "positions"))]
+)
 def test_each_slot_is_at_its_own_position(name: str, counts: np.ndarray) -> None:
     """Decoding, and prompts in chunks beside it: each slot as its sequence alone; noise is not seen."""
     asked = PLANS[name] if name in PLANS else LAYOUTS[name][0]

@@ -134,10 +134,10 @@ def test_weights_that_train_or_have_experts_are_answered() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.matrix
+@pytest.mark.full
 @pytest.mark.parametrize(
     "weights",
-    ["int8", pytest.param("bf16", marks=pytest.mark.full), pytest.param("fp8", marks=pytest.mark.full)],
+    ["bf16", *FORMATS],
 )
 def test_the_bytes_that_a_device_holds(weights: str) -> None:
     """Eight H100s, tensor parallel: an eighth of every kernel and scale, the cache, and eight slots."""
