@@ -116,7 +116,9 @@ def _computation(
         found[integer(part, 35)] = (string(part, 1), part)
     if not found:
         raise ParseError(f"computation {string(message, 1)} has no instruction")
-    by_id = found if len(order) != len(found) else {key: found[key] for key in order if key in found}
+    if len(order) == len(found) and set(order) != found.keys():
+        raise ParseError(f"the schedule of computation {string(message, 1)} lists other instructions than it")
+    by_id = {key: found[key] for key in order} if len(order) == len(found) else found
     root_id = integer(message, 6)
     instructions: dict[str, Instruction] = {}
     for key, (name, part) in by_id.items():

@@ -253,6 +253,23 @@ def test_integers_packed_or_not(values: list[int], packed: bool) -> None:
     assert integers(decode(together if packed else apart), 7) == values
 
 
+def one_instruction(scheduled: int) -> bytes:
+    """A module of one parameter with id 7, and a schedule that lists `scheduled`."""
+    parameter = field(1, b"p") + field(2, b"parameter") + field(3, field(2, 11)) + field(35, 7)
+    computation = field(1, b"e") + field(2, parameter) + field(5, 1) + field(6, 7)
+    sequence = field(1, 1) + field(2, field(1, scheduled))
+    return field(1, b"m") + field(2, b"e") + field(3, computation) + field(7, field(1, sequence))
+
+
+def test_a_schedule_of_other_instructions_is_refused() -> None:
+    """Fuzzer: the instruction was dropped, and the computation left without any."""
+    (module,) = parse_proto(one_instruction(7))
+    assert list(module.computations["e"].instructions) == ["p"]
+    assert module.is_scheduled
+    with pytest.raises(ParseError, match="schedule of computation e"):
+        parse_proto(one_instruction(8))
+
+
 def nested_tuple(depth: int) -> bytes:
     shape = field(2, 11) + field(3, b"\x03")
     for _ in range(depth):
