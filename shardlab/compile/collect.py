@@ -76,12 +76,14 @@ def memory_of(executable: Any) -> Memory | None:
 
 def arguments_of(executable: Any) -> tuple[Argument, ...] | None:
     """The arguments in device memory and how the mesh splits them; None where an argument has no mesh."""
-    shardings = jax.tree.leaves(executable.input_shardings)
+    shardings = jax.tree.leaves(executable.input_shardings, is_leaf=lambda leaf: leaf is None)
     described = jax.tree_util.tree_flatten_with_path(executable.args_info)[0]
     if len(shardings) != len(described):
         return None
     found = []
     for (path, info), sharding in zip(described, shardings, strict=True):
+        if sharding is None:  # the program does not use it, and jax leaves it out
+            continue
         if not isinstance(sharding, NamedSharding):
             return None
         if sharding.memory_kind != "pinned_host":

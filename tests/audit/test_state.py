@@ -109,3 +109,11 @@ def test_a_program_keeps_its_arguments() -> None:
 
 def test_arguments_without_a_mesh_are_not_known() -> None:
     assert compile_step(lambda x: x + 1, jax.ShapeDtypeStruct((4,), jnp.float32)).arguments is None
+
+
+def test_an_argument_that_is_not_used_is_left_out_and_the_others_stay() -> None:
+    placed = NamedSharding(Mesh(np.array(jax.devices()[:8]), ("x",)), PartitionSpec("x"))
+    used, unused = (jax.ShapeDtypeStruct((8,), jnp.float32, sharding=placed) for _ in range(2))
+    program = compile_step(lambda a, b: a + 1, used, unused)
+    assert program.arguments is not None
+    assert [argument.path for argument in program.arguments] == ["arguments[0]"]
