@@ -91,6 +91,12 @@ ASKS = {
         "data = 2", "", 'batch = ["data"]', "a model without experts",
         {"leave experts out": (('experts = "capacity 1.25"', ""),)}, 'experts = "capacity 1.25"',
     ),
+    "experts-2d": Ask(
+        "expert = 2\ny = 2", 'expert = ["expert"]\nembed = ["y"]', 'batch = ["expert"]\nembed = ["y"]',
+        "experts beside 2-D tensor parallelism (y)",
+        {"take embed out of [activations]": (('\nembed = ["y"]\n[method]', "\n[method]"),)},
+        model="mixtral-8x7b",
+    ),
     "experts-decode": Ask(
         "expert = 8", 'expert = ["expert"]', 'seq = ["expert"]', "splits no tokens of a decode step",
         {"add 'expert' to batch": (('seq = ["expert"]', 'batch = ["expert"]'),)},

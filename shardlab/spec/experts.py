@@ -78,6 +78,9 @@ def experts_obstacles(
         found[what] = "use pipeline = 'none'"
     if method.pipeline != "none" and (model.router_bias or model.balance == "sequence"):
         found["balance by sequence or by biases in a pipeline"] = "use pipeline = 'none'"
+    if split := activations.get("embed", ()):
+        what = f"experts beside 2-D tensor parallelism ({' x '.join(split)}): tokens travel whole"
+        found[what] = "take embed out of [activations]"
     if workload == "decode":
         alike = [a for a in expert_axes(params, activations) if a not in activations.get("batch", ())]
         for name in alike:

@@ -146,6 +146,8 @@ def context_rows() -> list[Row]:
         Row(asked(DCT, "seq zero1", context="ulysses"), f"data parallel, ZeRO-1, {MEGATRON}, {ULYSSES}"),
         Row(asked(RU, context="ring+ulysses"), BOTH),
         Row(asked(RUT, "seq", context="ring+ulysses"), f"{MEGATRON}, {BOTH}"),
+        Row(asked({"context": 2, "tensor": 2, "y": 2}, context="ring"), f"2-D tensor parallel, {RING}"),
+        Row(asked({"context": 2, "tensor": 2, "y": 2}, context="ulysses"), f"2-D tensor parallel, {ULYSSES}"),
         Row(asked(DC, context="ring", accumulate=4), f"data parallel, {RING}"),
         Row(asked(FC, context="all-gather", accumulate=2), f"FSDP, {GATHER}"),
         Row(asked(DRU, "zero2", context="ring+ulysses", accumulate=2), f"data parallel, ZeRO-2, {BOTH}"),
@@ -209,6 +211,11 @@ def pipeline_rows() -> list[Row]:
     one = {"pipeline": "1f1b", "microbatches": 4}
     return [
         *found,
+        Row(
+            asked({"stage": 2, "tensor": 2, "y": 2}, **one),
+            "2-D tensor parallel, pipeline parallel (1F1B)",
+            model=FOUR,
+        ),
         # Two microbatches: which tokens drop can hang on rounding. With four the first gradients differ
         # by 1.3e-6 of the largest, and the norm by 8e-6 at the second step and 4e-5 at the fifth.
         Row(
@@ -254,7 +261,8 @@ CONTEXT_FORMS = ("all-gather", "ring", "ulysses", "ring+ulysses")
 def grids(draw: st.DrawFn) -> dict[str, int]:
     """At most eight devices; an axis of one device must do nothing."""
     axes: dict[str, int] = {}
-    for name in draw(st.permutations(["data", "fsdp", "tensor", "y", "context", "expert", "stage"])):
+    second = draw(st.sampled_from(["y", "expert"]))  # not together: tokens travel whole to their experts
+    for name in draw(st.permutations(["data", "fsdp", "tensor", second, "context", "stage"])):
         left = 8 // prod(axes.values())
         most = min(left, 4 if name == "stage" else 8)  # of four layers
         size = draw(st.sampled_from([n for n in SIZES if n <= most]))
