@@ -53,9 +53,10 @@ TPU = pytest.param("v5e:2x4", marks=[pytest.mark.tpu, pytest.mark.full])
 
 
 @cache
-def compiled(machine: str, method: str, window: int = 0) -> Program:
+def compiled(machine: str, method: str, window: int = 0, chunk: int = 0, every: int = 0) -> Program:
     plan = plan_from_text(PLAN.format(machine=machine, method=method))
-    return compiled_case(make_case(plan, replace(MODEL, window=window), batch=BATCH, seq=SEQ))[0]
+    model = replace(MODEL, window=window, attention_chunk=chunk, global_every=every)
+    return compiled_case(make_case(plan, model, batch=BATCH, seq=SEQ))[0]
 
 
 def cost_of(program: Program) -> StepCost:
@@ -130,6 +131,37 @@ def test_cudnn_attends_within_the_window() -> None:
     assert not flops.unknown
 
 
+@pytest.mark.matrix
+@pytest.mark.gpu
+def test_cudnn_attends_within_chunks_but_in_the_last_layer_of_four() -> None:
+    """Two chunks of 768 and a rest of 512, each a causal triangle; every layer's products are whole."""
+    local, whole = 2 * triangle(768) + triangle(512), triangle(SEQ)
+    cost = cost_of(compiled("h100:1x8", "", chunk=768, every=LAYERS))
+    pairs = (LAYERS - 1) * local + whole
+    assert cost.flops.attention == (2 + 2 + 5) * 2 * BATCH // SHARDS * HEADS * HEAD_DIM * pairs
+    without = cost_of(compiled("h100:1x8", "", window=300))
+    assert cost.flops.matmul == without.flops.matmul
+    assert not cost.flops.unknown
+
+
+def triangle(tokens: int) -> int:
+    """Pairs at or below the diagonal."""
+    return tokens * (tokens + 1) // 2
+
+
+@pytest.mark.full
+@pytest.mark.tpu
+def test_splash_attends_within_the_window_but_in_the_last_layer_of_four() -> None:
+    """Tiles of 512, 4 x 4: a window of 600 reaches into two tiles before the diagonal's, 4 + 3 + 2; causal
+    are ten. Products forward and again 2, in the two backward kernels 3 and 4."""
+    local, whole = (4 + 3 + 2) * 512**2, 10 * 512**2
+    flops = cost_of(compiled("v5e:2x4", "", window=600, every=LAYERS)).flops
+    pairs = (LAYERS - 1) * local + whole
+    assert flops.attention == (2 + 2 + 7) * 2 * BATCH // SHARDS * HEADS * HEAD_DIM * pairs
+    assert not flops.unknown
+    assert any("a window of 600" in note for note in flops.notes)
+
+
 def test_windows_are_refused_where_they_are_not_built() -> None:
     plan = plan_from_text(PLAN.format(machine="cpu:8", method="").replace("fsdp = 8", "fsdp = 8\nring = 1"))
     ring = plan.model_copy(
@@ -139,8 +171,7 @@ def test_windows_are_refused_where_they_are_not_built() -> None:
         }
     )
     model = replace(MODEL, window=300)
-    for asked, workload in ((ring, "train"), (plan, "decode")):
-        with pytest.raises(Infeasible, match="window of 300") as error:
-            make_case(asked, model, batch=BATCH, seq=SEQ, workload=workload)  # type: ignore[arg-type]
-        assert error.value.nearest == "seq at most 300"
-        make_case(asked, model, batch=BATCH, seq=300, workload=workload)  # type: ignore[arg-type]
+    with pytest.raises(Infeasible, match="window of 300") as error:
+        make_case(ring, model, batch=BATCH, seq=SEQ)
+    assert error.value.nearest == "seq at most 300, or context = 'ulysses'"
+    make_case(ring, model, batch=BATCH, seq=300)

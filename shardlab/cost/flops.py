@@ -25,6 +25,7 @@ from shardlab.cost.products import (
     dot_shape,
 )
 from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
+from shardlab.spec.locality import Locality
 from shardlab.spec.models import ModelConfig, attention_weights, mlp_weights
 
 _OPAQUE_PRODUCTS = frozenset({"ragged-dot", "scaled-dot", "cholesky", "triangular-solve", "fft"})
@@ -210,30 +211,36 @@ def model_flops(
     vocabulary.
 
     Per token 2 · (weights in matrix products, head included, embedding lookup not) forward and twice that
-    backward; plus 2 · layers · heads · (head_dim + value_dim) per pair of positions that attend, again three
+    backward; plus 2 · heads · (head_dim + value_dim) per layer and pair of positions that attend, again three
     times that in training. `causal` counts half of the seq² pairs, `full` all (Megatron's convention);
-    of a window w < seq that is w · seq - w² / 2 and w · seq.
+    where attention is local (windows, chunks) see `Locality.pairs_times_two`.
     Prefill needs the head for one position per sequence. Decode is `chunk` new tokens per sequence, which
-    attend to `seq` cached ones, and the head for one; latent attention does so in the latent space, 2 · heads
-    · (2 · kv_rank + rope_dim) per pair (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Experts count as often
-    as a token uses them, and so do shared ones and the router. batch: sequences. frozen: weights have no
-    gradient (LoRA), 4·N·D; what adapters do is left out.
+    attend to `seq` cached ones, or to as many of them as they see at most, and the head for one; latent
+    attention does so in the latent space, 2 · heads · (2 · kv_rank + rope_dim) per pair (DeepSeek-V2,
+    arXiv:2405.04434, section 2.1.2). Experts count as often as a token uses them, and so do shared ones and
+    the router. batch: sequences. frozen: weights have no gradient (LoRA), 4·N·D; what adapters do is left
+    out.
     Source: the usual 6·N·D, as in PaLM (arXiv:2204.02311, appendix B) with the causal half made explicit.
     """
     layers = sum(stack.layers * _layer_weights(stack.config) for stack in config.stacks)
     head = config.embed * config.vocab
-    attend = 2 * config.layers * config.heads * (config.head_dim + config.value_dim)  # q·k and p·v
+    attend = 2 * config.heads * (config.head_dim + config.value_dim)  # q·k and p·v
     if workload == "decode":
         if config.latent is not None:
-            attend = 2 * config.layers * config.heads * (2 * config.latent.kv_rank + config.latent.rope_dim)
-        return batch * (2 * (layers * chunk + head) + attend * chunk * seq)
-    seen = min(config.window or seq, seq)
-    pairs_of_two = 2 * seq * seen - (seen * seen if attention == "causal" else 0)
+            attend = 2 * config.heads * (2 * config.latent.kv_rank + config.latent.rope_dim)
+        seen = sum(min(local.tokens or seq, seq) for local in _localities(config))
+        return batch * (2 * (layers * chunk + head) + attend * chunk * seen)
+    pairs = sum(local.pairs_times_two(seq, causal=attention == "causal") for local in _localities(config))
     passes = 3 if workload == "train" else 1
     heads_run = seq if workload == "train" else 1
     weight_passes = passes - 1 if frozen and workload == "train" else passes
     weights = weight_passes * 2 * (layers * seq + head * heads_run)
-    return batch * (weights + passes * (attend * pairs_of_two // 2))
+    return batch * (weights + passes * (attend * pairs // 2))
+
+
+def _localities(config: ModelConfig) -> list[Locality]:
+    """How far each layer sees."""
+    return [Locality() if config.sees_all(layer) else config.locality for layer in range(config.layers)]
 
 
 def _layer_weights(config: ModelConfig) -> int:

@@ -8,6 +8,7 @@ Splash does backward in two kernels, dq with 3 products and dkv with 4, both com
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,9 @@ from shardlab.cost.products import (
 )
 from shardlab.hlo.attributes import config_value, metadata
 from shardlab.hlo.module import Instruction, Shape
+
+# The scope that `model/attention.py` puts around a splash kernel with a window.
+_SPLASH_WINDOW = re.compile(r"splash_window(\d+)")
 
 # Custom calls that move, allocate or mark, and do no arithmetic worth counting.
 NO_FLOPS = frozenset({
@@ -91,6 +95,11 @@ def causal_blocks(query_blocks: int, key_blocks: int) -> int:
     return sum(-(-(i + 1) * key_blocks // query_blocks) for i in range(query_blocks))
 
 
+def window_blocks(blocks: int, tile: int, window: int) -> int:
+    """Square tiles of a causal score matrix that hold a pair less than `window` apart."""
+    return causal_pairs(blocks, blocks, -(-(window - 1) // tile) + 1)
+
+
 def first_array(shape: Shape) -> Shape:
     """The first array of a result, which may come with workspace in a tuple. Raises NotCountedError."""
     while shape.leaves:
@@ -150,8 +159,8 @@ def _splash_attention(call: Instruction, operands: Sequence[Shape | None]) -> Wo
     blocks, key blocks].
 
     q's shape gives the heads (k and v may have fewer). The mask's values are not in the text: a position
-    operand means that the kernel computes the mask itself, which is taken as causal. Segment ids, the only
-    other s32 arrays, are two.
+    operand means that the kernel computes the mask itself, which is taken as causal, within the window that
+    the operation's name says (`splash_window4096`). Segment ids, the only other s32 arrays, are two.
     """
     arrays = [
         extents(s) for s in operands if s is not None and s.dtype.startswith(("bf", "f")) and len(s.dims) > 2
@@ -166,9 +175,17 @@ def _splash_attention(call: Instruction, operands: Sequence[Shape | None]) -> Wo
     if not query_blocks or not key_blocks:
         raise NotCountedError("splash attention with an empty block mask")
     causal = len(positions) % 2 == 1 and q[-2] == k[-2]
-    blocks = causal_blocks(query_blocks, key_blocks) if causal else query_blocks * key_blocks
+    windowed = _SPLASH_WINDOW.search(metadata(call).op_name)
+    if causal and windowed:
+        # The grid holds as many blocks as one query, or one key, meets: the other side has all. Tiles of a
+        # kernel with a window are square.
+        query_blocks = key_blocks = max(query_blocks, key_blocks)
+        blocks = window_blocks(query_blocks, q[-2] // query_blocks, int(windowed[1]))
+    else:
+        blocks = causal_blocks(query_blocks, key_blocks) if causal else query_blocks * key_blocks
     pairs = q[-2] * k[-2] * blocks // (query_blocks * key_blocks)
-    note = "splash attention: taken as causal, tiles on the diagonal counted whole" if causal else ""
+    said = f"a window of {windowed[1]}" if windowed else "causal"
+    note = f"splash attention: taken as {said}, tiles on the diagonal counted whole" if causal else ""
     flops = 2 * math.prod(q[:-2]) * pairs * _splash_products(call, D, Dv)
     dtype = next((s.dtype for s in operands if s is not None and s.dtype.startswith(("bf", "f"))), "")
     shape = AttentionShape(q[-2], k[-2], D, causal, "_fwd" not in call.name, dtype)

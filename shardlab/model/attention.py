@@ -47,15 +47,18 @@ def masked_attention(
 
 
 def reference_attention(
-    q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array, *, window: int = 0
+    q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array, *, window: int = 0, chunk: int = 0
 ) -> jax.Array:
-    """Causal attention in plain XLA: any backend, memory quadratic in L. window: tokens that each sees, the
-    last of them itself; 0 for all before it (arXiv:2310.06825, section 2)."""
+    """Causal attention in plain XLA: any backend, memory quadratic in L. window, chunk: as in
+    `spec.locality.Locality`."""
     position_L = jnp.arange(q_BxLxHxD.shape[1])
     behind_LxL = position_L[:, None] - position_L[None, :]
     visible_LxL = behind_LxL >= 0
     if window:
         visible_LxL = visible_LxL & (behind_LxL < window)
+    if chunk:
+        chunk_L = position_L // chunk
+        visible_LxL = visible_LxL & (chunk_L[:, None] == chunk_L[None, :])
     return masked_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, visible_LxL)
 
 
@@ -138,13 +141,50 @@ def _cudnn_for_tracing() -> Iterator[None]:
         yield
 
 
+def in_chunks(attention: CausalAttention, chunk: int) -> CausalAttention:
+    """Causal attention within chunks of so many tokens: each is a sequence of its own for `attention`, and so
+    is what is left over."""
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        B, L = q.shape[:2]
+        whole = L - L % chunk
+
+        def apart(a: jax.Array) -> jax.Array:
+            return a[:, :whole].reshape(B * (whole // chunk), chunk, *a.shape[2:])
+
+        if not whole:
+            return attention(q, k, v)
+        out = attention(*(apart(a) for a in (q, k, v)))
+        out = out.reshape(B, whole, *out.shape[2:])
+        if whole == L:
+            return out
+        return jnp.concatenate([out, attention(*(a[:, whole:] for a in (q, k, v)))], axis=1)
+
+    return local
+
+
 def splash_attention(
-    q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array, *, interpret: bool = False
+    q_BxLxHxD: jax.Array,
+    k_BxLxKxD: jax.Array,
+    v_BxLxKxD: jax.Array,
+    *,
+    window: int = 0,
+    interpret: bool = False,
 ) -> jax.Array:
     """Pallas splash attention for TPU (`tpu_custom_call`). L must be a multiple of SPLASH_TILE.
 
-    interpret: run it on any backend, slowly, for tests.
+    window: as the reference's; the operation's name says it (`splash_window4096`), since the compiled program
+    shows no values of masks. interpret: run it on any backend, slowly, for tests.
     """
+    if not window:
+        return _splash_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, 0, interpret)
+    with jax.named_scope(f"splash_window{window}"):
+        return _splash_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, window, interpret)
+
+
+def _splash_attention(
+    q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array, window: int, interpret: bool
+) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
     )
@@ -153,7 +193,9 @@ def splash_attention(
     )
 
     L, H, D = q_BxLxHxD.shape[1:]
-    mask = masks.MultiHeadMask([masks.CausalMask((L, L)) for _ in range(H)])
+    square = (L, L)
+    one = masks.LocalMask(square, (window - 1, 0), offset=0) if window else masks.CausalMask(square)
+    mask = masks.MultiHeadMask([one] * H)
     tile = splash_tile(L)
     attend = kernel.make_splash_mha(
         mask,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from shardlab.model.attention import MASKED
+from shardlab.spec.models import ModelConfig
 
 
 class KeysValues(NamedTuple):
@@ -118,9 +119,14 @@ def of_layer(stack: KeysValues, layer: jax.Array) -> KeysValues:
 
 
 def attend_part(
-    q_BxLxHxD: jax.Array, cache: KeysValues, position_BxL: jax.Array, value_dim: int | None = None
+    q_BxLxHxD: jax.Array,
+    cache: KeysValues,
+    position_BxL: jax.Array,
+    value_dim: int | None = None,
+    first_BxL: jax.Array | None = None,
 ) -> Part:
-    """Attention to the positions of `cache` [B, S, K, D], which count from 0; those after a token are masked.
+    """Attention to the positions of `cache` [B, S, K, D], which count from 0; those after a token are masked,
+    and those before the first that it sees, if given.
 
     A part of which a token sees nothing has greatest = MASKED, and so no weight beside one that it sees.
     """
@@ -131,6 +137,8 @@ def attend_part(
         "blkgd,bskd->blkgs", q_BxLxKxGxD, cache.keys, preferred_element_type=jnp.float32
     )
     seen_BxLxS = jnp.arange(S)[None, None] <= position_BxL[:, :, None]
+    if first_BxL is not None:
+        seen_BxLxS &= jnp.arange(S)[None, None] >= first_BxL[:, :, None]
     scores_BxLxKxGxS = jnp.where(seen_BxLxS[:, :, None, None], scores_BxLxKxGxS, MASKED)
     values = cache.keys[..., :value_dim] if cache.values is None else cache.values
     greatest_BxLxKxG = scores_BxLxKxGxS.max(-1)
@@ -146,6 +154,21 @@ def attend_part(
         weights_BxLxKxGxS.sum(-1).reshape(B, L, H),
         greatest_BxLxKxG.reshape(B, L, H),
     )
+
+
+def first_seen(config: ModelConfig, position_BxL: jax.Array, layer: jax.Array) -> jax.Array | None:
+    """The first position that a token at `position_BxL` sees in this layer, None where all see all."""
+    local = config.locality
+    if not local:
+        return None
+    first_BxL = jnp.zeros_like(position_BxL)
+    if local.window:
+        first_BxL = jnp.maximum(first_BxL, position_BxL - local.window + 1)
+    if local.chunk:
+        first_BxL = jnp.maximum(first_BxL, position_BxL // local.chunk * local.chunk)
+    if config.global_every:
+        first_BxL = jnp.where((layer + 1) % config.global_every == 0, 0, first_BxL)
+    return first_BxL
 
 
 def divided(part: Part) -> jax.Array:

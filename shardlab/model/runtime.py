@@ -70,8 +70,8 @@ class Runtime:
     """Compute type, rematerialisation, attention kernel and placement.
 
     compute_dtype: of activations and matrix products; parameters stay in their own type (f32 in training).
-    attention: causal attention over a whole sequence. kv_repeats: how often each KV head is repeated before
-    it.
+    attention: causal attention over a whole sequence. global_attention: that of layers which see all where
+    others do not. kv_repeats: how often each KV head is repeated before it.
     positions: length -> the position of each token, where tokens do not lie in their natural order.
     cached_attention: of new tokens to a KV cache, which it writes. last_token: that of a prompt.
     constrain: places activations. place_weight: gathers a parameter for use, and places its gradient.
@@ -83,6 +83,7 @@ class Runtime:
     compute_dtype: DTypeLike = jnp.bfloat16
     remat: Remat = "full"
     attention: CausalAttention = reference_attention
+    global_attention: CausalAttention = reference_attention
     kv_repeats: int = 1
     cached_attention: CachedAttention = cached_attention
     last_token: Callable[[jax.Array], jax.Array] = last_token

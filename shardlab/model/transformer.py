@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -12,6 +14,7 @@ from flax import nnx
 from shardlab.model.attention import MASKED
 from shardlab.model.cache import Cached, Caches, Slots, last_of
 from shardlab.model.experts import Load
+from shardlab.model.groups import Body, scan_in_groups
 from shardlab.model.layer import Layer, for_products
 from shardlab.model.layers import Norm, Projection, parameter, weight
 from shardlab.model.runtime import Runtime, checkpointed
@@ -169,15 +172,20 @@ class Transformer(nnx.Module):
         """The layers of one kind."""
         graph, state = nnx.split(layers if isinstance(layers, Layer) else layers[0])
 
-        def layer(x: jax.Array, state: nnx.State) -> tuple[jax.Array, Kept]:
+        def layer(run: Runtime, x: jax.Array, state: nnx.State) -> tuple[jax.Array, Kept]:
             x, cached, load = nnx.merge(graph, state)(x, position_L, run)
             return x, (cached if keep else None, load)
 
-        body = checkpointed(layer, run.remat, in_scan=self.scan_layers)
+        def body_of(index: int) -> Body[nnx.State, Kept]:
+            attention = run.global_attention if self.config.sees_all(index) else run.attention
+            return partial(layer, replace(run, attention=attention))
+
         if isinstance(layers, Layer):
-            return jax.lax.scan(body, x_BxLxE, state)
+            bodies = [body_of(place) for place in range(self.config.global_every or 1)]
+            return scan_in_groups(bodies, x_BxLxE, state, run.remat)
         kept = []
         for index, module in enumerate(layers):
+            body = checkpointed(body_of(index), run.remat, in_scan=False)
             with jax.named_scope(str(index)):
                 x_BxLxE, left = body(x_BxLxE, nnx.split(module)[1])
             kept.append(left)

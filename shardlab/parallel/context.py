@@ -151,7 +151,7 @@ def gathered_meetings(half: int, ways: int, rank: jax.Array) -> Meetings:
     seen = jnp.where(early, chunk, chunk - rank)
     slot = jnp.where(seen < ways, 2 * seen, 2 * (2 * ways - 1 - seen) + 1)
     full = Pairs(jnp.where(early, query, half + query), slot * half + key)
-    diagonal, below = triangle(half)
+    diagonal, below, _ = triangle(half)
     own = [
         [Pairs(side * half + one.query, (2 * rank + side) * half + one.key) for side in (0, 1)]
         for one in (diagonal, below)

@@ -3,6 +3,7 @@ and heads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal
 
@@ -15,6 +16,7 @@ from shardlab.model.attention import (
     SPLASH_TILE,
     CausalAttention,
     cudnn_attention,
+    in_chunks,
     reference_attention,
     splash_attention,
 )
@@ -23,6 +25,7 @@ from shardlab.parallel.shardings import Shardings
 from shardlab.parallel.tiles import blockwise_attention
 from shardlab.spec.case import Case
 from shardlab.spec.context import ulysses_ways
+from shardlab.spec.locality import Locality
 from shardlab.spec.plan import Plan
 from shardlab.spec.sharding import num_ways
 
@@ -30,8 +33,10 @@ Kernel = Literal["reference", "blockwise", "cudnn", "splash"]
 
 HOPPER = 9  # major compute capability
 
+EVERYWHERE = Locality()
+
 FUSED_FOR = {"gpu": "cudnn", "tpu": "splash", "cpu": "reference"}
-PER_DEVICE: dict[str, CausalAttention] = {
+PER_DEVICE: Mapping[str, Callable[..., jax.Array]] = {
     "reference": reference_attention,
     "blockwise": blockwise_attention,
     "cudnn": cudnn_attention,
@@ -46,8 +51,6 @@ def choose_kernel(case: Case, target: str) -> tuple[Kernel, tuple[str, ...]]:
     Raises Infeasible when the plan asks by name for a kernel that the target or the shapes cannot have.
     """
     asked, context = case.plan.method.attention, case.plan.method.context
-    if asked == "auto" and window_of(case) and target == "tpu":
-        return "reference", ("attention: reference instead of splash, whose window is not built yet",)
     kernel = FUSED_FOR[target] if asked == "auto" else asked
     reason = _unsuited(kernel, case, target)
     if reason is None:
@@ -61,8 +64,6 @@ def choose_kernel(case: Case, target: str) -> tuple[Kernel, tuple[str, ...]]:
 
 def _unsuited(kernel: str, case: Case, target: str) -> str | None:
     """Why this kernel cannot run this case, None when it can."""
-    if window_of(case) and kernel in ("blockwise", "splash"):
-        return f"{kernel} has no sliding window yet, and {case.model.name} has one of {window_of(case)}"
     if kernel == "blockwise" and case.plan.method.context != "none":
         return None
     if case.plan.method.context not in ("none", "ulysses"):
@@ -77,6 +78,8 @@ def _unsuited(kernel: str, case: Case, target: str) -> str | None:
         )
     if kernel == "splash" and case.seq % SPLASH_TILE:
         return f"splash works on tiles of {SPLASH_TILE} tokens and seq is {case.seq}"
+    if kernel == "splash" and locality_of(case).chunk % SPLASH_TILE:
+        return f"splash works on tiles of {SPLASH_TILE} tokens and a chunk is {case.model.attention_chunk}"
     return _unsuited_heads(case) if kernel == "cudnn" else None
 
 
@@ -88,6 +91,8 @@ def _unsuited_heads(case: Case) -> str | None:
         return most if D % 8 or D > 128 else None
     if D % 8 or value_dim % 8 or max(D, value_dim) > 256:
         return f"cudnn needs head sizes that are multiples of 8 up to 256 and they are {D} and {value_dim}"
+    if locality_of(case).window:
+        return f"cudnn has no window for values of another head size ({D} and {value_dim})"
     chip = case.load_machine().chip.compile_as
     if chip is None or load_gpu_target(chip).compute_major < HOPPER:
         return f"cudnn takes values of another head size ({D} and {value_dim}) on Hopper and later chips only"
@@ -107,12 +112,12 @@ def kv_repeats(case: Case) -> int:
     return ways // kv_heads if ways % kv_heads == 0 else case.model.heads // kv_heads
 
 
-def window_of(case: Case) -> int:
-    """The window of the model's attention; 0 where it has none, or none shorter than the sequence."""
-    return case.model.window if case.model.window < case.seq else 0
+def locality_of(case: Case) -> Locality:
+    """How far the layers see that do not see all; false where the sequence is too short to tell."""
+    return case.model.locality.within(case.seq)
 
 
-def mesh_attention(kernel: Kernel, shardings: Shardings, window: int = 0) -> CausalAttention:
+def mesh_attention(kernel: Kernel, shardings: Shardings, local: Locality = EVERYWHERE) -> CausalAttention:
     """The kernel over the whole mesh: global arrays in and out, each device does its own sequences and heads.
 
     KV heads are placed as the query heads are, so that no device needs another's.
@@ -122,13 +127,14 @@ def mesh_attention(kernel: Kernel, shardings: Shardings, window: int = 0) -> Cau
 
     def reference(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         k, v = (shardings.constrain(a, whole) for a in (k, v))
-        return reference_attention(shardings.constrain(q, queries), k, v, window=window)
+        q = shardings.constrain(q, queries)
+        return reference_attention(q, k, v, window=local.window, chunk=local.chunk)
 
     def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q_spec: PartitionSpec = shardings.activation(q.shape, whole).spec
         kv_spec: PartitionSpec = shardings.activation(k.shape, whole).spec
         return jax.shard_map(
-            per_device(kernel, window),
+            per_device(kernel, local),
             mesh=shardings.mesh,
             axis_names=shardings.free_axes,
             in_specs=(q_spec, kv_spec, kv_spec),
@@ -139,15 +145,18 @@ def mesh_attention(kernel: Kernel, shardings: Shardings, window: int = 0) -> Cau
     return reference if kernel == "reference" else fused
 
 
-def per_device(kernel: Kernel, window: int) -> CausalAttention:
+def per_device(kernel: Kernel, local: Locality) -> CausalAttention:
     """The kernel of one device."""
-    if not window:
-        return PER_DEVICE[kernel]
-    return partial(cudnn_attention if kernel == "cudnn" else reference_attention, window=window)
+    attention: CausalAttention = PER_DEVICE[kernel]
+    if local.window:
+        attention = partial(PER_DEVICE[kernel], window=local.window)
+    return in_chunks(attention, local.chunk) if local.chunk else attention
 
 
-def attention_on(plan: Plan, kernel: Kernel, shardings: Shardings, window: int = 0) -> CausalAttention:
+def attention_on(
+    plan: Plan, kernel: Kernel, shardings: Shardings, local: Locality = EVERYWHERE
+) -> CausalAttention:
     """The plan's attention over the whole mesh: context parallel where it asks for that."""
     if plan.method.context == "none":
-        return mesh_attention(kernel, shardings, window)
-    return context_attention(plan, per_device(kernel, window), shardings)
+        return mesh_attention(kernel, shardings, local)
+    return context_attention(plan, per_device(kernel, local), shardings)

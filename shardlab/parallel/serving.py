@@ -51,11 +51,19 @@ class _Layout(NamedTuple):
         return self.heads[len(self.kv_heads) :]
 
 
-def mesh_cached_attention(shardings: Shardings) -> CachedAttention:
+def sees_all(position_BxL: jax.Array, layer: jax.Array) -> None:
+    """A `first_seen` without windows or chunks."""
+    del position_BxL, layer
+
+
+def mesh_cached_attention(
+    shardings: Shardings, first_seen: Callable[[jax.Array, jax.Array], jax.Array | None] = sees_all
+) -> CachedAttention:
     """Attention to a cache split as the plan says: global arrays in and out, and nothing of it is gathered.
 
     Query heads over the mesh axes of `cache` too (KV heads fewer than the tensor axis, say 8 over 16 devices:
     heads over both axes, KV heads over one, positions over the other) are gathered for it, a token's worth.
+    first_seen: of tokens' positions and a layer, the first position that each sees; None where all see all.
     """
 
     def attention(
@@ -74,7 +82,9 @@ def mesh_cached_attention(shardings: Shardings) -> CachedAttention:
             first = jax.lax.axis_index(layout.positions) * held if layout.positions else 0
             stack = written(caches, new, position_BxL - first)
             layer = _heads_of(of_layer(stack, caches.layer), q.shape[2], layout.spare)
-            part = attend_part(q, layer, position_BxL - first, value_dim)
+            lowest_BxL = first_seen(position_BxL, caches.layer)
+            lowest_BxL = None if lowest_BxL is None else lowest_BxL - first
+            part = attend_part(q, layer, position_BxL - first, value_dim, lowest_BxL)
             return _whole(part, layout).astype(q.dtype), stack
 
         def spec(*names: Names) -> PartitionSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from shardlab.errors import Infeasible
-from shardlab.model.cache import Cached, KeysValues, Latent, Slots
+from shardlab.model.cache import Cached, KeysValues, Latent, Slots, first_seen
 from shardlab.model.experts import balance_term
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
@@ -29,7 +30,7 @@ from shardlab.model.transformer import (
 from shardlab.parallel.context import order_notes, positions_of
 from shardlab.parallel.embedding import mesh_lookup
 from shardlab.parallel.experts import experts_notes, mesh_experts
-from shardlab.parallel.kernels import attention_on, choose_kernel, kv_repeats, window_of
+from shardlab.parallel.kernels import attention_on, choose_kernel, kv_repeats, locality_of
 from shardlab.parallel.lora import adapted, frozen_and_adapters, split_trained
 from shardlab.parallel.optimizer import (
     OptimizerConfig,
@@ -181,10 +182,11 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
         return Runtime(
             compute_dtype=compute_dtype,
             remat=case.plan.method.remat,
-            attention=training_attention(case, attention_on(case.plan, kernel, shardings, window_of(case))),
+            attention=training_attention(case, attention_on(case.plan, kernel, shardings, locality_of(case))),
+            global_attention=training_attention(case, attention_on(case.plan, kernel, shardings)),
             positions=positions_of(case.plan, shardings),
             kv_repeats=kv_repeats(case),
-            cached_attention=mesh_cached_attention(shardings),
+            cached_attention=mesh_cached_attention(shardings, partial(first_seen, case.model)),
             last_token=mesh_last_token(case.plan, shardings),
             constrain=shardings.constrain,
             place_weight=shardings.place_weight,

@@ -3,7 +3,7 @@
 Memory is linear in the sequence: of the scores one tile pair exists at a time, forward and backward (Milakov
 and Gimelshein, arXiv:1805.02867; FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2). Which pairs meet
 is data, so one loop serves a causal triangle, a hop of a ring, and a share of gathered keys, and of what the
-mask hides only the upper halves of the diagonal's tiles are computed.
+mask hides only the upper halves of the diagonal's tiles are computed, and of a window those of its far edge.
 
 Shapes: T tiles of t tokens; K KV heads, each with G query heads. Queries and what is like them
 [T, B, K, G, t, D], keys and values [T, B, K, t, D], one number per query [T, B, K, G, t].
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from shardlab.model.attention import MASKED
 
@@ -28,6 +29,13 @@ class Pairs(NamedTuple):
     key: jax.Array
 
 
+class Edge(NamedTuple):
+    """Pairs of which a part is visible, the same of each [t, t]: those at the far end of a window."""
+
+    pairs: Pairs
+    visible_txt: jax.Array
+
+
 class Meetings(NamedTuple):
     """All pairs of an attention. diagonal: of the same positions, causal inside; full: each wholly visible.
 
@@ -36,6 +44,7 @@ class Meetings(NamedTuple):
 
     diagonal: Pairs
     full: Pairs
+    edges: tuple[Edge, ...] = ()
 
 
 class Partial(NamedTuple):
@@ -93,6 +102,25 @@ def triangle(tiles: int) -> Meetings:
     return Meetings(Pairs(same, same), Pairs(query, key))
 
 
+def band(tiles: int, tile: int, window: int) -> Meetings:
+    """What a causal mask and a window show of `tiles` x `tiles`. Tiles as far apart have the same mask."""
+    place = np.arange(tile)
+    diagonal = rectangle(0, 1)
+    full: list[Pairs] = []
+    edges: list[Edge] = []
+    for apart in range(min(tiles, -(-(window - 1) // tile) + 1)):
+        key = jnp.arange(tiles - apart, dtype=jnp.int32)
+        pairs = Pairs(key + apart, key)
+        behind_txt = apart * tile + place[:, None] - place[None, :]
+        if apart == 0 and window >= tile:
+            diagonal = pairs
+        elif apart > 0 and apart * tile + tile - 1 < window:
+            full.append(pairs)
+        else:
+            edges.append(Edge(pairs, jnp.asarray((behind_txt >= 0) & (behind_txt < window))))
+    return Meetings(diagonal, joined(*full) if full else rectangle(0, 1), tuple(edges))
+
+
 def rectangle(queries: int, keys: int) -> Pairs:
     """Every pair."""
     return Pairs(*jnp.divmod(jnp.arange(queries * keys, dtype=jnp.int32), keys))
@@ -114,17 +142,19 @@ def nothing_seen(tiles: Tiles) -> Partial:
 
 
 def attend(tiles: Tiles, meetings: Meetings, seen: Partial) -> Partial:
-    """`seen` and the keys that are met."""
-    seen = _attend(tiles, meetings.diagonal, seen, causal=True)
-    return _attend(tiles, meetings.full, seen, causal=False)
+    """`seen` and the keys that are met; those near a query first, since of the far edges it may see none."""
+    seen = _attend(tiles, meetings.diagonal, seen, _causal(tiles))
+    for edge in meetings.edges:
+        seen = _attend(tiles, edge.pairs, seen, edge.visible_txt)
+    return _attend(tiles, meetings.full, seen, None)
 
 
-def _attend(tiles: Tiles, pairs: Pairs, seen: Partial, *, causal: bool) -> Partial:
+def _attend(tiles: Tiles, pairs: Pairs, seen: Partial, visible_txt: jax.Array | None) -> Partial:
 
     def meet(seen: Partial, pair: Pairs) -> tuple[Partial, None]:
         q, k, v = _pick(tiles, pair)
         old = Partial(*(_at(a, pair.query) for a in seen))
-        scores = _scores(q, k, causal)
+        scores = _scores(q, k, visible_txt)
         maximum = jnp.maximum(old.maximum, scores.max(-1))
         weights = jnp.exp(scores - maximum[..., None])
         shrink = jnp.exp(old.maximum - maximum)
@@ -167,16 +197,20 @@ def gradients(
     """The meetings' share of the gradients, f32; that of the queries is added to `start_q`."""
     zero = Tiles(*(jnp.zeros(a.shape, jnp.float32) for a in tiles))
     start = zero if start_q is None else zero._replace(queries=start_q)
-    start = _gradients(tiles, meetings.diagonal, cotangent, start, causal=True)
-    return _gradients(tiles, meetings.full, cotangent, start, causal=False)
+    start = _gradients(tiles, meetings.diagonal, cotangent, start, _causal(tiles))
+    for edge in meetings.edges:
+        start = _gradients(tiles, edge.pairs, cotangent, start, edge.visible_txt)
+    return _gradients(tiles, meetings.full, cotangent, start, None)
 
 
-def _gradients(tiles: Tiles, pairs: Pairs, cotangent: Cotangent, start: Tiles, *, causal: bool) -> Tiles:
+def _gradients(
+    tiles: Tiles, pairs: Pairs, cotangent: Cotangent, start: Tiles, visible_txt: jax.Array | None
+) -> Tiles:
 
     def meet(total: Tiles, pair: Pairs) -> tuple[Tiles, None]:
         q, k, v = _pick(tiles, pair)
         d_out, product, logsumexp = (_at(a, pair.query) for a in cotangent)
-        weights = jnp.exp(_scores(q, k, causal) - logsumexp[..., None])
+        weights = jnp.exp(_scores(q, k, visible_txt) - logsumexp[..., None])
         d_weights = _f32("bkgtd,bksd->bkgts", d_out, v)
         d_scores = (weights * (d_weights - product[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
         d_q = _f32("bkgts,bksd->bkgtd", d_scores, k)
@@ -209,10 +243,14 @@ def _backward(saved: tuple[Tiles, Meetings, Finished], d_out_TxBxKxGxtxD: jax.Ar
 tiled_attention.defvjp(_forward, _backward)
 
 
-def blockwise_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array) -> jax.Array:
-    """Causal attention of whole sequences on one device, memory linear in L."""
-    tiles = tiles_of(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, tile_size(q_BxLxHxD.shape[1]))
-    return from_tiles(tiled_attention(tiles, triangle(tiles.keys.shape[0])))
+def blockwise_attention(
+    q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array, *, window: int = 0
+) -> jax.Array:
+    """Causal attention of whole sequences on one device, memory linear in L. window: as the reference's."""
+    tile = tile_size(q_BxLxHxD.shape[1])
+    tiles = tiles_of(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, tile)
+    count = tiles.keys.shape[0]
+    return from_tiles(tiled_attention(tiles, band(count, tile, window) if window else triangle(count)))
 
 
 def as_type(total: Tiles, like: Tiles) -> Tiles:
@@ -220,14 +258,16 @@ def as_type(total: Tiles, like: Tiles) -> Tiles:
     return Tiles(*(a.astype(b.dtype) for a, b in zip(total, like, strict=True)))
 
 
-def _scores(q_BxKxGxtxD: jax.Array, k_BxKxsxD: jax.Array, causal: bool) -> jax.Array:
-    """q·kᵀ / √D in f32; causal: masked above the diagonal."""
+def _causal(tiles: Tiles) -> jax.Array:
+    """What a tile shows of itself [t, t]."""
+    place = jnp.arange(tiles.keys.shape[-2])
+    return place[:, None] >= place[None, :]
+
+
+def _scores(q_BxKxGxtxD: jax.Array, k_BxKxsxD: jax.Array, visible_txt: jax.Array | None) -> jax.Array:
+    """q·kᵀ / √D in f32, masked where not visible; None: all is."""
     scores = _f32("bkgtd,bksd->bkgts", q_BxKxGxtxD, k_BxKxsxD) * q_BxKxGxtxD.shape[-1] ** -0.5
-    if not causal:
-        return scores
-    place = jnp.arange(scores.shape[-1])
-    visible = place[:, None] >= place[None, :]
-    return jnp.where(visible[None, None, None], scores, MASKED)
+    return scores if visible_txt is None else jnp.where(visible_txt[None, None, None], scores, MASKED)
 
 
 def _f32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

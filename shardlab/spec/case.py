@@ -72,7 +72,7 @@ class Case(BaseModel):
         """Why the plan's methods cannot be with this model and workload: reason -> what can."""
         plan = self.plan
         found = obstacles(plan, self.model.layers, self.workload)
-        found |= _window_obstacles(plan, self.model, self.seq, self.workload)
+        found |= _locality_obstacles(plan, self.model, self.seq)
         found |= experts_obstacles(
             self.model, plan.params_in("moe"), plan.activations, plan.method, self.workload
         )
@@ -90,17 +90,22 @@ class Case(BaseModel):
         return tuple(note for note in found if note is not None)
 
 
-def _window_obstacles(plan: Plan, model: ModelConfig, seq: int, workload: str) -> dict[str, str]:
-    """Where sliding windows are not built: sequences no longer than the window do not need one."""
-    if not model.window or seq <= model.window:
+def _locality_obstacles(plan: Plan, model: ModelConfig, seq: int) -> dict[str, str]:
+    """Where windows and chunks are not built: sequences that are not longer do not need them."""
+    local, found = model.locality.within(seq), {}
+    if not local:
         return {}
-    fix = f"seq at most {model.window}"
-    if workload == "decode":
-        return {f"a cache of {seq} tokens with a window of {model.window}: not built yet": fix}
+    shorter = f"seq at most {local.tokens}"
     if plan.method.context not in ("none", "ulysses"):
-        asked = f"context = {plan.method.context!r}"
-        return {f"{asked} with a window of {model.window} in {seq} tokens: not built yet": fix}
-    return {}
+        asked = f"context = {plan.method.context!r} with {local} in {seq} tokens"
+        found[f"{asked}: not built yet"] = f"{shorter}, or context = 'ulysses'"
+    if model.global_every and plan.method.pipeline != "none":
+        asked = f"a pipeline of layers that do and layers that do not see beyond {local}"
+        found[f"{asked}: not built yet"] = f"{shorter}, or pipeline = 'none'"
+    if model.global_every and model.dense_layers:
+        asked = f"{local} in some layers beside dense layers before a mixture of experts"
+        found[f"{asked}: not built yet"] = shorter
+    return found
 
 
 def make_case(

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from shardlab.errors import Problem, UserError
 from shardlab.hardware.toml_file import did_you_mean, quoted
+from shardlab.spec.locality import Locality
 
 VOCAB_MULTIPLE = 128  # lanes of a TPU vector register, and a multiple of every tensor-core tile
 
@@ -66,8 +67,8 @@ class ModelConfig:
     joint width. dense_layers: how many of `layers`, the first, have an MLP of width `dense_mlp` instead.
     balance_coefficient: what the load-balance loss counts; balance: whether load is judged over the batch or
     for each sequence alone. head_dim: of queries and keys. latent: multi-head latent attention, None for
-    grouped queries. window: of sliding-window attention, how many tokens each sees, itself included; 0 for
-    all before it. Source of each named configuration: see `MODELS`.
+    grouped queries. window, attention_chunk: how far attention sees (`Locality`); global_every: the last of
+    every so many layers sees all nevertheless, 0 for none. Source of each named configuration: see `MODELS`.
     """
 
     name: str
@@ -100,6 +101,17 @@ class ModelConfig:
     router_bias: bool = False
     latent: LatentAttention | None = None
     window: int = 0
+    attention_chunk: int = 0
+    global_every: int = 0
+
+    @property
+    def locality(self) -> Locality:
+        """How far attention sees, but in the layers that see all."""
+        return Locality(self.window, self.attention_chunk)
+
+    def sees_all(self, layer: int) -> bool:
+        """Whether this layer, counted from 0, sees all whatever the locality."""
+        return bool(self.global_every) and (layer + 1) % self.global_every == 0
 
     @property
     def value_dim(self) -> int:

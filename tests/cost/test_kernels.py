@@ -6,7 +6,7 @@ import json
 import pytest
 
 from shardlab.cost.flops import hardware_flops
-from shardlab.cost.kernels import causal_blocks, causal_pairs
+from shardlab.cost.kernels import causal_blocks, causal_pairs, window_blocks
 from shardlab.hlo.reader import parse
 
 
@@ -123,6 +123,31 @@ def test_splash_attention(name, shape, operands, expected):
     assert (flops.matmul, flops.attention, flops.unknown) == (0, expected, ())
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "mask", "rest", "products"),
+    [
+        pytest.param(
+            "splash_mqa_fwd_residuals.1",
+            f"({Q}, f32[2,4,512,128]{{3,2,1,0}})",
+            "s8[1,4,2]{2,1,0}",
+            [],
+            2,
+            id="forward",
+        ),
+        pytest.param(
+            "splash_mqa_dkv_no_residuals.1", f"({KV}, {KV})", "s8[1,2,4]{2,1,0}", [LSE, DO, LSE], 4, id="dkv"
+        ),
+    ],
+)
+def test_a_splash_window_is_in_the_name(name, shape, mask, rest, products):
+    """The grid has two blocks beside each of the four: 4 + 3 tiles of 128 hold pairs less than 129 apart."""
+    scope = ', metadata={op_name="jit(f)/splash_window129/pallas_call"}'
+    flops = call(name, shape, [mask, mask, Q, KV, KV, *rest, POSITIONS], "tpu_custom_call", scope)
+    assert flops.attention == 2 * HEADS * 7 * 128 * 128 * products * 128
+    assert (flops.unknown, flops.notes) == ((), (flops.notes[0],))
+    assert "a window of 129" in flops.notes[0]
+
+
 def gemm(lhs_contracting):
     numbers = {"lhs_contracting_dimensions": [str(d) for d in lhs_contracting]}
     return f", backend_config={json.dumps({'gemm_backend_config': {'dot_dimension_numbers': numbers}})}"
@@ -216,6 +241,17 @@ def test_causal_pairs_against_every_pair(queries, keys, window):
     pairs = itertools.product(range(queries), range(keys))
     allowed = sum(k <= q and (not window or q - k < window) for q, k in pairs)
     assert causal_pairs(queries, keys, window) == allowed
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 5, 6, 12, 99])
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+def test_window_blocks_against_every_pair(blocks, window):
+    tile = 4
+    length = blocks * tile
+    tiles = {
+        (q // tile, k // tile) for q, k in itertools.product(range(length), repeat=2) if k <= q < k + window
+    }
+    assert window_blocks(blocks, tile, window) == len(tiles)
 
 
 @pytest.mark.parametrize(("query_blocks", "key_blocks"), [(1, 1), (4, 4), (2, 4), (4, 2), (3, 6)])

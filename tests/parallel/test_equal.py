@@ -22,6 +22,8 @@ FOUR = replace(SMALL, name="four-layers", layers=4)
 GROUPED4 = replace(GROUPED, name="four-layers-grouped", layers=4)
 EXPERTS4 = replace(MIXTURE, name="mixture-four-layers", layers=4)
 WINDOW = replace(SMALL, name="window", window=5)
+PATTERN = replace(GROUPED, name="pattern", layers=5, window=5, global_every=2)
+CHUNKS = replace(SMALL, name="chunks", layers=3, attention_chunk=6, global_every=3)
 GPT2 = replace(
     SMALL,
     name="gpt2",
@@ -70,6 +72,12 @@ def rows() -> list[Row]:
         Row(asked(F8, remat="offload"), "FSDP", "matrix"),
         Row(asked(FT, "seq", remat="offload"), "FSDP, tensor parallel, sequence parallel (Megatron)"),
         Row(asked(F8, attention="blockwise"), "FSDP", model=GROUPED),
+        Row(asked(DF, attention="blockwise"), "HSDP", model=PATTERN),
+        Row(
+            asked(FT, "seq", remat="selective"),
+            "FSDP, tensor parallel, sequence parallel (Megatron)",
+            model=CHUNKS,
+        ),
         Row(asked(DF), "HSDP"),
         Row(asked(DF, "zero1"), "HSDP, ZeRO-1"),
         Row(asked(DF, "zero2"), "HSDP, ZeRO-2", "matrix"),
@@ -144,6 +152,7 @@ def context_rows() -> list[Row]:
         Row(asked(CT, "seq", context="ring"), f"{MEGATRON}, {RING}"),
         Row(asked(CT, "seq", context="all-gather"), f"{MEGATRON}, {GATHER}"),
         Row(asked(DCT, "seq zero1", context="ulysses"), f"data parallel, ZeRO-1, {MEGATRON}, {ULYSSES}"),
+        Row(asked(FC, context="ulysses"), f"FSDP, {ULYSSES}", model=CHUNKS),
         Row(asked(RU, context="ring+ulysses"), BOTH),
         Row(asked(RUT, "seq", context="ring+ulysses"), f"{MEGATRON}, {BOTH}"),
         Row(asked({"context": 2, "tensor": 2, "y": 2}, context="ring"), f"2-D tensor parallel, {RING}"),

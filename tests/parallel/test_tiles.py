@@ -76,6 +76,6 @@ def test_to_tiles_and_back() -> None:
 
 
 def test_a_triangle_has_no_pair_that_the_mask_hides() -> None:
-    diagonal, full = (list(zip(p.query.tolist(), p.key.tolist(), strict=True)) for p in triangle(4))
+    diagonal, full = (list(zip(p.query.tolist(), p.key.tolist(), strict=True)) for p in triangle(4)[:2])
     assert diagonal == [(i, i) for i in range(4)]
     assert full == [(q, k) for q in range(4) for k in range(q)]
