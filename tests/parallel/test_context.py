@@ -116,7 +116,8 @@ def met_by(meetings: Meetings, rank: int, source: int, ways: int, half: int) -> 
             (order[rank * share + q], order[source * share + k]) for q, k in zip(queries, keys, strict=True)
         ]
 
-    diagonal, full = map(positions, meetings)
+    assert meetings.edges == ()  # rings refuse windows
+    diagonal, full = map(positions, meetings[:2])
     assert all(q == k for q, k in diagonal)
     assert all(q > k for q, k in full)
     return diagonal + full
