@@ -19,7 +19,7 @@ from shardlab.model.quantise import Quantised
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import abstract_model, with_params
 from shardlab.parallel.context import in_step_order
-from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer
+from shardlab.parallel.optimizer import OptimizerConfig, global_norm, make_optimizer
 from shardlab.parallel.pipeline import from_stages
 from shardlab.parallel.step import Batch, Step, TrainState, build_step, init_state
 from shardlab.parallel.weights import TYPES, quantise_weights
@@ -262,7 +262,7 @@ def _mixture_alone(
     for _ in range(5):
         found = [gradients_of(params, one) for one in micro]
         loss, gradients = jax.tree.map(lambda *parts: sum(parts) / count, *found)
-        norm = np.sqrt(sum(np.sum(np.square(g)) for g in gradients.values()))
+        norm = global_norm(gradients)
         points.append((float(loss), float(norm)))
         updates, state = optimizer.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
