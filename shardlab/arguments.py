@@ -136,6 +136,7 @@ def _add_explain(verb: argparse.ArgumentParser) -> None:
     )
     _add_workload(verb)
     _add_order(verb)
+    _add_cache(verb)
     _add_format(verb)
     verb.add_argument("--hlo", metavar="FILE", help="write the compiled HLO text")
     verb.add_argument("--save", metavar="FILE", help="write the whole program, for analyze")
@@ -147,6 +148,7 @@ def _add_compare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--on", metavar="M1,M2,…", help="machines; each plan's own unless said")
     _add_workload(verb)
     _add_jobs(verb)
+    _add_cache(verb)
     _add_format(verb)
 
 
@@ -154,6 +156,7 @@ def _add_fit(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("mesh", nargs="?", metavar="MESH", help="mesh file (default: FSDP over all devices)")
     verb.add_argument("--on", metavar="MACHINE", help="such as h100:1x8, v5e:4x4 (default: the plan's own)")
     _add_workload(verb)
+    _add_cache(verb)
     _add_format(verb)
 
 
@@ -162,6 +165,7 @@ def _add_search(verb: argparse.ArgumentParser) -> None:
     _add_workload(verb)
     verb.add_argument("--save", metavar="FILE", help="write the mesh file of the best plan")
     _add_jobs(verb)
+    _add_cache(verb)
     _add_format(verb)
 
 
@@ -171,6 +175,7 @@ def _add_diff(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--on", metavar="MACHINE", help="the machine of mesh files; prices programs and dumps")
     verb.add_argument("--axes", metavar="A=N,B=M", help="mesh axes of programs and dumps, major to minor")
     _add_workload(verb)
+    _add_cache(verb)
     _add_format(verb)
 
 
@@ -181,7 +186,19 @@ def _add_check(verb: argparse.ArgumentParser) -> None:
         "--tolerance", type=_percentage, metavar="PCT", default="1", help="how much worse passes (default: 1)"
     )
     _add_jobs(verb)
+    _add_cache(verb)
     _add_format(verb)
+
+
+def _add_cache(verb: argparse.ArgumentParser) -> None:
+    where = verb.add_mutually_exclusive_group()
+    where.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where compiled programs are kept, 2 GiB of them at most, those used last (default: "
+        "$SHARDLAB_CACHE, else this system's folder for caches)",
+    )
+    where.add_argument("--no-cache", action="store_true", help="compile everything, and keep nothing")
 
 
 def _add_jobs(verb: argparse.ArgumentParser) -> None:

@@ -12,7 +12,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from shardlab.analysis import Analysis
     from shardlab.audit import Finding
     from shardlab.case_report import CaseReport
+    from shardlab.lab.cache import Cache
     from shardlab.lab.cases import Question
     from shardlab.order import Orders
     from shardlab.program import Program
@@ -122,7 +124,8 @@ def run_explain(args: argparse.Namespace) -> int:
     for path in filter(None, (args.hlo, args.save, args.trace)):
         _check_writable(path)
     machines = (args.on,) if args.on else ()
-    report = explain_plan(args.mesh, _question(args, machines), progress=sys.stderr)
+    with _cache(args) as cache:
+        report = explain_plan(args.mesh, _question(args, machines), progress=sys.stderr, steps=cache.steps())
     _write_program(report.program, args.hlo, args.save)
     if args.trace:
         _write_trace(report, args.trace)
@@ -143,7 +146,14 @@ def run_compare(args: argparse.Namespace) -> int:
     from shardlab.lab.study import compare_plans
 
     machines = tuple(name.strip() for name in args.on.split(",")) if args.on else ()
-    comparison = compare_plans(args.meshes, _question(args, machines), progress=sys.stderr, jobs=args.jobs)
+    with _cache(args) as cache:
+        comparison = compare_plans(
+            args.meshes,
+            _question(args, machines),
+            progress=sys.stderr,
+            jobs=args.jobs,
+            steps=cache.steps(),
+        )
     if args.json:
         _print_json(comparison_json(comparison))
     else:
@@ -160,7 +170,9 @@ def run_fit(args: argparse.Namespace) -> int:
     from shardlab.report.fit import fit_json, fit_page
 
     machines = (args.on,) if args.on else ()
-    fit = fit_model(_question(args, machines), args.mesh, progress=sys.stderr)
+    with _cache(args) as cache:
+        steps = cache.steps(find_largest_batch=False)
+        fit = fit_model(_question(args, machines), args.mesh, progress=sys.stderr, steps=steps)
     if args.json:
         _print_json(fit_json(fit))
     else:
@@ -176,7 +188,9 @@ def run_search(args: argparse.Namespace) -> int:
 
     if args.save:
         _check_writable(args.save)
-    found = search_plans(_question(args, (args.on,)), progress=sys.stderr, jobs=args.jobs)
+    with _cache(args) as cache:
+        question = _question(args, (args.on,))
+        found = search_plans(question, progress=sys.stderr, jobs=args.jobs, steps=cache.steps())
     best = next(iter((*found.comparison.ranked, *found.comparison.emulated)), None)
     if args.save and best is not None:
         write_atomically(Path(args.save), found.texts[best.case.plan.name].encode())
@@ -199,7 +213,9 @@ def run_diff(args: argparse.Namespace) -> int:
 
     machines = (args.on,) if args.on else ()
     question = _question(args, machines)
-    found = diff_of(args.base, args.head, question, axes=parse_axes(args.axes), progress=sys.stderr)
+    with _cache(args) as cache:
+        axes = parse_axes(args.axes)
+        found = diff_of(args.base, args.head, question, axes=axes, progress=sys.stderr, steps=cache.steps())
     if args.json:
         _print_json(diff_json(found))
         return 0
@@ -217,11 +233,17 @@ def run_check(args: argparse.Namespace) -> int:
     from shardlab.lab.check import check_plans
     from shardlab.review.check import check_json
 
-    checks = check_plans(
-        args.meshes, update=args.update, tolerance=args.tolerance, progress=sys.stderr, jobs=args.jobs
-    )
+    with _cache(args) as cache:
+        checks = check_plans(
+            args.meshes,
+            update=args.update,
+            tolerance=args.tolerance,
+            progress=sys.stderr,
+            jobs=args.jobs,
+            steps=cache.steps(),
+        )
     if args.json:
-        _print_json(check_json(checks, args.tolerance))
+        _print_json(check_json(checks, args.tolerance) | {"programs": cache.counts.to_json()})
     else:
         from shardlab.report.check import check_page
 
@@ -247,6 +269,16 @@ def _axes_of_mesh(path: str) -> dict[str, int]:
     from shardlab.spec.plan import load_plan
 
     return dict(load_plan(path).axes)
+
+
+@contextmanager
+def _cache(args: argparse.Namespace) -> Iterator[Cache]:
+    """The cache that the flags name; bounded when the run is over."""
+    from shardlab.lab.cache import open_cache
+
+    cache = open_cache(args.cache, off=args.no_cache)
+    yield cache
+    cache.prune()
 
 
 def _question(args: argparse.Namespace, machines: tuple[str, ...]) -> Question:

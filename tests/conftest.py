@@ -13,6 +13,7 @@ import pytest
 FAKE_DEVICES = 8
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["SHARDLAB_CACHE"] = "off"  # a test that means the cache names one
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # LLVM's optimisation is most of the time of a small compile; it comes after everything that shardlab reads.
 os.environ["XLA_FLAGS"] = (

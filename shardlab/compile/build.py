@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jax.sharding import Mesh
 
 from shardlab.compile.collect import Compiled, compile_lowered
+from shardlab.compile.key import program_name
 from shardlab.compile.mesh import fill_mesh
 from shardlab.compile.target import Target, open_target
 from shardlab.compile.versions import versions
@@ -33,15 +35,17 @@ def open_case(case: Case) -> OpenedCase:
     return OpenedCase(target=target, mesh=mesh, device_ids=device_ids, notes=notes)
 
 
-def compile_here(case: Case, opened: OpenedCase) -> Compiled:
-    """Build the case's step and compile it in this process. Raises Infeasible or CompileFailed.
+def compile_here(
+    case: Case, opened: OpenedCase, kept: Callable[[str], Program | None] | None = None
+) -> Compiled:
+    """Build the case's step and compile it in this process, unless `kept` has it: as in `compile_lowered`.
 
-    Shapes only: nothing of the model's size is allocated.
+    Shapes only: nothing of the model's size is allocated. Raises Infeasible or CompileFailed.
     """
     target = opened.target
     step = build_step(case, opened.mesh, target=target.family)
     template = Program(
-        name=f"{case.plan.name} {case.model.name}",
+        name=program_name(case),
         backend=target.family,
         hlo_text="",
         num_devices=len(target.devices),
@@ -53,5 +57,7 @@ def compile_here(case: Case, opened: OpenedCase) -> Compiled:
         notes=(*opened.notes, *step.notes),
     )
     return compile_lowered(
-        lambda: step.function.trace(*step.arguments).lower(lowering_platforms=(target.platform,)), template
+        lambda: step.function.trace(*step.arguments).lower(lowering_platforms=(target.platform,)),
+        template,
+        kept=kept,
     )

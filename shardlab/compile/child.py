@@ -13,13 +13,24 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from shardlab.compile.request import OUTCOME_FILE, PROGRAM_FILE, PROTO_FILE, Request
+from shardlab.compile.key import lowered_key
+from shardlab.compile.request import (
+    KEY_FILE,
+    LOWERED,
+    MESSAGES_FILE,
+    OUTCOME_FILE,
+    PROGRAM_FILE,
+    PROTO_FILE,
+    Request,
+)
 from shardlab.errors import CompileFailed, Infeasible, ShardlabError, TargetMissing, UserError
 from shardlab.program import Program, Refusal, save, write_atomically
 from shardlab.spec.case import Case
+from shardlab.store import Store
 
 
 def answer(request: Request) -> None:
@@ -27,7 +38,7 @@ def answer(request: Request) -> None:
     from shardlab.compile.build import compile_here, open_case
 
     opened = open_case(request.case)
-    compiled = compile_here(request.case, opened)
+    compiled = compile_here(request.case, opened, _kept(request, opened.device_ids))
     if request.want_proto and compiled.executable is not None:
         from shardlab.compile.collect import serialized_modules
 
@@ -37,6 +48,24 @@ def answer(request: Request) -> None:
     if refused is not None and request.find_largest_batch:
         program = _with_largest_batch(request.case, opened, compiled.program, refused)
         save(program, request.folder / PROGRAM_FILE)
+
+
+def _kept(request: Request, device_ids: tuple[int, ...]) -> Callable[[str], Program | None] | None:
+    """Finds a program by what it lowers to, and tells the parent its key."""
+    if request.store is None:
+        return None
+    folder = request.store
+
+    def say(message: str) -> None:
+        with (request.folder / MESSAGES_FILE).open("a", encoding="utf-8") as file:
+            file.write(message + "\n")
+
+    def find(text: str) -> Program | None:
+        key = lowered_key(request.target_key, device_ids, text)
+        write_atomically(request.folder / KEY_FILE, key.encode())
+        return Store(folder, say=say).find(LOWERED + key)
+
+    return find
 
 
 def _with_largest_batch(case: Case, opened: Any, program: Program, refused: Refusal) -> Program:

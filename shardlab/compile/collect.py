@@ -19,26 +19,38 @@ from shardlab.errors import CompileFailed
 from shardlab.program import Argument, Memory, Program
 
 _LOWERING_PLATFORMS = {"gpu": "cuda"}
+MOVED_LINES_NOTE = (
+    "the sources changed and lower to the same program, which was not compiled again: source lines are those "
+    "of when it was"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
-    """A Program and, unless the compiler refused, jax's own compiled object."""
+    """A Program and jax's own compiled object, None where the compiler refused or had nothing to do."""
 
     program: Program
     executable: Any | None
 
 
 def compile_lowered(
-    lower: Callable[[], Any], template: Program, compiler_options: Mapping[str, str] | None = None
+    lower: Callable[[], Any],
+    template: Program,
+    compiler_options: Mapping[str, str] | None = None,
+    kept: Callable[[str], Program | None] | None = None,
 ) -> Compiled:
     """Lower and compile; fill in what `template` does not know yet: text, memory, seconds, or the refusal.
 
-    Raises CompileFailed when the compiler gives up for another reason than memory.
+    kept: the program compiled before from StableHLO (text with debug information), if there is one; it is
+    not compiled again. Raises CompileFailed when the compiler gives up for another reason than memory.
     """
     started = time.monotonic()
     try:
-        executable = lower().compile(dict(compiler_options) if compiler_options else None)
+        lowered = lower()
+        found = kept(lowered.as_text(debug_info=True)) if kept is not None else None
+        if found is not None:
+            return Compiled(program=_as_compiled_before(template, found), executable=None)
+        executable = lowered.compile(dict(compiler_options) if compiler_options else None)
     except jax.errors.JaxRuntimeError as error:
         refused = refusal(str(error))
         if refused is None:
@@ -54,6 +66,18 @@ def compile_lowered(
         arguments=arguments_of(executable),
     )
     return Compiled(program=program, executable=executable)
+
+
+def _as_compiled_before(template: Program, found: Program) -> Program:
+    """What was compiled from the same lowered program; its sources may have other lines by now."""
+    return replace(
+        template,
+        hlo_text=found.hlo_text,
+        memory=found.memory,
+        arguments=found.arguments,
+        warnings=found.warnings,
+        notes=(*template.notes, MOVED_LINES_NOTE),
+    )
 
 
 def memory_of(executable: Any) -> Memory | None:

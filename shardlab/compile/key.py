@@ -1,28 +1,49 @@
-"""Which cases are one program: the key under which a compiled program is kept and shared."""
+"""Which cases are one program: the keys under which compiled programs are kept and shared.
+
+The first key needs no jax: it is of the case, the versions and the sources. The second is of the lowered
+program, so that sources that were changed and lower to the same are not compiled again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from shardlab.compile.environment import split_flags
-from shardlab.compile.versions import source_digest, versions
+from shardlab.compile.versions import digest_of, source_digest, versions
 from shardlab.hardware.catalog import load_machine
+from shardlab.hardware.data_files import load_gpu_target
 from shardlab.hardware.machine import Machine
+from shardlab.program import Flags, Program
 from shardlab.spec.case import Case
 
 # Who wrote the plan down, and where, compiles to nothing; the other verbs' defaults are in the case already.
 _PLAN_LABELS = {"name", "path", "description", "on", "check", "flags", "axes"}
+# Of the versions, what is no part of the program: the sources are hashed, and Python only runs them.
+_RUNNERS = ("python", "shardlab")
+_BUILDERS = ("flax", "optax")  # what they build is in the lowered program
+
+# `"name"` or `"name"(#loc3)` is one, `"file.py":12:4` is a place, `callsite(…)` are Python's frames.
+_LOCATION = re.compile(r'^(#loc\d*) = loc\((?:"(?P<name>(?:[^"\\]|\\.)*)")?(?P<column>:?)')
+_REFERENCE = re.compile(r"loc\((#loc\d*)\)")
 
 
-def program_key(case: Case) -> str:
+def program_key(
+    case: Case, sources: Sequence[Path] = (), versions_here: Mapping[str, str] | None = None
+) -> str:
     """sha256 (hex) over everything that decides the compiled program, and nothing else.
 
     One GPU program serves every machine of its chip family, however its hosts are laid out: the key holds the
     chip's compile target and the number of devices. A TPU program is for its torus and slices. Compiler
-    versions and our own model sources count. Raises UserError for a machine that is not known.
+    versions and our own model sources count.
+
+    sources: files and folders of the user's that build the step. versions_here: of another Python that is to
+    compile. Raises UserError for a machine that is not known.
     """
     machine = load_machine(case.machine)
     facts = {
@@ -32,16 +53,67 @@ def program_key(case: Case) -> str:
         "model": asdict(case.model),
         "workload": [case.workload, case.batch, case.seq, case.scan_layers],
         "target": _target_facts(machine),
-        "versions": versions(machine.family),
-        "sources": source_digest(),
+        "versions": _without(versions_here or versions(machine.family), _RUNNERS),
+        "sources": [source_digest(), digest_of(sources)],
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return _hash(facts)
+
+
+def target_key(machine: Machine, flags: Sequence[str], versions_here: Mapping[str, str]) -> str:
+    """What decides the program beside what is lowered: target, flags that are passed, compiler versions."""
+    left = _without(versions_here, (*_RUNNERS, *_BUILDERS))
+    return _hash({"target": _target_facts(machine), "flags": list(flags), "versions": left})
+
+
+def lowered_key(target: str, device_ids: Sequence[int], text: str) -> str:
+    """sha256 (hex) of a lowered program, given its target's key.
+
+    text: StableHLO with debug information. The names of operations and arguments count, since layers and
+    phases are read from them; files, lines and Python's frames do not.
+    """
+    digest = hashlib.sha256(json.dumps([target, list(device_ids)]).encode())
+    names: dict[str, str] = {}
+    for line in text.splitlines():
+        if found := _LOCATION.match(line):
+            names[found[1]] = "" if found["column"] else found["name"] or ""
+    for line in text.splitlines():
+        if not line.startswith("#loc"):
+            named = _REFERENCE.sub(lambda at: f"loc({json.dumps(names.get(at[1], ''))})", line)
+            digest.update(named.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def relabelled(program: Program, case: Case, versions_here: Mapping[str, str] | None = None) -> Program:
+    """A kept program as that of another case with the same key, whose labels it takes; not compiled now."""
+    family = load_machine(case.machine).family
+    passed, withheld = split_flags(case.plan.flags, family)
+    rejected = tuple(one for one in program.flags.rejected if one[0] in passed)
+    flags = Flags(
+        requested=case.plan.flags, effective=program.flags.effective, rejected=(*withheld, *rejected)
+    )
+    known = dict(versions_here or versions(family))
+    return replace(program, name=program_name(case), flags=flags, versions=known, compile_s=None)
+
+
+def program_name(case: Case) -> str:
+    """What a case's program is called."""
+    return f"{case.plan.name} {case.model.name}"
 
 
 def _target_facts(machine: Machine) -> dict[str, Any]:
     facts: dict[str, Any] = {"family": machine.family, "devices": machine.num_devices}
     if machine.family in ("gpu", "tpu"):
         facts["compile_as"] = machine.chip.compile_as
+    if machine.family == "gpu" and machine.chip.compile_as is not None:
+        facts["described_as"] = asdict(load_gpu_target(machine.chip.compile_as))
     if machine.family == "tpu":
         facts["topology"] = [machine.torus, machine.slices]
     return facts
+
+
+def _without(found: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    return {package: version for package, version in found.items() if package not in names}
+
+
+def _hash(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

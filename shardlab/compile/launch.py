@@ -17,13 +17,24 @@ from pathlib import Path
 from shardlab import program as programs
 from shardlab.compile.doctor import require_target
 from shardlab.compile.environment import child_environment, split_flags
+from shardlab.compile.key import target_key
 from shardlab.compile.logs import flag_name, last_words, rejected_flags, warnings
-from shardlab.compile.request import OUTCOME_FILE, PROGRAM_FILE, PROTO_FILE, Request
+from shardlab.compile.request import (
+    KEY_FILE,
+    LOWERED,
+    MESSAGES_FILE,
+    OUTCOME_FILE,
+    PROGRAM_FILE,
+    PROTO_FILE,
+    Request,
+)
+from shardlab.compile.versions import versions
 from shardlab.errors import CompileFailed, Infeasible, Problem, ShardlabError, TargetMissing, UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.machine import Machine
 from shardlab.program import Flags, Program
 from shardlab.spec.case import Case
+from shardlab.store import Store
 
 _PACKAGE_PARENT = Path(__file__).parents[2]
 _MAX_LOG_CHARACTERS = 64 << 20
@@ -47,14 +58,17 @@ def compile_case(
     proto_to: Path | None = None,
     timeout_s: float | None = None,
     find_largest_batch: bool = True,
+    store: Store | None = None,
 ) -> Program:
     """Compile a case ahead of time in a child process.
 
-    proto_to: also write the optimised module there as a serialised HloModuleProto. A TPU program that does
-    not fit comes back with `refusal` set, and with `find_largest_batch` the largest global batch that does
-    compile. A flag that the compiler does not know is recorded as rejected, and the program compiled without
-    it. Raises UserError, Infeasible, TargetMissing (with the install command) or CompileFailed; none leaves a
-    file.
+    proto_to: also write the optimised module there as a serialised HloModuleProto. store: where programs are
+    kept by what they lower to; one that is there is not compiled again (its `compile_s` is None).
+
+    A TPU program that does not fit comes back with `refusal` set, and with `find_largest_batch` the largest
+    global batch that does compile. A flag that the compiler does not know is recorded as rejected, and the
+    program compiled without it. Raises UserError, Infeasible, TargetMissing (with the install command) or
+    CompileFailed; none leaves a file.
     """
     machine = load_machine(case.machine)
     require_target(machine)
@@ -67,6 +81,8 @@ def compile_case(
                 folder=folder,
                 want_proto=proto_to is not None,
                 find_largest_batch=find_largest_batch,
+                store=store.folder if store is not None and proto_to is None else None,
+                target_key=target_key(machine, passed, versions(machine.family)),
             )
             ending = run_child(request, machine, passed, timeout_s)
             program = _read_program(folder)
@@ -79,8 +95,20 @@ def compile_case(
                 raise _failure(case, folder, ending, timeout_s)
             if proto_to is not None and (folder / PROTO_FILE).exists():
                 programs.write_atomically(proto_to, (folder / PROTO_FILE).read_bytes())
-        flags = Flags(requested=case.plan.flags, effective=passed, rejected=rejected)
-        return replace(program, flags=flags, warnings=warnings(ending.log))
+            flags = Flags(requested=case.plan.flags, effective=passed, rejected=rejected)
+            program = replace(program, flags=flags, warnings=program.warnings or warnings(ending.log))
+            if store is not None:
+                _keep_lowered(store, folder, program)
+        return program
+
+
+def _keep_lowered(store: Store, folder: Path, program: Program) -> None:
+    """Keep what was compiled now by what it lowers to; what the compiler refused it is asked again."""
+    messages = folder / MESSAGES_FILE
+    for line in messages.read_text(encoding="utf-8").splitlines() if messages.exists() else ():
+        store.say(line)
+    if program.compile_s is not None and program.refusal is None and (folder / KEY_FILE).exists():
+        store.keep(LOWERED + (folder / KEY_FILE).read_text(encoding="ascii"), program)
 
 
 def run_child(request: Request, machine: Machine, flags: tuple[str, ...], timeout_s: float | None) -> Ending:

@@ -8,12 +8,19 @@ from pydantic import BaseModel, ConfigDict
 
 from shardlab.spec.case import Case
 
-# In the request's folder: the saved program, its module as a proto, or an error as JSON.
+# In the request's folder: the saved program, its module as a proto, or an error as JSON; the key of what was
+# lowered, and what the store had to say.
 PROGRAM_FILE, PROTO_FILE, OUTCOME_FILE = "program", "module.pb", "outcome.json"
+KEY_FILE, MESSAGES_FILE = "lowered-key", "messages"
+LOWERED = "lowered-"  # before a key in the store
 
 
 class Request(BaseModel):
-    """What the parent asks for; `folder` is an empty folder that the answer goes to."""
+    """What the parent asks for; `folder` is an empty folder that the answer goes to.
+
+    store: of programs by what they lower to, in which the child looks before it compiles; target_key: of the
+    target, for that key.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,3 +28,5 @@ class Request(BaseModel):
     folder: Path
     want_proto: bool = False
     find_largest_batch: bool = True
+    store: Path | None = None
+    target_key: str = ""

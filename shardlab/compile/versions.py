@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -46,14 +47,42 @@ def installed(package: str) -> str | None:
         return None
 
 
+# The packages whose code decides which program a case is.
+BUILDERS = ("spec", "model", "parallel", "compile")
+_MAX_SOURCE_BYTES = 1 << 20  # of a file of the user's package; data sets are no sources
+
+
 @functools.cache
-def source_digest() -> str:
-    """sha256 over the sources that decide what is compiled, so that a cached program dies with the code it
-    came from.
+def source_digest(package: Path = Path(__file__).parents[1]) -> str:
+    """sha256 over the sources of a `shardlab` package that decide what is compiled, so that a kept program
+    dies with the code it came from.
     """
-    root = Path(__file__).parents[1]
+    return _digest((path, path.relative_to(package)) for name in BUILDERS for path in _python(package / name))
+
+
+def digest_of(sources: Sequence[Path]) -> str:
+    """sha256 over files and folders of the user's that build a step: all files below 1 MiB, hidden ones and
+    compiled ones left out.
+    """
+    files = (
+        (path, path.relative_to(source))
+        for source in sources
+        for path in ([source] if source.is_file() else sorted(source.rglob("*")))
+        if path.is_file() and path.stat().st_size <= _MAX_SOURCE_BYTES
+    )
+    return _digest((path, name) for path, name in files if not _is_hidden(name))
+
+
+def _python(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+
+
+def _digest(files: Iterable[tuple[Path, Path]]) -> str:
     digest = hashlib.sha256()
-    for folder in ("model", "parallel", "compile"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for path, name in files:
+        digest.update(name.as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

@@ -114,7 +114,7 @@ def outcome(report: CaseReport) -> str:
     if report.refusal is not None:
         return "does not fit"
     seconds = report.program.compile_s if report.program is not None else None
-    return "analysed" if seconds is None else f"compiled in {seconds:.1f} s"
+    return "not compiled again" if seconds is None else f"compiled in {seconds:.1f} s"
 
 
 def _run_group(cases: Sequence[Case], steps: Steps) -> list[CaseReport]:
