@@ -23,7 +23,11 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """The compiler's own memory analysis, bytes per device; None where the backend does not say."""
+    """The compiler's own memory analysis, bytes per device; None where the backend does not say.
+
+    All but `host_bytes` (arguments, results and temporaries that lie in the host's memory) are of the device's
+    memory; `peak_bytes` counts both.
+    """
 
     argument_bytes: int | None = None
     output_bytes: int | None = None
@@ -31,6 +35,7 @@ class Memory:
     temp_bytes: int | None = None
     code_bytes: int | None = None
     peak_bytes: int | None = None
+    host_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

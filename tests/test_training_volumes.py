@@ -84,6 +84,7 @@ def test_offload_frees_at_least_what_it_moves(machine: str) -> None:
     assert kept is not None and offloaded is not None
     assert kept.temp_bytes is not None and offloaded.temp_bytes is not None
     assert kept.temp_bytes - offloaded.temp_bytes >= offloaded_bytes()
+    assert (kept.host_bytes, offloaded.host_bytes) == (0, offloaded_bytes())
 
 
 def kernels() -> int:

@@ -95,6 +95,12 @@ def memory_of(executable: Any) -> Memory | None:
         temp_bytes=stats.temp_size_in_bytes,
         code_bytes=stats.generated_code_size_in_bytes,
         peak_bytes=stats.peak_memory_in_bytes or None,
+        host_bytes=(
+            stats.host_argument_size_in_bytes
+            + stats.host_output_size_in_bytes
+            - stats.host_alias_size_in_bytes
+            + stats.host_temp_size_in_bytes
+        ),
     )
 
 

@@ -22,6 +22,7 @@ class MemoryFit:
     peak_bytes: the compiler's own figure. needed_bytes: what a run holds, the larger of the peak and
     of what is reserved (on emulated CPU the compiler's peak leaves the temporaries out); the verdict
     follows it.
+    host_bytes: what lies in the host's memory beside it (offloaded), outside all the others.
     deficit_bytes: what is missing, 0 when it fits. fits: `tight` above 92 % of the limit; None without a
     limit. note: what a reader must know of these figures, "" when nothing.
     """
@@ -34,6 +35,7 @@ class MemoryFit:
     limit_source: str
     deficit_bytes: int | None
     fits: Fits | None
+    host_bytes: int | None = None
     note: str = ""
 
 
@@ -70,16 +72,20 @@ def memory_report(memory: Memory | None, refusal: Refusal | None, machine: Machi
         limit_source=source,
         deficit_bytes=_deficit(needed, limit, fits),
         fits=fits,
+        host_bytes=memory.host_bytes or None,
         note=note,
     )
 
 
 def peak_bytes(memory: Memory) -> tuple[int | None, str]:
-    """The compiler's peak; where it has none, arguments + outputs - aliases + temporaries, with a note that
-    says so."""
+    """The compiler's peak; where it has none, or one that counts the host's memory too, arguments + outputs -
+    aliases + temporaries, with a note that says so."""
+    reserved = reserved_bytes(memory)
+    if memory.peak_bytes and memory.host_bytes and reserved is not None and memory.peak_bytes > reserved:
+        both = f"the compiler's peak of {format_bytes(memory.peak_bytes)} counts the host's memory too"
+        return reserved, f"{both}: arguments + outputs - aliases + temporaries are the device's"
     if memory.peak_bytes:
         return memory.peak_bytes, ""
-    reserved = reserved_bytes(memory)
     if reserved is None:
         return None, "the compiler gave no memory analysis"
     return reserved, "the compiler gave no peak: arguments + outputs - aliases + temporaries"

@@ -81,6 +81,8 @@ def _memory_text(report: CaseReport) -> str:
         parts.append(f"arguments {format_bytes(memory.argument_bytes)}")
     if memory.temp_bytes is not None:
         parts.append(f"temporaries {format_bytes(memory.temp_bytes)}")
+    if memory.host_bytes is not None:
+        parts.append(f"{format_bytes(memory.host_bytes)} in the host's memory beside it")
     if memory.limit_bytes is not None:
         parts.append(f"limit {format_bytes(memory.limit_bytes)} ({memory.limit_source})")
     if report.memory_band is not None:

@@ -72,6 +72,21 @@ def test_unknown_memory_is_unknown(memory):
     assert report.note
 
 
+def test_what_is_offloaded_does_not_fill_the_device():
+    # Llama 3 70B on v6e:16x16 with remat = "offload": 3.3 + 17.4 GB on a chip of 31.25 GiB, 32 GB on its host.
+    memory = Memory(argument_bytes=3 * GB, temp_bytes=17 * GB, peak_bytes=53 * GB, host_bytes=32 * GB)
+    report = memory_report(memory, None, machine(H100))
+    assert (report.peak_bytes, report.needed_bytes, report.fits) == (20 * GB, 20 * GB, "yes")
+    assert report.host_bytes == 32 * GB
+    assert "host's memory" in report.note
+
+
+def test_nothing_on_the_host_leaves_the_peak_as_it_is():
+    memory = Memory(argument_bytes=3 * GB, temp_bytes=17 * GB, peak_bytes=53 * GB, host_bytes=0)
+    report = memory_report(memory, None, machine(H100))
+    assert (report.peak_bytes, report.host_bytes, report.note) == (53 * GB, None, "")
+
+
 def test_gaps_in_the_temporary_block_count():
     # Donated state: arguments 20 + outputs 20 - aliases 20 + temporaries 41 = 61 GB, of a 60 GB pool; live
     # at once: 50.
