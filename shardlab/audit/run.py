@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
 from shardlab.analysis import Attributed
 from shardlab.attribute.chains import Chains
 from shardlab.attribute.collectives import Collective, find_collectives
-from shardlab.audit.findings import Audited, Finding
+from shardlab.audit.findings import Audited, Finding, together
 from shardlab.audit.flow import Flow
 from shardlab.audit.gathers import gathered_every_trip, gathered_then_sliced, gathered_twice, gathered_wide
 from shardlab.audit.placed import slow_tier_by_order
@@ -48,7 +48,21 @@ def audit(part: Attributed, machine: Machine | None = None) -> tuple[Finding, ..
         chains=Chains(part.module),
         machine=machine,
     )
-    return tuple(finding for rule in RULES for finding in rule(audited))
+    return tuple(finding for rule in RULES for finding in _one_per_collective(rule(audited)))
+
+
+def _one_per_collective(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """What one rule found, the arrays of a combined collective together: the first one's evidence, all bytes."""
+    alike: dict[tuple[str, str], list[Finding]] = {}
+    for one in findings:
+        alike.setdefault((one.instruction, one.remedy), []).append(one)
+    for first, *others in alike.values():
+        known = [one.wire_bytes for one in (first, *others) if one.wire_bytes is not None]
+        if not others or len(known) <= len(others):  # bytes that are not known are not summed
+            yield from (first, *others)
+            continue
+        arrays = f"So with {len(others)} more of its arrays."
+        yield replace(first, wire_bytes=together(known), evidence=f"{first.evidence} {arrays}")
 
 
 def audit_parts(parts: Sequence[Attributed], machine: Machine | None = None) -> tuple[Finding, ...]:

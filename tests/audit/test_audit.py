@@ -292,6 +292,20 @@ def test_a_combined_gather_is_judged_array_by_array() -> None:
     assert finding.wire_bytes == (3 * 65_536 // 2, 3 * 65_536 // 2)  # half of what f32[64,256] over 4 sends
 
 
+def test_the_arrays_of_a_combined_gather_are_one_finding() -> None:
+    gather = (
+        "  q = f32[32,256]{1,0} parameter(1)\n"
+        f"  g = (f32[256,256], f32[128,256]) all-gather(p, q), dimensions={{0}}, {GROUPS}\n"
+        "  d = f32[256,256] get-tuple-element(g), index=0\n  e = f32[128,256] get-tuple-element(g), index=1\n"
+        f"  c = {CONVERT}\n  f = bf16[128,256] convert(e), metadata={{op_name=\"b\"}}\n"
+        "  ROOT r = (bf16[256,256], bf16[128,256]) tuple(c, f)\n"
+    )
+    (finding,) = audit_sources(module_of(gather))[1]
+    half = 3 * 65_536 // 2 + 3 * 32_768 // 2  # of f32[64,256] and of f32[32,256] over 4
+    assert finding.wire_bytes == (half, half)
+    assert finding.evidence.endswith("So with 1 more of its arrays.")
+
+
 def rules_on(backend: str, text: str) -> list[str]:
     program = Program(name="p", backend=backend, hlo_text=text, num_devices=4)
     return [finding.rule for finding in audit_sources(program)[1]]
