@@ -28,6 +28,8 @@ from shardlab.attribute.trips import Trips
 from shardlab.hlo.attributes import computation_names
 from shardlab.hlo.module import Instruction
 
+OUTER_COUNTER = "the branch index depends on the counter of an outer loop"
+
 _FAILURES = (ZeroDivisionError, ValueError, TypeError)
 
 Values = dict[int, int]
@@ -135,7 +137,7 @@ class Choices:
             return None
         nodes = self.scalars.nodes
         if {nodes[state].loop for state in program.after} != {loop}:
-            return "the branch index depends on the counter of an outer loop"
+            return OUTER_COUNTER
         if not program.fixed.issuperset(program.first.values()):
             return "the loop's first value depends on another loop's counter"
         trips = self.loops.get(loop, Trips(0, None)) if loop else Trips(0, None)

@@ -169,16 +169,28 @@ class Slice:
         return (yield operand_ref(outer, loop.operands[position], ref.path, ref.at))
 
     def _invariant(self, ref: Ref, loop: Instruction) -> Steps:
-        """An element of a loop's state that the body hands on unchanged: its first value."""
+        """An element of a loop's state that every trip leaves as it was: its first value.
+
+        The body hands it on, or puts another element in its place that was equal at first and that it leaves
+        as it was too: XLA:TPU copies a schedule's table to fast memory anew on every trip.
+        """
         key = (ref.frame.computation.name, loop.name)
         names = [site.callee for site in sites_of(key[0], loop) if site.role == "body"]
         if not names:
             return self.nodes.unknown(f"the body of %{loop.name} is not known")
-        frame = self.frame(names[0], loop=key)
-        after = self.nodes[(yield Ref(frame, frame.computation.root, ref.path))]
-        if after.op != "state" or (after.loop, after.path) != (key, ref.path):
+        frame, path, equal = self.frame(names[0], loop=key), ref.path, dict[Path, None]()
+        while path not in equal:
+            equal[path] = None
+            after = self.nodes[(yield Ref(frame, frame.computation.root, path))]
+            if after.op != "state" or after.loop != key:
+                return self.nodes.unknown(f"a value that loop %{loop.name} changes")
+            path = after.path
+        firsts = []
+        for path in equal:
+            firsts.append((yield operand_ref(ref.frame, first_operand(loop), path, ref.at)))
+        if any(self.nodes[other] != self.nodes[firsts[0]] for other in firsts[1:]):
             return self.nodes.unknown(f"a value that loop %{loop.name} changes")
-        return (yield operand_ref(ref.frame, first_operand(loop), ref.path, ref.at))
+        return firsts[0]
 
     def _element(self, ref: Ref, instruction: Instruction) -> Steps:
         """Through tuples: towards the one element that is wanted."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardlab.attribute.arrays import ELIDED, TOO_LARGE
-from shardlab.attribute.choices import Choice, Choices
+from shardlab.attribute.choices import OUTER_COUNTER, Choice, Choices
 from shardlab.attribute.edges import CallSite, CallSites
 from shardlab.attribute.effort import OPERATIONS_SPENT, STEPS_SPENT
 from shardlab.attribute.nodes import LoopKey
@@ -24,7 +24,7 @@ Weight = Callable[[CallSite], Range]
 
 ONCE: Range = (1, 1)
 _NEVER: Range = (0, 0)
-_WORTH_SAYING = (ELIDED, TOO_LARGE, OPERATIONS_SPENT, STEPS_SPENT)
+_WORTH_SAYING = (ELIDED, TOO_LARGE, OPERATIONS_SPENT, STEPS_SPENT, OUTER_COUNTER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Schedule:
     branches: conditional -> branch -> kind -> runs per step. times: computation -> kind -> runs per step;
     empty when no conditional is known. taken: conditional -> kind -> branch -> the ticks at which it runs, as
     bits; of one that all ticks choose alike bit 0 stands for all. ticks: of those, how many; None for these.
-    reasons: conditionals that a table would decide, and why it does not.
+    reasons: conditionals that a table or a counter would decide, and why it does not.
     """
 
     kinds: tuple[int, ...] = ()

@@ -13,6 +13,7 @@ import pytest
 
 from shardlab.analysis import analyze
 from shardlab.attribute.calls import CallGraph, call_graph, step_totals
+from shardlab.attribute.choices import OUTER_COUNTER
 from shardlab.attribute.schedule import NO_SCHEDULE
 from shardlab.hlo.reader import parse
 
@@ -219,6 +220,46 @@ def test_choices(text: str, expected: dict[str, Runs]) -> None:
     assert {name: runs(text, name) for name in expected} == expected
 
 
+OTHER = LITERAL.replace("0, 1", "1, 0")  # of tick 0 alone
+
+
+def second_table(first: str, after: str, table_after: str = "%table") -> str:
+    """The state has one table more, of which the body reads; what each of the two is, first and next."""
+    text = looped(
+        f"""  %fast = s32[5,2] get-tuple-element(%s), index=4
+  %begun = (s32[5,2], s32[5,2], u32[]) copy-start(%table)
+  %copied = s32[5,2] copy-done(%begun)
+  %drawn = s32[5,2] {DRAWN}
+{READS["both_at_once"].replace("%table", "%fast")}"""
+    )
+    text = text.replace("s32[5,2], f32[])", "s32[5,2], f32[], s32[5,2])")
+    text = text.replace("tuple(%next, %side, %table, %y)", f"tuple(%next, %side, {table_after}, %y, {after})")
+    text = text.replace("  %i0 =", f"  %second = s32[5,2] {first}\n  %i0 =")
+    return text.replace("tuple(%i0, %side, %table, %x)", "tuple(%i0, %side, %table, %x, %second)")
+
+
+SAME, DIFFERENT = "copy(%table)", f"constant({OTHER})"
+
+
+@pytest.mark.parametrize(
+    ("text", "a"),
+    [
+        # XLA:TPU does this: the table stays in HBM, and is copied to fast memory for every trip.
+        (second_table(SAME, "%copied"), counts(0)),
+        (second_table(SAME, "%table", "%fast"), counts(0)),
+        (second_table(DIFFERENT, "%copied"), [(0, TICKS)] * 8),
+        (second_table(DIFFERENT, "%table", "%fast"), [(0, TICKS)] * 8),
+        # At tick 0 the rows differ: (1, 0) instead of (0, 1).
+        (second_table(DIFFERENT, "%fast"), [(0, 0)] * 4 + [(3, 3)] * 4),
+        (second_table(SAME, "%drawn"), [(0, TICKS)] * 8),
+        (second_table(DRAWN, "%copied", "%table"), [(0, TICKS)] * 8),
+    ],
+    ids=["copied_anew", "in_turn", "another_at_first", "another_in_turn", "another", "drawn", "drawn_first"],
+)
+def test_a_table_that_the_state_holds_twice(text: str, a: Runs) -> None:
+    assert runs(text, "a") == a
+
+
 def test_totals_are_those_of_the_busiest_and_the_idlest_device() -> None:
     graph = graph_of(looped(READS["both_at_once"]))
     amounts = {"body": {"k": Fraction(100)}, "b": {"k": Fraction(7)}, "c": {"k": Fraction(1000)}}
@@ -381,6 +422,7 @@ def test_an_outer_counter_leaves_a_range() -> None:
     text = text.replace("%n9", "%i")
     assert runs(text, "ib") == [(15, 15)] * 8
     assert runs(text, "b") == [(0, 15)] * 8
+    assert set(graph_of(text).schedule.reasons.values()) == {OUTER_COUNTER}
 
 
 SUM = """%add (l: f32[], r: f32[]) -> f32[] {
