@@ -2,11 +2,11 @@
 
 python experiments/train.py --mesh=meshes/cpu8-fsdp.toml --steps=200 --metrics=loss.csv
 
-The default text is the Python standard library's own source, read as bytes. Progress goes to standard error,
-metrics
-to a CSV file (and to TensorBoard where tensorboardX is installed). At the end standard output says what the
-step
-that ran moved between devices, read from its compiled program.
+The same program is one process or one of many: with --coordinator, --process_id and --num_processes, or where
+Slurm, Kubernetes or Cloud TPU started it (`launch_local.py` starts several on one machine). The default text
+is the Python standard library's own source, read as bytes. Progress goes to standard error, metrics to a CSV
+file (and to TensorBoard where tensorboardX is installed). At the end standard output says what the step that
+ran moved between devices, read from its compiled program. Process 0 alone reports.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import os
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import app, flags
+from processes import Processes, asked_for, join, leave
+from windows import Windows, read_text, windows_of_steps
 
 from shardlab.errors import Problem, ShardlabError, UserError
 from shardlab.spec.case import Case, make_case
@@ -50,6 +51,9 @@ DTYPE = flags.DEFINE_enum(
 )
 METRICS = flags.DEFINE_string("metrics", None, "CSV file to write: step, loss, gradient_norm, tokens_per_s.")
 TENSORBOARD = flags.DEFINE_string("tensorboard", None, "Folder for TensorBoard event files.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, when there are several.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of the processes this is, from 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 REPORT_EVERY = flags.DEFINE_integer("report_every", 10, "Steps between lines of progress.", lower_bound=1)
 
 BYTE_VALUES = 256
@@ -73,51 +77,12 @@ class Record:
 Report = Callable[[Record], None]
 
 
-def read_text(path: str | None, max_bytes: int) -> np.ndarray:
-    """Bytes to train on, uint8: of one file, of a folder's .py and .txt files in order, or of the standard
-    library.
-
-    Raises UserError when there is nothing to read.
-    """
-    root = Path(path) if path else Path(sysconfig.get_path("stdlib"))
-    chunks, size = [], 0
-    for file in text_files(root):
-        chunk = file.read_bytes()[: max_bytes - size]
-        chunks.append(chunk)
-        size += len(chunk)
-        if size >= max_bytes:
-            break
-    if not size:
-        raise UserError(Problem(f"--text={root}", "nothing to read", "give a text file or a folder of them"))
-    return np.frombuffer(b"".join(chunks), np.uint8)
-
-
-def text_files(root: Path) -> Iterator[Path]:
-    """The file itself, or the .py and .txt files below a folder, sorted; installed packages are left out."""
-    if root.is_file():
-        yield root
-        return
-    for file in sorted(root.rglob("*")):
-        if file.suffix in (".py", ".txt") and file.is_file() and "site-packages" not in file.parts:
-            yield file
-
-
-def batch_at(text: np.ndarray, case: Case, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, targets) int32 [B, L] of one step: random windows, the same for every plan."""
-    windows = text.size - case.seq
-    if windows < 1:
-        raise UserError(Problem("--text", f"{text.size} bytes are less than --seq + 1", "give more text"))
-    starts_B = np.random.default_rng((seed, step)).integers(windows, size=case.batch)
-    window_BxL1 = text[starts_B[:, None] + np.arange(case.seq + 1)[None, :]].astype(np.int32)
-    return window_BxL1[:, :-1], window_BxL1[:, 1:]
-
-
 def case_from_flags() -> Case:
     """The case that the flags describe. Raises UserError or Infeasible."""
     case = make_case(load_plan(MESH.value), MODEL.value, ON.value, BATCH.value, SEQ.value)
     machine = case.load_machine()
-    if not (machine.emulated or machine.attached):
-        what = f"{case.machine} is neither emulated nor attached"
+    if machine.family not in ("cpu", "attached"):
+        what = f"{case.machine} is neither CPUs nor attached"
         fix = f"add --on=cpu:{machine.num_devices} or --on=attached:{machine.num_devices}"
         raise UserError(Problem(MESH.value, what, fix))
     if case.model.vocab < BYTE_VALUES:
@@ -126,8 +91,9 @@ def case_from_flags() -> Case:
     return case
 
 
-def prepare_environment(case: Case) -> None:
-    """Say how many devices to emulate, and the plan's compiler flags. jax reads this when it is imported."""
+def prepare_environment(case: Case, processes: Processes | None) -> None:
+    """Set the plan's compiler flags and the number of devices, which jax reads when it is imported, and join
+    the other processes."""
     from shardlab.compile.environment import child_environment, split_flags
 
     machine = case.load_machine()
@@ -135,8 +101,13 @@ def prepare_environment(case: Case) -> None:
     for flag, why in withheld:
         sys.stderr.write(f"not passed on: {flag} ({why})\n")
     environment = child_environment(machine, kept, os.environ)
+    on_cpu = machine.family == "cpu"
+    if processes is not None and on_cpu:  # this process has a part of the devices
+        environment["XLA_FLAGS"] = " ".join(kept)
     os.environ.clear()
     os.environ.update(environment)
+    if processes is not None:
+        join(processes, emulated_devices=machine.num_devices if on_cpu else None)
 
 
 @contextmanager
@@ -210,16 +181,10 @@ def build(case: Case) -> tuple[Any, Step, Any]:
 
 def train(case: Case, text: np.ndarray, report: Report) -> Any:
     """Run --steps steps and return the compiled step."""
-    import jax
-
-    from shardlab.parallel.context import in_step_order
-
     state, step, compiled = build(case)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, step.arguments[1])
+    batches = placed_batches(case, Windows(text, case.seq), step.arguments[1])
     started_s = time.perf_counter()
-    for number in range(1, STEPS.value + 1):
-        arrays = (in_step_order(a, case.plan) for a in batch_at(text, case, SEED.value, number))
-        batch: Batch = jax.device_put(type(shardings)(*arrays), shardings)
+    for number, batch in zip(range(1, STEPS.value + 1), batches, strict=False):
         state, metrics = compiled(state, batch)
         loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
         now_s = time.perf_counter()
@@ -227,6 +192,32 @@ def train(case: Case, text: np.ndarray, report: Report) -> Any:
         started_s = now_s
         report(Record(step=number, loss=loss, gradient_norm=gradient_norm, tokens_per_s=tokens_per_s))
     return compiled
+
+
+def placed_batches(case: Case, windows: Windows, abstract: Batch, first_step: int = 1) -> Iterator[Batch]:
+    """The batch of each step from `first_step` on, on the mesh; a process reads the rows that it holds."""
+    import jax
+
+    from shardlab.parallel.context import in_step_order
+
+    shape, sharding = abstract.tokens.shape, abstract.tokens.sharding
+    held = {row for index in sharding.addressable_devices_indices_map(shape).values()
+            for row in range(*index[0].indices(case.batch))}  # fmt: skip
+    rows = sorted(held)
+
+    def place(rows_RxL: np.ndarray) -> jax.Array:
+        ordered_RxL = in_step_order(rows_RxL, case.plan)
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = range(*index[0].indices(case.batch))
+            return ordered_RxL[np.searchsorted(rows, wanted), index[1]]
+
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    for window_RxL1 in windows_of_steps(
+        windows, batch=case.batch, seed=SEED.value, rows=rows, first_step=first_step
+    ):
+        yield type(abstract)(place(window_RxL1[:, :-1]), place(window_RxL1[:, 1:]))
 
 
 def say_what_moved(compiled: Any, case: Case) -> None:
@@ -257,16 +248,37 @@ def main(argv: Sequence[str]) -> None:
     """Train, then say what the step moved."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    processes = None
     try:
+        processes = asked_for(COORDINATOR.value, PROCESS_ID.value, NUM_PROCESSES.value, os.environ)
         case = case_from_flags()
-        prepare_environment(case)
         text = read_text(TEXT.value, int(MAX_TEXT_MB.value * 1e6))
-        with open_reports() as report:
-            compiled = train(case, text, report)
-        say_what_moved(compiled, case)
+        prepare_environment(case, processes)
+        run(case, text)
     except ShardlabError as error:
         sys.stderr.write(f"{error}\n")
+        if processes is not None:
+            leave(error.exit_code)
         sys.exit(error.exit_code)
+
+
+def run(case: Case, text: np.ndarray) -> None:
+    """Train on the devices that are there; process 0 reports. Without a peer it ends, and says so."""
+    import jax
+
+    try:
+        if jax.process_index():
+            train(case, text, lambda record: None)
+            return
+        with open_reports() as report:
+            compiled = train(case, text, report)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).partition("\n")[0]
+        sys.stderr.write(f"process {jax.process_index()}: lost another process or its link: {reason}\n")
+        leave(1)
+    say_what_moved(compiled, case)
 
 
 if __name__ == "__main__":

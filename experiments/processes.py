@@ -1,0 +1,137 @@
+"""One run as several processes: joining them by `jax.distributed`, and saying clearly why that failed.
+
+The coordinator is given by flags, or found by JAX where Slurm, Kubernetes or Cloud TPU started the processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from shardlab.errors import Problem, UserError
+
+JOIN_SECONDS = 25
+# What each scheduler sets in the processes of a job, and how many of them there are.
+_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processes:
+    """How this process joins the others. None: what JAX finds in its cluster's environment.
+
+    coordinator: HOST:PORT of process 0. index: 0 to count - 1.
+    """
+
+    coordinator: str | None = None
+    index: int | None = None
+    count: int | None = None
+
+
+def asked_for(
+    coordinator: str | None, index: int | None, count: int | None, environment: Mapping[str, str]
+) -> Processes | None:
+    """The processes that flags or a scheduler ask for; None: this one is alone. Raises UserError."""
+    if coordinator is None and index is None and count is None:
+        return Processes() if _started_by_scheduler(environment) else None
+    if coordinator is None or index is None or count is None:
+        what = "one of --coordinator, --process_id and --num_processes without the others"
+        raise UserError(Problem("--coordinator", what, "give all three"))
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(Problem(f"--coordinator={coordinator}", "is not HOST:PORT", "write 10.0.0.1:9911"))
+    if not 0 <= index < count:
+        what = f"is not one of {count} processes"
+        raise UserError(Problem(f"--process_id={index}", what, f"use 0 to {count - 1}"))
+    return Processes(coordinator=coordinator, index=index, count=count) if count > 1 else None
+
+
+def _started_by_scheduler(environment: Mapping[str, str]) -> bool:
+    """Whether JAX's own detection finds more than one process. A lone task of a job waits for nobody."""
+    for name in _COUNTS:
+        if environment.get(name, "").isdecimal():
+            return int(environment[name]) > 1
+    indexed_job = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
+    return indexed_job or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def join(processes: Processes, *, emulated_devices: int | None = None) -> None:
+    """Join the others, before anything else of JAX runs. emulated_devices: of all processes together.
+
+    Raises UserError when the coordinator's port is taken or the devices do not divide. A process that does
+    not come ends this one with a message, since JAX itself would abort.
+    """
+    import jax
+    from jax._src import distributed  # the count, before a backend is made
+
+    _keep_output_clean()
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if processes.coordinator is not None and processes.index == 0:
+        _check_port(int(processes.coordinator.rpartition(":")[2]))
+    with _deadline(processes):
+        jax.distributed.initialize(
+            processes.coordinator,
+            processes.count,
+            processes.index,
+            initialization_timeout=10 * JOIN_SECONDS,
+            shutdown_timeout_seconds=JOIN_SECONDS,
+        )
+    count = distributed.global_state.num_processes
+    if emulated_devices is None:
+        return
+    if emulated_devices % count:
+        what = f"{emulated_devices} emulated devices do not divide over {count} processes"
+        raise UserError(Problem("--num_processes", what, "use a divisor"))
+    jax.config.update("jax_num_cpu_devices", emulated_devices // count)
+
+
+def _keep_output_clean() -> None:
+    """gloo writes to standard output, which is the run's own; JAX says more than it must about joining."""
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+
+def _check_port(port: int) -> None:
+    with socket.socket(socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            fix = "choose another --coordinator port, or end what listens there"
+            raise UserError(Problem(f"port {port}", error.strerror or str(error), fix)) from None
+
+
+@contextmanager
+def _deadline(processes: Processes) -> Iterator[None]:
+    """End this process where the others did not come in time."""
+    one = "this process" if processes.index is None else f"process {processes.index} of {processes.count}"
+    at = processes.coordinator or "the coordinator that its scheduler names"
+    missing = "not every process came to" if processes.index == 0 else "it could not join through"
+
+    def give_up() -> None:
+        sys.stderr.write(
+            f"{one}: {missing} {at} within {JOIN_SECONDS} s; start all of them with the same "
+            "--coordinator and --num_processes, and check that they reach it\n"
+        )
+        leave(2)
+
+    timer = threading.Timer(JOIN_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def leave(code: int) -> None:
+    """End at once: JAX's own way out waits for processes that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
