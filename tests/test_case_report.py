@@ -8,7 +8,7 @@ import pytest
 from bare_links import bare
 from case_reports import GB, case, refused, report
 
-from shardlab.case_report import NOT_AUTOTUNED_NOTE, CaseReport, report_case, to_json
+from shardlab.case_report import NOT_AUTOTUNED_NOTE, CaseReport, figures_of_case, report_case, to_json
 from shardlab.cost.flops import model_flops
 from shardlab.hardware.catalog import load_machine
 from shardlab.program import Memory, Program, Refusal
@@ -74,6 +74,14 @@ def test_a_report_joins_memory_flops_and_time() -> None:
     assert made.communication_s == pytest.approx(28_672 / rate)
     assert made.tier_s == {"nvlink": made.communication_s}
     assert not made.emulated
+
+
+def test_the_figures_of_a_baseline_are_those_of_the_report() -> None:
+    machine = load_machine("h100:1x8")
+    whole, figures = (make(case(), program(), machine) for make in (report_case, figures_of_case))
+    assert figures.hardware_flops == whole.hardware_flops == 3 * 65_536
+    assert (figures.memory, figures.analysis) == (whole.memory, whole.analysis)
+    assert figures.predicted is None
 
 
 def test_one_program_is_priced_on_every_machine() -> None:

@@ -31,6 +31,11 @@ _COMPILERS: dict[str, tuple[str, ...]] = {
 
 def versions(family: str) -> dict[str, str]:
     """Package -> version for a target family, with `python`; a package that is not installed is absent."""
+    return dict(_versions(family))
+
+
+@functools.cache
+def _versions(family: str) -> dict[str, str]:
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in (*_EVERYWHERE, *_COMPILERS.get(family, ())):
         version = installed(package)

@@ -24,11 +24,14 @@ from shardlab.cost.products import (
     dot_flops,
     dot_shape,
 )
+from shardlab.hlo.lookup import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
 from shardlab.spec.locality import Locality
 from shardlab.spec.models import ModelConfig, attention_weights, mlp_weights
 
 _OPAQUE_PRODUCTS = frozenset({"ragged-dot", "scaled-dot", "cholesky", "triangular-solve", "fft"})
+_WORKING = _OPAQUE_PRODUCTS | {"dot", "convolution", "custom-call"}
+_WORKING_OPCODES = _WORKING | {f"{opcode}-start" for opcode in _WORKING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,7 @@ def _upper(totals: Mapping[str, tuple[Fraction, Fraction | None]], kind: str) ->
 def _products(computation: Computation, unknown: list[NotCountedWork]) -> Iterator[Product]:
     """The work of one run of a computation's own instructions; what cannot be counted is appended to
     `unknown`."""
-    for instruction in computation.instructions.values():
+    for instruction in of_opcodes(computation.instructions, _WORKING_OPCODES):
         try:
             work = _work(instruction, computation)
         except NotCountedError as reason:

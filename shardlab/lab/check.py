@@ -8,15 +8,18 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TextIO
 
+from shardlab.case_report import CaseReport, figures_of_case
 from shardlab.errors import Problem, UserError
+from shardlab.hardware.catalog import load_machine
 from shardlab.lab.cases import Question, load_plans
 from shardlab.lab.review import compile_plans
 from shardlab.lab.run import Steps
-from shardlab.program import write_atomically
+from shardlab.program import Program, write_atomically
 from shardlab.review.baseline import TOTAL, Baseline, baseline_of, baseline_path, read_baseline, write_text
 from shardlab.review.check import BUDGETS, Budget, PlanCheck, check_figures, no_figures, read_budgets
 from shardlab.review.records import Side
 from shardlab.review.sides import side_of_report
+from shardlab.spec.case import Case
 
 FOLDER = "meshes"
 
@@ -41,6 +44,7 @@ def check_plans(
         raise UserError(Problem(FOLDER, "no plan to check", "name mesh files: shardlab check MESH..."))
     _check_models(paths)
     baselines, budgets = _read_all(paths, update)
+    steps = replace(steps or Steps(), report=_figures)
     reports = compile_plans(paths, Question(), progress=progress, jobs=jobs, steps=steps)
     checks: list[PlanCheck] = []
     texts: dict[Path, str] = {}
@@ -65,6 +69,10 @@ def check_plans(
         for file, text in texts.items():
             write_atomically(file, text.encode())
     return tuple(checks)
+
+
+def _figures(case: Case, program: Program) -> CaseReport:
+    return figures_of_case(case, program, load_machine(case.machine))
 
 
 def _check_models(paths: Sequence[str]) -> None:

@@ -14,7 +14,8 @@ from case_reports import analysis, collective, infeasible_report, memory, report
 from command_line import PLAN, mistakes, run, written
 
 from shardlab.analysis import Analysis, CollectiveRow
-from shardlab.case_report import CaseReport
+from shardlab.case_report import CaseReport, report_case
+from shardlab.hardware.catalog import load_machine
 from shardlab.lab.check import check_plans
 from shardlab.lab.review import compile_plans
 from shardlab.review.baseline import Baseline, Outcome, against, baseline_of, read_baseline, write_text
@@ -264,8 +265,12 @@ def test_a_real_plan_is_compiled_with_its_check_and_equals_itself(
         "seq": 8,
         "workload": "train",
     }
-    assert compiled[0].analysis is not None
-    rows = compiled[0].analysis.collectives
+    (made,) = compiled
+    assert made.analysis is not None and made.program is not None
+    whole = report_case(made.case, made.program, load_machine("cpu:2"))  # `check` asks for its figures alone
+    assert saved.figures["compute.flops"] == whole.hardware_flops
+    assert whole.hardware_flops is not None and whole.hardware_flops > 0
+    rows = made.analysis.collectives
     assert saved.figures["wire_bytes.total"] == sum(row.wire_bytes * row.executions[0] for row in rows) > 0
 
 
