@@ -16,7 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from absl import app, flags
-from validation.efficiency import TAKEN_FROM, at_efficiency, efficiency_of, launch_rows, launch_s, taken_from
+from validation.efficiency import (
+    TAKEN_FROM,
+    at_efficiency,
+    efficiency_of,
+    fitted_launch_s,
+    fitted_on,
+    taken_from,
+)
 from validation.gpu_rows import attached_gpu, figure_1_rows, korthikanti, torchtitan, vtrain_single_node
 from validation.outcome import (
     Outcome,
@@ -26,9 +33,10 @@ from validation.outcome import (
     memory_outcome,
     step_outcome,
 )
-from validation.programs import Programs, with_microbatches
+from validation.programs import Programs
 from validation.row import Row
 from validation.sites import implied_rate_lines
+from validation.substitution import with_counts
 from validation.tables import COLUMNS, csv_line, group_lines, outcome_lines, score_lines
 from validation.tpu_rows import tpu_recipes
 
@@ -67,8 +75,8 @@ def reported(row: Row, programs: Programs, efficiency: float = 1.0) -> CaseRepor
     if program is None:
         return programs.why_not(row.case)
     try:
-        if row.microbatches is not None:
-            program = with_microbatches(program, row.microbatches)
+        if row.counts is not None:
+            program = with_counts(program, row.counts)
         machine = at_efficiency(load_machine(row.case.machine), efficiency)
         return report_case(row.case, program, machine, attention_kernel=row.attention_kernel)
     except (ShardlabError, ValueError) as error:
@@ -113,20 +121,21 @@ def outcomes(
 
 
 def with_launches(steps: Sequence[Outcome]) -> list[Outcome]:
-    """Steps of eager rows with what launching adds, which the first of them say; those are not scored."""
-    eager = [row for row in steps if row.layer_runs and row.predicted is not None]
-    used = eager[: launch_rows(len(eager))]
+    """Eager rows with the time that launching takes, which some of them say; those are not scored."""
+    eager = [row for row in steps if row.eager is not None]
+    used = {(row.source, row.row) for row in fitted_on(eager)}
     if not used:
         return list(steps)
-    each_s = launch_s([(row.measured or 0.0, row.predicted or 0.0, row.layer_runs) for row in used])
-    print(f"calibration: {each_s * 1e3:.2f} ms per run of a layer, from {len(used)} rows of {used[0].source}")
-    why = "calibration: the overhead of launches is taken from it"
-    names = {(row.source, row.row) for row in used}
+    each_s = fitted_launch_s(
+        [(row.measured or 0.0, row.eager) for row in eager if row.eager and (row.source, row.row) in used]
+    )
+    print(f"calibration: {each_s * 1e3:.2f} ms to launch one run of a layer, from {len(used)} rows")
+    why = "calibration: the time to launch a layer is taken from it"
     return [
         replace(row, predicted=None, excluded_because=why)
-        if (row.source, row.row) in names
-        else replace(row, predicted=row.predicted + each_s * row.layer_runs)
-        if row.layer_runs and row.predicted is not None
+        if (row.source, row.row) in used
+        else replace(row, predicted=row.eager.at(each_s))
+        if row.eager is not None
         else row
         for row in steps
     ]

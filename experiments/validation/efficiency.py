@@ -1,5 +1,5 @@
 """One constant per chip: the share of its datasheet peak at which it really computes, from one row each;
-and for an eager framework what it adds to each run of a layer.
+and for an eager framework how long it takes to launch one run of a layer.
 
 A chip that holds 500 W, or whose clock sags, reaches less than what microbenchmarks of a few seconds do. The
 constant multiplies the chip's peak; memory and links keep their measured rates. The row that it is taken
@@ -9,8 +9,8 @@ from is not scored.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from statistics import median
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from shardlab.hardware.machine import Machine
 from validation.row import Row
@@ -23,6 +23,7 @@ TAKEN_FROM: Mapping[str, tuple[str, str]] = {
     "v6e": ("tpu_recipes", "17:"),
     "v5p": ("tpu_recipes", "22:"),
 }
+T = TypeVar("T")
 MAX_LAUNCH_ROWS = 20
 BOUNDS = (0.4, 2.5)
 STEPS = 12  # halvings: to 0.05 %
@@ -57,12 +58,37 @@ def efficiency_of(step_s: Callable[[float], float | None], measured_s: float) ->
     return (low + high) / 2
 
 
-def launch_rows(predicted: int) -> int:
-    """How many rows the launch overhead is taken from: a quarter of those predicted, at most 20."""
-    return min(MAX_LAUNCH_ROWS, predicted // 4)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Eager:
+    """A step whose kernels were launched one by one. Seconds; predicted_s: of the GPU's work alone.
+
+    layer_s: of that, of one run of a layer. runs: how often a device ran a layer, bubbles included.
+    """
+
+    predicted_s: float
+    layer_s: float
+    runs: int
+
+    def at(self, launch_s: float) -> float:
+        """The step where launching the kernels of one run of a layer takes `launch_s`: a run takes the longer
+        of launching and working."""
+        return self.predicted_s + self.runs * max(0.0, launch_s - self.layer_s)
+
+    def launch_s(self, measured_s: float) -> float:
+        """The launch overhead that makes the step the measured one."""
+        return self.layer_s + (measured_s - self.predicted_s) / self.runs
 
 
-def launch_s(rows: Sequence[tuple[float, float, int]]) -> float:
-    """Seconds that an eager framework adds to each run of a layer: the median of what (measured, predicted,
-    layer runs) lack, and never less than nothing."""
-    return max(0.0, median((measured - predicted) / runs for measured, predicted, runs in rows))
+def fitted_on(rows: Sequence[T]) -> list[T]:
+    """The rows that the launch overhead is taken from: every n-th, at most 20, and no more than a quarter."""
+    step = max(4, -(-len(rows) // MAX_LAUNCH_ROWS))
+    return list(rows[::step])
+
+
+def fitted_launch_s(rows: Sequence[tuple[float, Eager]]) -> float:
+    """Seconds per run of a layer with the least mean error of (measured, step), among what one row says."""
+
+    def error(launch_s: float) -> float:
+        return sum(abs(eager.at(launch_s) / measured - 1) for measured, eager in rows)
+
+    return min((max(0.0, eager.launch_s(measured)) for measured, eager in rows), key=error)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from shardlab.cost.compute_time import UNFUSED
 from shardlab.spec.models import MODELS, ModelConfig
-from validation.row import SHARED_MICROBATCHES, Row, plan_text, read_table, with_case
+from validation.row import Row, plan_text, read_table, with_case
+from validation.substitution import SHARED_LAYERS, SHARED_MICROBATCHES, Counts
 
 GIB = 1 << 30
 # Named features that shardlab lacks; a row that needs one is not scored.
@@ -22,9 +24,6 @@ WINDOWED_EINSUM = (
 )
 # What scaled_dot_product_attention dispatches to on H100 unless told otherwise: pytorch/torchtitan#1042.
 PYTORCH_ATTENTION = "flash-attention-2"
-# Megatron of 2022 wrote 16-bit scores to memory, with a fused softmax. Neither of ours does: cuDNN's kernel
-# writes none (the default, as in `meshes/`), the reference passes over f32 scores a dozen times.
-FUSED = "fused attention; theirs wrote 16-bit scores to memory"
 KEPT_PRODUCTS = "keeps every product, recomputes attention; theirs keeps attention and every second product"
 
 
@@ -41,7 +40,7 @@ def korthikanti(attention: str = "auto") -> Iterator[Row]:
             row=f"{line['model']} on {line['num_gpus']}: {what}",
             chip="a100",
             measured_step_s=float(line["iteration_time_s"]),
-            notes=(FUSED,) if attention == "auto" else (),
+            attention_kernel=UNFUSED,
         )  # fmt: skip
         if selective and stages > 1:
             yield replace(row, excluded_because=SELECTIVE_IN_PIPELINE)
@@ -153,19 +152,18 @@ def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
 def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:
     """GPTs on up to eight A100, eager Megatron: 1F1B, full recomputation, gradients reduced at the end.
 
-    Rows without a pipeline that differ only in their microbatches share a program.
+    Rows that differ only in their layers and microbatches share a program.
     """
     for line in read_table("vtrain_single_node"):
         gpus, batch, micro = (int(line[k]) for k in ("num_gpus", "global_batch_seqs", "micro_batch_seqs"))
         tensor, data, stages = (int(line[f"{name}_parallel"]) for name in ("tensor", "data", "pipeline"))
         width, layers = int(line["hidden_size"]), int(line["num_layers"])
         count = batch // (data * micro)
-        shared = stages == 1 and count > 1
         split = f"TP {tensor} DP {data} PP {stages}"
         method: dict[str, str | int] = {"remat": "full", "attention": attention}
         if stages > 1:
-            method |= {"pipeline": "1f1b", "microbatches": count}
-        elif shared:
+            method |= {"pipeline": "1f1b", "microbatches": SHARED_MICROBATCHES}
+        else:
             method["accumulate"] = SHARED_MICROBATCHES
         row = Row(
             source="vtrain_single_node",
@@ -173,8 +171,8 @@ def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:
             chip="a100",
             measured_step_s=float(line["iteration_time_ms"]) / 1e3,
             group=tuple(line[k] for k in ("num_gpus", "global_batch_seqs", "hidden_size", "num_layers")),
-            microbatches=count if shared else None,
-            layer_runs=layers // stages * (count + stages - 1),
+            attention_kernel=UNFUSED,
+            counts=Counts(layers=layers // stages, microbatches=count, stages=stages),
         )  # fmt: skip
         text = plan_text(
             f"a100:1x{gpus}",
@@ -182,8 +180,8 @@ def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:
             batch=("data",),
             method=method,
         )
-        compiled = data * micro * SHARED_MICROBATCHES if shared else batch
-        yield with_case(row, text, _vtrain_model(width, layers), compiled, 1_024)
+        model = _vtrain_model(width, SHARED_LAYERS * stages)
+        yield with_case(row, text, model, data * micro * SHARED_MICROBATCHES, 1_024)
 
 
 def _vtrain_model(width: int, layers: int) -> ModelConfig:

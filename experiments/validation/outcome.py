@@ -13,6 +13,7 @@ from shardlab.hardware.data_files import load_chip
 from shardlab.hardware.measured import MeasuredPower, node_powers
 from shardlab.spec.models import MODELS
 from shardlab.units import format_bytes
+from validation.efficiency import Eager
 from validation.memory import Layout
 from validation.row import Row, read_table
 
@@ -23,7 +24,8 @@ GIB = 1 << 30
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """measured, predicted: seconds, bytes or joules, by the table that it stands in. A row without a
-    prediction is excluded (`excluded_because`), or has none yet, which begins with `NOT_COMPILED`.
+    prediction is excluded (`excluded_because`), or has none yet, which begins with `NOT_COMPILED`. eager: of
+    a step whose kernels were launched one by one.
     """
 
     source: str
@@ -32,7 +34,7 @@ class Outcome:
     measured: float | None
     predicted: float | None = None
     excluded_because: str = ""
-    layer_runs: int = 0
+    eager: Eager | None = None
     group: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -55,7 +57,23 @@ def step_outcome(row: Row, answer: CaseReport | str) -> Outcome:
     if isinstance(answer, CaseReport):
         predicted = answer.step_time_s
         why = "" if predicted is not None else _no_step_time(answer)
-    return _outcome(row, row.measured_step_s, predicted, why)
+    outcome = _outcome(row, row.measured_step_s, predicted, why)
+    return replace(outcome, eager=_eager(row, answer)) if isinstance(answer, CaseReport) else outcome
+
+
+def _eager(row: Row, report: CaseReport) -> Eager | None:
+    """None of a step that was compiled, too. The critical path has a layer's time as often as the last device
+    works on it, without the bubble."""
+    if row.counts is None or report.predicted is None or report.step_time_s is None:
+        return None
+    path = report.predicted.timeline.critical_path
+    layers_s = sum(entry.time_s for entry in path if entry.layer.startswith("layers"))
+    counts = row.counts
+    return Eager(
+        predicted_s=report.step_time_s,
+        layer_s=layers_s / (counts.layers * counts.microbatches),
+        runs=counts.layers * (counts.microbatches + counts.stages - 1),
+    )
 
 
 def memory_outcome(row: Row, answer: CaseReport | str) -> Outcome:
@@ -76,7 +94,6 @@ def _outcome(row: Row, measured: float | None, predicted: float | None, why: str
         measured=measured,
         predicted=predicted,
         excluded_because=why,
-        layer_runs=row.layer_runs,
         group=row.group,
         notes=row.notes,
     )

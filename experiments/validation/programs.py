@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from shardlab import program as programs
@@ -14,7 +13,6 @@ from shardlab.errors import CompileFailed, Infeasible, TargetMissing, UserError
 from shardlab.program import Program
 from shardlab.spec.case import Case
 from validation.outcome import NOT_COMPILED
-from validation.row import SHARED_MICROBATCHES
 
 
 class Programs:
@@ -69,15 +67,3 @@ def case_digest(case: Case) -> str:
     asked = case.model_dump(mode="json", exclude_defaults=True)  # a new key of plans changes nothing
     asked["plan"] = {key: value for key, value in asked["plan"].items() if key not in ("name", "path")}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def with_microbatches(program: Program, count: int) -> Program:
-    """A program whose accumulation loop ran `SHARED_MICROBATCHES` times, with `count` in its place.
-
-    Raises ValueError where no loop runs that often.
-    """
-    old = f'"known_trip_count":{{"n":"{SHARED_MICROBATCHES}"}}'
-    if old not in program.hlo_text:
-        raise ValueError(f"no loop of {program.backend} program runs {SHARED_MICROBATCHES} times")
-    new = f'"known_trip_count":{{"n":"{count}"}}'
-    return replace(program, hlo_text=program.hlo_text.replace(old, new))

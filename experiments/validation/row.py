@@ -13,10 +13,9 @@ from shardlab.errors import Infeasible, UserError
 from shardlab.spec.case import Case, make_case
 from shardlab.spec.models import ModelConfig
 from shardlab.spec.plan import plan_from_text
+from validation.substitution import Counts
 
 DATA = Path(__file__).parent / "data"
-# Accumulation loops of cases that share a program run so often in it: no number of layers is like it.
-SHARED_MICROBATCHES = 13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +24,9 @@ class Row:
 
     chip: as the hardware files name it. measured_step_s: None for rows that have none. case: what is
     compiled; None where `excluded_because` names the feature that shardlab lacks, or the contradiction that
-    the source holds. microbatches: how often the accumulation loop of `case` (`SHARED_MICROBATCHES` there)
-    runs in this row; None where the case is the row itself. measured_bytes: peak memory of one device.
-    attention_kernel: the fused kernel that the row ran, whose measured curve is taken. layer_runs: of a step
-    that launched its kernels one by one, how often a device ran a layer, bubbles included.
+    the source holds. counts: what stands in this row for the numbers that the shared program of `case` has;
+    None where the case is the row itself. measured_bytes: peak memory of one device.
+    attention_kernel: the kernel that the row ran, as `predict` has it.
     group: rows of one group are what a user would choose among. notes: where the case is only near the row.
     """
 
@@ -38,10 +36,9 @@ class Row:
     measured_step_s: float | None
     case: Case | None = None
     excluded_because: str = ""
-    microbatches: int | None = None
+    counts: Counts | None = None
     measured_bytes: float | None = None
     attention_kernel: str = ATTENTION_KERNEL
-    layer_runs: int = 0
     group: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -21,6 +21,7 @@ from shardlab.cost.instructions import InstructionCost
 from shardlab.cost.kernels import AttentionShape, Work
 from shardlab.cost.matmul_time import MatmulTimes, dtype_class, matmul_times
 from shardlab.cost.products import MatmulShape
+from shardlab.cost.unfused import unfused_s
 from shardlab.hardware.data_files import load_chip, shipped
 from shardlab.hardware.machine import Chip
 from shardlab.hardware.measured import (
@@ -33,11 +34,13 @@ from shardlab.hardware.measured import (
 )
 
 ATTENTION_KERNEL = "cudnn"  # what a `__cudnn$fmha` call runs
+UNFUSED = "megatron"  # what it stands in for: Megatron's kernels of 2022 (`cost/unfused.py`)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeTimes:
-    """Prices instructions on one chip. attention_kernel: cudnn or flash-attention-2, whose curve is taken."""
+    """Prices instructions on one chip. attention_kernel: cudnn or flash-attention-2, whose curve is taken, or
+    `UNFUSED`."""
 
     chip: Chip
     tables: ChipTables
@@ -63,6 +66,8 @@ class ComputeTimes:
         if isinstance(work.shape, MatmulShape):
             return self.matmul.time_s(work.shape)
         if isinstance(work.shape, AttentionShape):
+            if self.attention_kernel == UNFUSED:
+                return unfused_s(work.shape, work.instances, self.matmul.time_s, self._moving_s)
             return self._kernel_s + work.flops / self._attention_rate(work.shape)
         edge = max(1, round((work.flops / 2) ** (1 / 3)))
         return self.matmul.time_s(MatmulShape(1, edge, edge, edge, "bf16"))
@@ -82,6 +87,10 @@ class ComputeTimes:
         host_rate = (self.tables.host_gb_per_s or math.inf) * 1e9 / self.chip.xla_devices
         host_s = traffic.host_bytes / host_rate
         return max(hbm_s, (traffic.other_bytes - traffic.host_bytes) / vmem, host_s)
+
+    def _moving_s(self, read_bytes: int, written_bytes: int) -> float:
+        """Seconds of a kernel that does no more than move these."""
+        return self._kernel_s + self.memory_s(Traffic(read_bytes, written_bytes))
 
     @property
     def _kernel_s(self) -> float:

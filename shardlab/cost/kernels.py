@@ -53,13 +53,15 @@ class AttentionShape:
 class Work:
     """FLOPs of one execution. note: an assumption that a reader must know, or "".
 
-    shape: what is multiplied, None for a library's convolution.
+    shape: what is multiplied, None for a library's convolution. instances: of an attention kernel, heads of
+    all sequences.
     """
 
     kind: Literal["matmul", "attention"]
     flops: int
     note: str = ""
     shape: MatmulShape | AttentionShape | None = None
+    instances: int = 1
 
 
 def kernel_work(call: Instruction, operands: Sequence[Shape | None]) -> Work | None:
@@ -151,7 +153,7 @@ def _cudnn_attention(target: str, call: Instruction, operands: Sequence[Shape | 
     )
     dtype = operands[0].dtype if operands[0] is not None else ""
     shape = AttentionShape(queries, keys, D, causal, "Backward" in target, dtype)
-    return Work("attention", 2 * batch * heads * pairs * per_pair, note, shape)
+    return Work("attention", 2 * batch * heads * pairs * per_pair, note, shape, batch * heads)
 
 
 def _splash_attention(call: Instruction, operands: Sequence[Shape | None]) -> Work:

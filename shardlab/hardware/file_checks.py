@@ -53,7 +53,7 @@ def machine_problems(
     problems = _table_problems(table, _MACHINE, (), where, lines)
     if isinstance(chip := table.get("chip"), dict):
         problems += _table_problems(chip, _CHIP, ("chip",), where, lines)
-        problems += _word_problem(chip.get("family"), ("gpu", "tpu"), ("chip", "family"), where, lines)
+        problems += _word_problem(chip.get("family"), ("gpu", "tpu", "cpu"), ("chip", "family"), where, lines)
     else:
         problems += _word_problem(chip, chips, ("chip",), where, lines)
     if isinstance(torus := table.get("torus"), dict):

@@ -10,13 +10,21 @@ import pytest
 import validate
 from absl.testing import flagsaver
 from validation import programs as kept
-from validation.efficiency import at_efficiency, efficiency_of, launch_rows, launch_s, taken_from
+from validation.efficiency import (
+    Eager,
+    at_efficiency,
+    efficiency_of,
+    fitted_launch_s,
+    fitted_on,
+    taken_from,
+)
 from validation.gpu_rows import attached_gpu, korthikanti, torchtitan, vtrain_single_node
 from validation.memory import Layout
 from validation.outcome import Outcome, energy_outcomes, figure_1_outcomes
-from validation.programs import Programs, case_digest, with_microbatches
-from validation.row import SHARED_MICROBATCHES, Row, read_table
+from validation.programs import Programs, case_digest
+from validation.row import Row, read_table
 from validation.scores import Score, ranks, score, spearman, top1_regret
+from validation.substitution import SHARED_LAYERS, SHARED_MICROBATCHES
 from validation.tables import group_lines, score_lines
 from validation.tpu_rows import tpu_recipes
 
@@ -113,22 +121,25 @@ def vtrain() -> list[Row]:
     return list(vtrain_single_node())
 
 
-def test_rows_that_differ_in_microbatches_alone_share_a_program(vtrain: list[Row]) -> None:
+def test_rows_that_differ_in_layers_and_microbatches_share_a_program(vtrain: list[Row]) -> None:
     assert len(vtrain) == 1_440
     assert [row.row for row in vtrain if row.case is None] == []
     programs: dict[str, set[tuple[str, ...]]] = {}
     for row, line in zip(vtrain, read_table("vtrain_single_node"), strict=True):
-        assert row.case is not None
-        if row.microbatches is None:
-            assert row.case.batch == int(line["global_batch_seqs"])
-            continue
+        assert row.case is not None and row.counts is not None
+        stages, counts = int(line["pipeline_parallel"]), row.counts
         split = int(line["data_parallel"]) * int(line["micro_batch_seqs"])
         assert row.case.batch == split * SHARED_MICROBATCHES
-        assert row.microbatches * split == int(line["global_batch_seqs"])
-        same = ("hidden_size", "num_layers", "tensor_parallel", "data_parallel", "micro_batch_seqs")
+        assert row.case.model.layers == SHARED_LAYERS * stages
+        assert counts.microbatches * split == int(line["global_batch_seqs"])
+        assert (counts.layers * stages, counts.stages) == (int(line["num_layers"]), stages)
+        same = (
+            "hidden_size", "tensor_parallel", "data_parallel", "pipeline_parallel", "micro_batch_seqs",
+        )  # fmt: skip
         programs.setdefault(case_digest(row.case), set()).add(tuple(line[key] for key in same))
     assert [len(found) for found in programs.values() if len(found) != 1] == []
-    assert 0 < len(programs) < sum(row.microbatches is not None for row in vtrain)
+    # 18 ways to split up to eight GPUs, two widths, four microbatch sizes.
+    assert len(programs) == 18 * 2 * 4
 
 
 def test_figure_1_is_its_formula() -> None:
@@ -187,18 +198,6 @@ def loop_program(case: Case, **_: object) -> Program:
 
 def first(make: object, condition: object) -> Row:
     return next(row for row in make() if row.case is not None and condition(row))  # type: ignore[operator]
-
-
-def test_the_step_of_a_shared_program_follows_its_microbatches(vtrain: list[Row]) -> None:
-    """A step that is its accumulation loop takes as long as the loop runs often."""
-    row = next(row for row in vtrain if row.microbatches == 4 and "TP 4 DP 2" in row.row)
-    assert row.case is not None
-    program, machine = loop_program(row.case), load_machine(row.case.machine)
-    times = [report_case(row.case, with_microbatches(program, n), machine).step_time_s for n in (1, 4)]
-    assert times[0] is not None
-    assert times[1] == pytest.approx(4 * times[0])
-    with pytest.raises(ValueError, match="runs 13 times"):
-        with_microbatches(with_microbatches(program, 4), 8)
 
 
 def test_a_program_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,25 +268,32 @@ def test_the_efficiency_of_a_chip_makes_its_row_exact_and_scores_it_not() -> Non
     assert [row.row for row in rows if row.case is None] == []
 
 
-def test_launches_add_to_every_layer_what_a_quarter_of_the_rows_lack() -> None:
-    """Rows lack 1, 2 and 3 ms a layer run: 2 ms; the others get it, and what has no layers does not."""
-    assert launch_s([(1.010, 1.0, 10), (1.040, 1.0, 20), (1.030, 1.0, 10)]) == pytest.approx(2e-3)
-    assert launch_s([(0.9, 1.0, 10)]) == 0.0
-    assert [launch_rows(count) for count in (3, 8, 1_440)] == [0, 2, 20]
+def test_a_layer_takes_the_longer_of_launching_and_working() -> None:
+    step = Eager(predicted_s=1.0, layer_s=2e-3, runs=100)
+    assert [step.at(launch_s) for launch_s in (0.0, 2e-3, 5e-3)] == [1.0, 1.0, pytest.approx(1.3)]
+    assert step.launch_s(1.3) == pytest.approx(5e-3)
+    assert [len(fitted_on(range(count))) for count in (0, 3, 80, 1_440)] == [0, 1, 20, 20]
+
+
+def test_launching_is_fitted_on_a_few_rows_that_are_not_scored() -> None:
+    """Of 5, 5 and 7 ms the middle one errs least; rows whose layers take longer say nothing."""
+    bound = Eager(predicted_s=1.0, layer_s=2e-3, runs=100)
+    slow = Eager(predicted_s=1.0, layer_s=9e-3, runs=100)
+    assert fitted_launch_s([(1.3, bound), (1.3, bound), (1.5, bound), (1.0, slow)]) == pytest.approx(5e-3)
     eager = [
-        Outcome(source="e", row=str(n), chip="a100", measured=1.2, predicted=1.0, layer_runs=100)
-        for n in range(4)
+        Outcome(source="e", row=str(n), chip="a100", measured=1.3, predicted=1.0, eager=bound)
+        for n in range(8)
     ]
-    whole = Outcome(source="w", row="0", chip="a100", measured=1.2, predicted=1.0)
+    whole = Outcome(source="w", row="0", chip="a100", measured=1.3, predicted=1.0)
     steps = validate.with_launches([*eager, whole])
-    assert steps[0].predicted is None
+    assert [row.predicted is None for row in steps] == [n in (0, 4) for n in range(9)]
     assert steps[0].excluded_because.startswith("calibration")
-    assert [row.predicted for row in steps[1:]] == [pytest.approx(1.2)] * 3 + [1.0]
+    assert [row.predicted for row in steps if row.predicted] == [pytest.approx(1.3)] * 6 + [1.0]
 
 
 def test_efficiency_is_of_the_peak_alone(vtrain: list[Row]) -> None:
     """A product takes twice as long at half the peak, but for its launch; memory keeps its rate."""
-    row = next(row for row in vtrain if row.microbatches == 4 and "TP 4 DP 2" in row.row)
+    row = next(row for row in vtrain if "TP 4 DP 2" in row.row)
     assert row.case is not None
     program, machine = loop_program(row.case), load_machine(row.case.machine)
     whole, half = (
