@@ -1,6 +1,6 @@
 """shardlab: what a sharding plan costs, read from the compiled program.
 
-`analyze`, `diff` and `load_mesh` are loaded when first asked for: importing shardlab is cheap, and no jax.
+Its names are loaded when first asked for: importing shardlab is cheap, and no jax.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from shardlab.analysis import Analysis, analyze
     from shardlab.review import diff
     from shardlab.spec.plan import load_plan as load_mesh
+    from shardlab.spec.step import StepProgram
 
-__all__ = ["Analysis", "analyze", "diff", "load_mesh"]
+__all__ = ["Analysis", "StepProgram", "analyze", "diff", "load_mesh"]
 
 _HOME = {
     "analyze": ("shardlab.analysis", "analyze"),
     "Analysis": ("shardlab.analysis", "Analysis"),
     "diff": ("shardlab.review", "diff"),
     "load_mesh": ("shardlab.spec.plan", "load_plan"),
+    "StepProgram": ("shardlab.spec.step", "StepProgram"),
 }
 
 

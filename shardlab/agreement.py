@@ -11,7 +11,8 @@ from fractions import Fraction
 
 from shardlab.analysis import ByteRange, CollectiveRow, Range, axes_key
 from shardlab.attribute.schedule import add
-from shardlab.case_report import CaseReport, Json
+from shardlab.case_document import Json
+from shardlab.case_report import CaseReport
 from shardlab.units import format_bytes
 
 Key = tuple[str, str]  # kind (what permutes realize, where they do), key of the axes

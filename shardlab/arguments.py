@@ -32,6 +32,7 @@ EXPLAIN_EXAMPLES = """\
 examples:
   shardlab explain meshes/cpu8-fsdp.toml --model gpt2-124m
   shardlab explain plan.toml --model llama3-70b --on v5p:8x8x8 --save step.program
+  shardlab explain meshes/cpu8-fsdp.toml --step experiments.steps.mlp:make_step
 """
 COMPARE_EXAMPLES = """\
 examples:
@@ -135,6 +136,7 @@ def _add_explain(verb: argparse.ArgumentParser) -> None:
         "--on", metavar="MACHINE", help="the plan's own machine unless said: cpu:8, h100:64x8, v5p:8x8x8"
     )
     _add_workload(verb)
+    _add_step(verb)
     _add_order(verb)
     _add_cache(verb)
     _add_format(verb)
@@ -147,6 +149,7 @@ def _add_compare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("meshes", nargs="+", metavar="MESH", help="mesh files (TOML)")
     verb.add_argument("--on", metavar="M1,M2,…", help="machines; each plan's own unless said")
     _add_workload(verb)
+    _add_step(verb)
     _add_jobs(verb)
     _add_cache(verb)
     _add_format(verb)
@@ -163,6 +166,7 @@ def _add_fit(verb: argparse.ArgumentParser) -> None:
 def _add_search(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--on", required=True, metavar="MACHINE", help="such as h100:8x8, v5p:4x4x4")
     _add_workload(verb)
+    _add_step(verb)
     verb.add_argument("--save", metavar="FILE", help="write the mesh file of the best plan")
     _add_jobs(verb)
     _add_cache(verb)
@@ -175,6 +179,7 @@ def _add_diff(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--on", metavar="MACHINE", help="the machine of mesh files; prices programs and dumps")
     verb.add_argument("--axes", metavar="A=N,B=M", help="mesh axes of programs and dumps, major to minor")
     _add_workload(verb)
+    _add_step(verb)
     _add_cache(verb)
     _add_format(verb)
 
@@ -185,6 +190,7 @@ def _add_check(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--tolerance", type=_percentage, metavar="PCT", default="1", help="how much worse passes (default: 1)"
     )
+    _add_step(verb)
     _add_jobs(verb)
     _add_cache(verb)
     _add_format(verb)
@@ -215,6 +221,14 @@ def _add_workload(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--seq", type=_positive, metavar="N", help="tokens per sequence")
     verb.add_argument(
         "--workload", choices=("train", "prefill", "decode"), help="default: the plan's [check], else train"
+    )
+
+
+def _add_step(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--step",
+        metavar="MODULE:FUNCTION",
+        help="your own step function, called with the mesh, instead of a model (default: as in [check])",
     )
 
 

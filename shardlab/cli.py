@@ -110,14 +110,14 @@ def run_analyze(args: argparse.Namespace) -> int:
         from shardlab.audit import audit_parts
 
         findings = audit_parts(kept, machine)
-    analysis = merge([part.analysis for part in kept or parts])
+    analysis = merge([part.per_step for part in kept or parts])
     _print_analysis(args, analysis, findings, orders)
     return 1 if args.strict and analysis.ledger else 0
 
 
 def run_explain(args: argparse.Namespace) -> int:
     """`shardlab explain`: one case. Infeasible or too large is an answer; not compiled is exit 2."""
-    from shardlab.case_report import to_json
+    from shardlab.case_document import to_json
     from shardlab.lab.study import explain_plan, orders_of
     from shardlab.order import orders_member
 
@@ -238,6 +238,7 @@ def run_check(args: argparse.Namespace) -> int:
             args.meshes,
             update=args.update,
             tolerance=args.tolerance,
+            step=args.step,
             progress=sys.stderr,
             jobs=args.jobs,
             steps=cache.steps(),
@@ -285,7 +286,12 @@ def _question(args: argparse.Namespace, machines: tuple[str, ...]) -> Question:
     from shardlab.lab.cases import Question
 
     return Question(
-        model=args.model, machines=machines, batch=args.batch, seq=args.seq, workload=args.workload
+        model=args.model,
+        machines=machines,
+        batch=args.batch,
+        seq=args.seq,
+        workload=args.workload,
+        step=getattr(args, "step", None),
     )
 
 

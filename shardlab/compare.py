@@ -14,7 +14,8 @@ from typing import Literal
 
 from shardlab.agreement import Agreement, agreement, agreement_json
 from shardlab.analysis import Analysis, CollectiveRow
-from shardlab.case_report import CaseReport, Json, to_json
+from shardlab.case_document import Json, to_json
+from shardlab.case_report import CaseReport
 from shardlab.units import format_bytes
 
 SCHEMA = "shardlab.comparison/1"
@@ -55,7 +56,7 @@ def rank(reports: Iterable[CaseReport], notes: Iterable[str] = ()) -> Comparison
     known), wire bytes, name. A case that was not analysed, or whose time is not known, has no rank.
     """
     reports = tuple(reports)
-    if len({(r.case.batch, r.case.seq, r.case.workload, r.case.model) for r in reports}) > 1:
+    if len({r.case.work for r in reports}) > 1:
         raise ValueError("only cases of one model, batch, sequence and workload can be compared")
     unranked = [Unranked(report=r, reason=why) for r in reports if (why := reason_unranked(r)) is not None]
     rest = [r for r in reports if reason_unranked(r) is None]

@@ -15,6 +15,7 @@ from shardlab.attribute.members import Members
 from shardlab.cost.compute_time import ATTENTION_KERNEL, ComputeTimes, compute_times
 from shardlab.cost.instructions import InstructionCost, StepCost
 from shardlab.cost.timeline import Timeline, simulate
+from shardlab.cost.together import TimePart, timelines_together
 from shardlab.cost.walk import Kernel, Place, Transfer
 from shardlab.hardware.machine import Machine
 from shardlab.hlo.attributes import channel_id, frontend_attributes
@@ -78,6 +79,23 @@ def predict(
         basis=tuple(times.basis.items()),
         devices=devices,
         busy_s=_busy_s(cost, times),
+    )
+
+
+def predictions_together(parts: Sequence[tuple[str, int, Prediction | None]]) -> Prediction | None:
+    """A step of several programs: name, runs per step and prediction of each; None where one has none."""
+    known = [(name, runs, one) for name, runs, one in parts if one is not None]
+    if len(known) < len(parts):
+        return None
+    if len(known) == 1 and known[0][1] == 1:
+        return known[0][2]
+    busy = [None if one.busy_s is None else one.busy_s * runs for _, runs, one in known]
+    unknown_busy = None in busy
+    return Prediction(
+        timeline=timelines_together([TimePart(name, runs, one.timeline) for name, runs, one in known]),
+        basis=tuple({key: basis for _, _, one in known for key, basis in one.basis}.items()),
+        error_class=known[0][2].error_class,
+        busy_s=None if unknown_busy else sum(filter(None, busy)),
     )
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,10 @@ class Program:
     hlo_text: the optimised HLO; empty when `refusal` is set.
     autotuned: False for ahead-of-time GPU programs, None where the word means nothing.
     arguments: in device memory, in order; None where it is not known how they are split.
+    runs_per_step: how often one step runs it. then: the other programs that the same step runs (an update
+        after sixteen microbatches), each with its own `runs_per_step` and none of them with others.
+    left_out: (program, why) of what was recorded and is no part of the step. given: what the user's own step
+        function was given, by name: batch in sequences, seq in tokens, model, workload.
     """
 
     name: str
@@ -114,6 +118,15 @@ class Program:
     compile_s: float | None = None
     notes: tuple[str, ...] = ()
     arguments: tuple[Argument, ...] | None = None
+    runs_per_step: int = 1
+    then: tuple[Program, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
+    given: Mapping[str, str | int] = field(default_factory=dict)
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """Every program of the step, this one first."""
+        return (self, *self.then)
 
 
 def to_bytes(program: Program) -> bytes:
@@ -146,7 +159,17 @@ def from_document(document: dict[str, Any]) -> Program:
     """Program from its JSON document. Raises ValueError, TypeError or KeyError when it does not fit."""
     if document.pop("schema", None) != SCHEMA:
         raise ValueError(f"schema is not {SCHEMA}")
+    others = tuple(_program(one) for one in document.pop("then", ()))
+    if any(one.then for one in others):
+        raise ValueError("a program of a step holds another step")
+    return replace(_program(document), then=others)
+
+
+def _program(document: dict[str, Any]) -> Program:
     fields = dict(document)
+    runs = fields.get("runs_per_step", 1)
+    if type(runs) is not int or runs < 1:
+        raise ValueError(f"runs_per_step is {str(runs)[:40]}, not a whole number above 0")
     fields["memory"] = Memory(**fields["memory"]) if fields.get("memory") else None
     flags = fields.get("flags") or {}
     fields["flags"] = Flags(
@@ -165,6 +188,7 @@ def from_document(document: dict[str, Any]) -> Program:
         fields[key] = tuple(fields[key]) if fields.get(key) is not None else fields.get(key)
     if fields.get("device_coords") is not None:
         fields["device_coords"] = tuple(tuple(c) for c in fields["device_coords"])
+    fields["left_out"] = tuple((str(name), str(why)) for name, why in fields.get("left_out", ()))
     return Program(**fields)
 
 

@@ -16,12 +16,12 @@ PACKAGE = Path(__file__).parents[1] / "shardlab"
 # Top to bottom: a module imports only what stands above it (or beside it, in its own package).
 ORDER = (
     "errors", "units", "hardware", "spec", "program", "store", "model", "parallel", "compile", "hlo",
-    "attribute", "cost", "analysis", "order", "audit", "prediction", "case_report", "agreement", "capacity",
-    "compare", "review", "report", "lab", "testing", "arguments", "cli", "__main__",
+    "attribute", "cost", "analysis", "order", "audit", "prediction", "case_report", "case_document",
+    "agreement", "capacity", "compare", "review", "report", "lab", "testing", "arguments", "cli", "__main__",
 )  # fmt: skip
 WITHOUT_JAX = (
     "hardware", "spec", "program", "store", "hlo", "attribute", "cost", "analysis", "order", "audit",
-    "prediction", "case_report", "agreement", "capacity", "compare", "review", "report",
+    "prediction", "case_report", "case_document", "agreement", "capacity", "compare", "review", "report",
 )  # fmt: skip
 WITHOUT_PYDANTIC = ("hlo", "attribute", "cost", "analysis", "order", "audit", "hardware")
 # `__init__` re-exports the Python interface, lazily; any module may read it for the version alone.

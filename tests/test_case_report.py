@@ -8,7 +8,8 @@ import pytest
 from bare_links import bare
 from case_reports import GB, case, refused, report
 
-from shardlab.case_report import NOT_AUTOTUNED_NOTE, CaseReport, figures_of_case, report_case, to_json
+from shardlab.case_document import to_json
+from shardlab.case_report import NOT_AUTOTUNED_NOTE, CaseReport, figures_of_case, report_case
 from shardlab.cost.flops import model_flops
 from shardlab.hardware.catalog import load_machine
 from shardlab.program import Memory, Program, Refusal

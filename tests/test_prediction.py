@@ -10,7 +10,8 @@ import pytest
 from case_reports import case, report
 
 from shardlab.analysis import attribute
-from shardlab.case_report import CaseReport, report_case, to_json
+from shardlab.case_document import to_json
+from shardlab.case_report import CaseReport, report_case
 from shardlab.compare import comparison_json, rank
 from shardlab.cost.blocks import Block, PathEntry
 from shardlab.cost.instructions import step_cost

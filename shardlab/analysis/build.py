@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from shardlab.analysis.records import Analysis, LedgerEntry, ModuleFacts
-from shardlab.analysis.rows import Rows
-from shardlab.analysis.totals import sum_totals, totals_of
+from shardlab.analysis.rows import Rows, row_times
+from shardlab.analysis.totals import sum_totals, totals_of, totals_times
 from shardlab.attribute.backend import backend_of
 from shardlab.attribute.calls import CallGraph, call_graph
 from shardlab.attribute.collectives import Collective, Uncounted, find_collectives
@@ -47,6 +48,16 @@ class Attributed:
     placement: Placement
     device_ids: tuple[int, ...] | None
 
+    @property
+    def runs_per_step(self) -> int:
+        """How often a step runs the program: once unless it was saved with another number."""
+        return self.program.runs_per_step if self.program is not None else 1
+
+    @property
+    def per_step(self) -> Analysis:
+        """The analysis of all runs in a step; `analysis` is of one run."""
+        return times(self.analysis, self.runs_per_step)
+
 
 def analyze(
     source: Source | Sequence[Source],
@@ -62,7 +73,7 @@ def analyze(
     Program's own unless given. machine: adds traffic per link tier, and time.
     Raises ParseError when the source is not HLO, UserError when axes, device ids or machine do not fit it.
     """
-    return merge([part.analysis for part in attribute(source, axes, device_ids, machine)])
+    return merge([part.per_step for part in attribute(source, axes, device_ids, machine)])
 
 
 def attribute(
@@ -79,6 +90,19 @@ def attribute(
         except ParseError as error:
             raise ParseError(error.message, source=name, line=error.line, column=error.column) from None
         yield attributed
+
+
+def times(analysis: Analysis, runs: int) -> Analysis:
+    """An analysis of one run as one of `runs` runs: executions and totals are multiplied, bytes of one
+    execution stay."""
+    if runs == 1:
+        return analysis
+    return replace(
+        analysis,
+        modules=tuple(replace(facts, runs_per_step=facts.runs_per_step * runs) for facts in analysis.modules),
+        collectives=tuple(map(partial(row_times, runs=runs), analysis.collectives)),
+        totals=totals_times(analysis.totals, runs),
+    )
 
 
 def merge(analyses: Sequence[Analysis]) -> Analysis:
@@ -134,6 +158,8 @@ def _of_file(found: HloSource) -> Iterator[tuple[str, Module, Program | None]]:
         raise UserError(Problem(found.name, what, "analyse a plan that fits in memory"))
     for module in found.modules:
         yield found.name, module, found.program
+    for other in found.program.then if found.program is not None else ():
+        yield from ((found.name, module, other) for module in parse(other.hlo_text, found.name))
 
 
 def _attribute_module(
@@ -160,6 +186,8 @@ def _attribute_module(
     built = [rows.row(one, realized.get((one.computation, one.instruction.name))) for one in collectives]
     ledger = [LedgerEntry(what=u.what, name=u.name, why=u.why) for u in found if isinstance(u, Uncounted)]
     ledger += rows.notes(collectives, built)
+    if program is not None:
+        ledger += [LedgerEntry(what="program", name=name, why=why) for name, why in program.left_out]
     facts = ModuleFacts(
         name=module.name, backend=backend, num_devices=placement.num_devices, scheduled=module.is_scheduled
     )

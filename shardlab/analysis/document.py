@@ -47,7 +47,8 @@ def _range(amount: tuple[Fraction | int, Fraction | int | None]) -> list[int | f
 
 
 def _module_json(facts: ModuleFacts) -> dict[str, Any]:
-    return {f.name: getattr(facts, f.name) for f in fields(facts)}
+    once = facts.runs_per_step == 1
+    return {f.name: getattr(facts, f.name) for f in fields(facts) if not (once and f.name == "runs_per_step")}
 
 
 # Members that are there only when there is something to say; all others always are.

@@ -99,12 +99,13 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleFacts:
-    """The `module` member of the JSON."""
+    """The `module` member of the JSON. runs_per_step: in the JSON only where it is not 1."""
 
     name: str
     backend: str
     num_devices: int
     scheduled: bool
+    runs_per_step: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

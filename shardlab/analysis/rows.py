@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shardlab.analysis.records import CollectiveRow, DeviceRuns, LedgerEntry, Range
 from shardlab.attribute.axes import Axes, axes_of_groups, axes_of_pairs
@@ -224,6 +224,19 @@ class Rows:
                 yield LedgerEntry(what="conditional", name=name, why=f"which branch runs is unknown: {why}")
         for line, text in self.module.unparsed:
             yield LedgerEntry(what="text", name=f"line {line}", why=f"could not be read: {text[:80]}")
+
+
+def row_times(row: CollectiveRow, runs: int) -> CollectiveRow:
+    """The row of a program that runs so many times."""
+    devices = row.by_device
+    if devices is not None:
+        devices = tuple(replace(part, executions=_range_times(part.executions, runs)) for part in devices)
+    return replace(row, executions=_range_times(row.executions, runs), by_device=devices)
+
+
+def _range_times(executions: Range, runs: int) -> Range:
+    low, high = executions
+    return low * runs, None if high is None else high * runs
 
 
 def device_ranges(devices: Sequence[int]) -> str:

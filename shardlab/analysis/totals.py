@@ -35,6 +35,14 @@ def sum_totals(totals: Sequence[Totals]) -> Totals:
     return _as_totals(sums)
 
 
+def totals_times(totals: Totals, runs: int) -> Totals:
+    """The totals of so many runs."""
+    scaled = {
+        key: (low * runs, None if high is None else high * runs) for key, (low, high) in _entries(totals)
+    }
+    return _as_totals(scaled)
+
+
 def _entries(totals: Totals) -> Iterator[tuple[_Key, ByteRange]]:
     yield ("", "", "payload_bytes"), totals.payload_bytes
     yield ("", "", "wire_bytes"), totals.wire_bytes

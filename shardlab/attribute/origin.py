@@ -121,9 +121,10 @@ def _scopes(parts: Iterable[str]) -> list[str]:
 
 
 def _alternatives(op_name: str) -> list[list[str]]:
-    """Paths of an op_name. XLA joins those of what it combines: `a/(b/c:d)/e` is a/b/c/e and a/d/e."""
+    """Paths of an op_name. XLA joins those of what it combines: `a/(b/c:d)/e` is a/b/c/e and a/d/e, and since
+    2026 `a/b;a/c` is both."""
     paths: list[list[str]] = []
-    todo = [_split(op_name, "/")]
+    todo = [_split(path, "/") for path in reversed(_split(op_name, ";")[:MAX_PATHS])]
     for _ in range(4 * MAX_PATHS):  # names come from a file: neither their breadth nor their depth is trusted
         if not todo:
             break

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from shardlab.analysis import Attributed
+from shardlab.analysis import Attributed, ByteRange
 from shardlab.attribute.chains import Chains
 from shardlab.attribute.collectives import Collective, find_collectives
 from shardlab.audit.findings import Audited, Finding, together
@@ -66,9 +66,20 @@ def _one_per_collective(findings: Iterable[Finding]) -> Iterator[Finding]:
 
 
 def audit_parts(parts: Sequence[Attributed], machine: Machine | None = None) -> tuple[Finding, ...]:
-    """The findings of every module; where there are several, each finding names its own."""
+    """The findings of every module, per step; where there are several, each finding names its own."""
     return tuple(
-        replace(one, module=part.module.name if len(parts) > 1 else None)
+        replace(
+            one,
+            module=part.module.name if len(parts) > 1 else None,
+            wire_bytes=_times(one.wire_bytes, part.runs_per_step),
+        )
         for part in parts
         for one in audit(part, machine)
     )
+
+
+def _times(amount: ByteRange | None, runs: int) -> ByteRange | None:
+    if amount is None:
+        return None
+    low, high = amount
+    return low * runs, None if high is None else high * runs

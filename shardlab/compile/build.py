@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jax.sharding import Mesh
 
 from shardlab.compile.collect import Compiled, compile_lowered
 from shardlab.compile.key import program_name
 from shardlab.compile.mesh import fill_mesh
+from shardlab.compile.own_step import compile_step_case
 from shardlab.compile.target import Target, open_target
 from shardlab.compile.versions import versions
 from shardlab.hardware.catalog import load_machine
 from shardlab.parallel.step import build_step
 from shardlab.program import Program
-from shardlab.spec.case import Case
+from shardlab.spec.step import AnyCase, StepCase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ class OpenedCase:
     notes: tuple[str, ...]
 
 
-def open_case(case: Case) -> OpenedCase:
+def open_case(case: AnyCase) -> OpenedCase:
     """Open the target and fill the mesh. Raises UserError, TargetMissing or CompileFailed."""
     target = open_target(load_machine(case.machine))
     mesh, device_ids, notes = fill_mesh(case.plan.axes, case.plan.order, target)
@@ -36,14 +37,14 @@ def open_case(case: Case) -> OpenedCase:
 
 
 def compile_here(
-    case: Case, opened: OpenedCase, kept: Callable[[str], Program | None] | None = None
+    case: AnyCase, opened: OpenedCase, kept: Callable[[str], Program | None] | None = None
 ) -> Compiled:
     """Build the case's step and compile it in this process, unless `kept` has it: as in `compile_lowered`.
+    Raises UserError for what is wrong with the user's own step, which is compiled whatever is kept.
 
     Shapes only: nothing of the model's size is allocated. Raises Infeasible or CompileFailed.
     """
     target = opened.target
-    step = build_step(case, opened.mesh, target=target.family)
     template = Program(
         name=program_name(case),
         backend=target.family,
@@ -54,10 +55,13 @@ def compile_here(
         device_coords=target.coords,
         versions=versions(target.family),
         autotuned=target.autotuned,
-        notes=(*opened.notes, *step.notes),
+        notes=opened.notes,
     )
+    if isinstance(case, StepCase):
+        return compile_step_case(case, opened.mesh, target.platform, template)
+    step = build_step(case, opened.mesh, target=target.family)
     return compile_lowered(
         lambda: step.function.trace(*step.arguments).lower(lowering_platforms=(target.platform,)),
-        template,
+        replace(template, notes=(*opened.notes, *step.notes)),
         kept=kept,
     )

@@ -45,7 +45,7 @@ def answer(request: Request) -> None:
         write_atomically(request.folder / PROTO_FILE, serialized_modules(compiled.executable))
     save(compiled.program, request.folder / PROGRAM_FILE)
     refused = compiled.program.refusal
-    if refused is not None and request.find_largest_batch:
+    if refused is not None and request.find_largest_batch and isinstance(request.case, Case):
         program = _with_largest_batch(request.case, opened, compiled.program, refused)
         save(program, request.folder / PROGRAM_FILE)
 

@@ -27,10 +27,12 @@ MOVED_LINES_NOTE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
-    """A Program and jax's own compiled object, None where the compiler refused or had nothing to do."""
+    """A Program and jax's own compiled object, None where the compiler refused or had nothing to do. unsplit:
+    axes of the mesh that the program's shardings never name, as far as that was looked at."""
 
     program: Program
     executable: Any | None
+    unsplit: frozenset[str] = frozenset()
 
 
 def compile_lowered(

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from shardlab.compile.environment import split_flags
+from shardlab.compile.step_sources import installed_digest, sources_digest
 from shardlab.compile.versions import digest_of, source_digest, versions
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.data_files import load_gpu_target
 from shardlab.hardware.machine import Machine
 from shardlab.program import Flags, Program
 from shardlab.spec.case import Case
+from shardlab.spec.step import AnyCase, StepCase
 
 # Who wrote the plan down, and where, compiles to nothing; the other verbs' defaults are in the case already.
 _PLAN_LABELS = {"name", "path", "description", "on", "check", "flags", "axes"}
@@ -34,27 +36,26 @@ _REFERENCE = re.compile(r"loc\((#loc\d*)\)")
 
 
 def program_key(
-    case: Case, sources: Sequence[Path] = (), versions_here: Mapping[str, str] | None = None
+    case: AnyCase, sources: Sequence[Path] = (), versions_here: Mapping[str, str] | None = None
 ) -> str:
     """sha256 (hex) over everything that decides the compiled program, and nothing else.
 
     One GPU program serves every machine of its chip family, however its hosts are laid out: the key holds the
     chip's compile target and the number of devices. A TPU program is for its torus and slices. Compiler
-    versions and our own model sources count.
+    versions and our own model sources count; of the user's own step its sources and all that is installed.
 
-    sources: files and folders of the user's that build the step. versions_here: of another Python that is to
-    compile. Raises UserError for a machine that is not known.
+    sources: files and folders of the user's that build the step beside those. versions_here: of another
+    Python that is to compile. Raises UserError for a machine or a step's package that is not known.
     """
     machine = load_machine(case.machine)
     facts = {
         "axes": list(case.plan.axes.items()),
         "plan": case.plan.model_dump(mode="json", exclude=_PLAN_LABELS),
         "flags": split_flags(case.plan.flags, machine.family)[0],
-        "model": asdict(case.model),
-        "workload": [case.workload, case.batch, case.seq, case.scan_layers],
         "target": _target_facts(machine),
         "versions": _without(versions_here or versions(machine.family), _RUNNERS),
         "sources": [source_digest(), digest_of(sources)],
+        **(_step_facts(case) if isinstance(case, StepCase) else _model_facts(case)),
     }
     return _hash(facts)
 
@@ -83,7 +84,7 @@ def lowered_key(target: str, device_ids: Sequence[int], text: str) -> str:
     return digest.hexdigest()
 
 
-def relabelled(program: Program, case: Case, versions_here: Mapping[str, str] | None = None) -> Program:
+def relabelled(program: Program, case: AnyCase, versions_here: Mapping[str, str] | None = None) -> Program:
     """A kept program as that of another case with the same key, whose labels it takes; not compiled now."""
     family = load_machine(case.machine).family
     passed, withheld = split_flags(case.plan.flags, family)
@@ -92,12 +93,29 @@ def relabelled(program: Program, case: Case, versions_here: Mapping[str, str] | 
         requested=case.plan.flags, effective=program.flags.effective, rejected=(*withheld, *rejected)
     )
     known = dict(versions_here or versions(family))
-    return replace(program, name=program_name(case), flags=flags, versions=known, compile_s=None)
+    name = program.name if isinstance(case, StepCase) else program_name(case)
+    return replace(program, name=name, flags=flags, versions=known, compile_s=None)
 
 
-def program_name(case: Case) -> str:
-    """What a case's program is called."""
-    return f"{case.plan.name} {case.model.name}"
+def program_name(case: AnyCase) -> str:
+    """What a case's program is called; each of a step function's own has the name that it was given."""
+    return f"{case.plan.name} {case.subject}"
+
+
+def _model_facts(case: Case) -> dict[str, Any]:
+    return {
+        "model": asdict(case.model),
+        "workload": [case.workload, case.batch, case.seq, case.scan_layers],
+    }
+
+
+def _step_facts(case: StepCase) -> dict[str, Any]:
+    return {
+        "step": case.step,
+        "step_sources": sources_digest(case.step, case.folder),
+        "installed": installed_digest(),
+        "workload": [case.workload, case.model, case.batch, case.seq],
+    }
 
 
 def _target_facts(machine: Machine) -> dict[str, Any]:

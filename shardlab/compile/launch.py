@@ -33,7 +33,7 @@ from shardlab.errors import CompileFailed, Infeasible, Problem, ShardlabError, T
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.machine import Machine
 from shardlab.program import Flags, Program
-from shardlab.spec.case import Case
+from shardlab.spec.step import AnyCase
 from shardlab.store import Store
 
 _PACKAGE_PARENT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ class Ending:
 
 
 def compile_case(
-    case: Case,
+    case: AnyCase,
     *,
     proto_to: Path | None = None,
     timeout_s: float | None = None,
@@ -186,7 +186,7 @@ def _match_rejected(passed: tuple[str, ...], log: str) -> tuple[tuple[str, str],
     return tuple((flag, reasons[flag_name(flag)]) for flag in passed if flag_name(flag) in reasons)
 
 
-def _failure(case: Case, folder: Path, ending: Ending, timeout_s: float | None) -> ShardlabError:
+def _failure(case: AnyCase, folder: Path, ending: Ending, timeout_s: float | None) -> ShardlabError:
     what = f"{case.plan.name} on {case.machine}"
     outcome = folder / OUTCOME_FILE
     if outcome.exists():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from shardlab.spec.case import Case
+from shardlab.spec.step import AnyCase
 
 # In the request's folder: the saved program, its module as a proto, or an error as JSON; the key of what was
 # lowered, and what the store had to say.
@@ -24,7 +24,7 @@ class Request(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    case: Case
+    case: AnyCase
     folder: Path
     want_proto: bool = False
     find_largest_batch: bool = True

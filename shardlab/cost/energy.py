@@ -32,15 +32,15 @@ class Energy:
     usd_per_million_tokens: float | None = None
 
 
-def step_energy(machine: Machine, step_time_s: float, busy: float, tokens: int) -> Energy:
+def step_energy(machine: Machine, step_time_s: float, busy: float, tokens: int | None) -> Energy:
     """busy: share of the chips' peak that the step's products reach, 0 to 1 (`peak_s` of them over the step
-    time). tokens: of the global batch; of a decode step one per sequence."""
+    time). tokens: of the global batch; of a decode step one per sequence; None where nobody knows."""
     found = Energy()
     static, active = machine.power_static_w, machine.power_active_w
     if static is not None and active is not None:
         power = static + active * busy
         energy_j = power * machine.hosts * step_time_s
-        found = Energy(node_power_w=power, energy_j=energy_j, joules_per_token=energy_j / tokens)
+        found = Energy(node_power_w=power, energy_j=energy_j, joules_per_token=_per(energy_j, tokens))
     if machine.price_per_hour_usd is None:
         return found
     price = machine.price_per_hour_usd * machine.hosts * step_time_s / SECONDS_PER_HOUR
@@ -49,8 +49,12 @@ def step_energy(machine: Machine, step_time_s: float, busy: float, tokens: int) 
         energy_j=found.energy_j,
         joules_per_token=found.joules_per_token,
         price_usd=price,
-        usd_per_million_tokens=price / tokens * 1e6,
+        usd_per_million_tokens=_per(price * 1e6, tokens),
     )
+
+
+def _per(amount: float, tokens: int | None) -> float | None:
+    return None if tokens is None else amount / tokens
 
 
 def power_line(least: tuple[float, float], most: tuple[float, float]) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from shardlab.compile.key import relabelled
 from shardlab.errors import Problem, UserError
 from shardlab.lab.run import Steps
 from shardlab.program import Program
-from shardlab.spec.case import Case
+from shardlab.spec.step import AnyCase
 from shardlab.store import Store, to_standard_error
 
 VARIABLE = "SHARDLAB_CACHE"
@@ -62,7 +62,7 @@ class Cache:
             compile=partial(self.compile, find_largest_batch=find_largest_batch),
         )
 
-    def compile(self, case: Case, *, find_largest_batch: bool = True) -> Program:
+    def compile(self, case: AnyCase, *, find_largest_batch: bool = True) -> Program:
         """As `compile_case`. A program that is not compiled now has no `compile_s`."""
         store = None if case.load_machine().family == "attached" else self.store  # its environment counts too
         key = _CASE + program_key(case, self.sources)

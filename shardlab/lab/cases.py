@@ -15,27 +15,32 @@ from shardlab.hardware.catalog import load_machine
 from shardlab.spec.case import Case, Workload, default_batch, make_case
 from shardlab.spec.models import find_model
 from shardlab.spec.plan import Plan, load_plan
+from shardlab.spec.step import AnyCase, make_step_case
 
 Answer = TypeVar("Answer")
+Value = TypeVar("Value")
 ATTACHED = "attached"  # however many devices the plan has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What the user asked for; None is for the plans to say. `machines`: () is each plan's own."""
+    """What the user asked for; None is for the plans to say. `machines`: () is each plan's own. step: their
+    own step function, `package.module:make_step`; folder: where its package is looked for first."""
 
     model: str | None = None
     machines: tuple[str, ...] = ()
     batch: int | None = None
     seq: int | None = None
     workload: Workload | None = None
+    step: str | None = None
+    folder: str = "."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cases:
     """`cases` to compile, `rejected` ones with their reason, and what was chosen for the user (`notes`)."""
 
-    cases: tuple[Case, ...]
+    cases: tuple[AnyCase, ...]
     rejected: tuple[CaseReport, ...]
     notes: tuple[str, ...]
 
@@ -65,6 +70,9 @@ def comparison_cases(plans: Sequence[Plan], question: Question) -> Cases:
     A plan that cannot be put on a model or machine is `rejected` with its reason. Raises UserError when a
     mistake leaves nothing to compare, or when no model is named.
     """
+    step = question.step or _common_step(plans)
+    if step is not None:
+        return _step_cases(plans, replace(question, step=step))
     model = question.model or _common_model(plans)
     # Names that no plan can make up for; a plan that does not suit a machine is a row instead.
     named = (machine for machine in question.machines if machine != ATTACHED)
@@ -86,6 +94,46 @@ def comparison_cases(plans: Sequence[Plan], question: Question) -> Cases:
         if not isinstance(item, Case)
     )
     return Cases(cases=cases, rejected=rejected, notes=notes)
+
+
+def _common_step(plans: Sequence[Plan]) -> str | None:
+    """The step that the plans name in [check]; None where they name a model."""
+    names = {plan.check.step for plan in plans}
+    if len(names) > 1:
+        listed = ", ".join(sorted(name or "a model" for name in names))
+        raise UserError(Problem("--step", f"the plans are for {listed} in [check]", "give --step or --model"))
+    return names.pop() if names else None
+
+
+def _step_cases(plans: Sequence[Plan], question: Question) -> Cases:
+    """Every plan on every machine with the user's own step. Raises UserError with every mistake."""
+    workload = question.workload or _common_workload(plans)
+    own = () if question.machines else _all_or_every_mistake(partial(_own_machine, plan) for plan in plans)
+    pairs = list(zip(plans, own, strict=True)) if own else list(product(plans, question.machines))
+    cases = _all_or_every_mistake(
+        partial(
+            make_step_case,
+            plan,
+            question.step or "",
+            folder=question.folder,
+            machine=machine,
+            model=question.model or _common_value("--model", (one.check.model for one in plans)),
+            batch=question.batch or _common_value("--batch", (one.check.batch for one in plans)),
+            seq=question.seq or _common_value("--seq", (one.check.seq for one in plans)),
+            workload=workload,
+        )
+        for plan, machine in pairs
+    )
+    return Cases(cases=cases, rejected=(), notes=())
+
+
+def _common_value(flag: str, values: Iterable[Value | None]) -> Value | None:
+    """What the plans say in [check], which must not differ; None where none says anything."""
+    found = {value for value in values if value is not None}
+    if len(found) > 1:
+        what = f"the plans are for {', '.join(sorted(map(str, found)))} in [check]"
+        raise UserError(Problem(flag, what, f"give {flag}, or compare plans for one"))
+    return found.pop() if found else None
 
 
 def _own_machine(plan: Plan) -> str:

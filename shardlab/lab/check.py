@@ -19,7 +19,7 @@ from shardlab.review.baseline import TOTAL, Baseline, baseline_of, baseline_path
 from shardlab.review.check import BUDGETS, Budget, PlanCheck, check_figures, no_figures, read_budgets
 from shardlab.review.records import Side
 from shardlab.review.sides import side_of_report
-from shardlab.spec.case import Case
+from shardlab.spec.step import AnyCase
 
 FOLDER = "meshes"
 
@@ -29,11 +29,13 @@ def check_plans(
     *,
     update: bool,
     tolerance: Fraction,
+    step: str | None = None,
     progress: TextIO,
     jobs: int | None = None,
     steps: Steps | None = None,
 ) -> tuple[PlanCheck, ...]:
-    """A check per plan, in order. paths: mesh files; those of `meshes/` when there are none.
+    """A check per plan, in order. paths: mesh files; those of `meshes/` when there are none. step: the user's
+    own step function for all of them, in place of what each names.
 
     update: write baselines, of all plans or of none. Every mistake that can be known is raised as UserError
     before anything is compiled: no plan, no baseline, a wrong budget; a plan that cannot be compiled is one
@@ -42,10 +44,11 @@ def check_plans(
     paths = paths or sorted(str(path) for path in Path(FOLDER).glob("*.toml") if path.name != BUDGETS)
     if not paths:
         raise UserError(Problem(FOLDER, "no plan to check", "name mesh files: shardlab check MESH..."))
-    _check_models(paths)
+    if step is None:
+        _check_models(paths)
     baselines, budgets = _read_all(paths, update)
     steps = replace(steps or Steps(), report=_figures)
-    reports = compile_plans(paths, Question(), progress=progress, jobs=jobs, steps=steps)
+    reports = compile_plans(paths, Question(step=step), progress=progress, jobs=jobs, steps=steps)
     checks: list[PlanCheck] = []
     texts: dict[Path, str] = {}
     problems: list[Problem] = []
@@ -71,15 +74,15 @@ def check_plans(
     return tuple(checks)
 
 
-def _figures(case: Case, program: Program) -> CaseReport:
+def _figures(case: AnyCase, program: Program) -> CaseReport:
     return figures_of_case(case, program, load_machine(case.machine))
 
 
 def _check_models(paths: Sequence[str]) -> None:
     problems = [
-        Problem(path, "names no model in [check]", 'add model = "…" under [check]')
+        Problem(path, "names no model in [check]", 'add model = "…" or step = "…" under [check]')
         for path, plan in zip(paths, load_plans(paths), strict=True)
-        if plan.check.model is None
+        if plan.check.model is None and plan.check.step is None
     ]
     if problems:
         raise UserError(*problems)

@@ -19,7 +19,7 @@ from shardlab.errors import CompileFailed, Infeasible, ShardlabError, TargetMiss
 from shardlab.hardware.catalog import load_machine
 from shardlab.lab.progress import Progress, Quiet
 from shardlab.program import Program
-from shardlab.spec.case import Case
+from shardlab.spec.step import AnyCase
 
 # What one compile of the largest shipped plan needs (405B on 16,384 GPUs stays below it).
 COMPILE_BYTES = 6 << 30
@@ -29,16 +29,16 @@ COMPILE_BYTES = 6 << 30
 class Steps:
     """What a run does with a case; tests put their own here."""
 
-    key: Callable[[Case], str] = program_key
-    compile: Callable[[Case], Program] = compile_case
+    key: Callable[[AnyCase], str] = program_key
+    compile: Callable[[AnyCase], Program] = compile_case
     stop: Callable[[], None] = stop_children
-    report: Callable[[Case, Program], CaseReport] = lambda case, program: report_case(
+    report: Callable[[AnyCase, Program], CaseReport] = lambda case, program: report_case(
         case, program, load_machine(case.machine)
     )
 
 
 def run_cases(
-    cases: Sequence[Case],
+    cases: Sequence[AnyCase],
     jobs: int | None = None,
     progress: Progress | None = None,
     steps: Steps | None = None,
@@ -117,7 +117,7 @@ def outcome(report: CaseReport) -> str:
     return "not compiled again" if seconds is None else f"compiled in {seconds:.1f} s"
 
 
-def _run_group(cases: Sequence[Case], steps: Steps) -> list[CaseReport]:
+def _run_group(cases: Sequence[AnyCase], steps: Steps) -> list[CaseReport]:
     """Compile the first of cases that share a program, and report all of them on it."""
     try:
         program = steps.compile(cases[0])
@@ -129,7 +129,7 @@ def _run_group(cases: Sequence[Case], steps: Steps) -> list[CaseReport]:
     return [_reported(case, program, steps) for case in cases]
 
 
-def _reported(case: Case, program: Program, steps: Steps) -> CaseReport:
+def _reported(case: AnyCase, program: Program, steps: Steps) -> CaseReport:
     try:
         return steps.report(case, program)
     except ShardlabError as error:

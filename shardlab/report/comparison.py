@@ -9,6 +9,7 @@ from shardlab.agreement import Agreement, AgreementRow
 from shardlab.analysis import Analysis
 from shardlab.case_report import EMULATED_NOTE, CaseReport
 from shardlab.compare import Comparison, Unranked, dominant
+from shardlab.report.breakdown import mesh_text
 from shardlab.report.cost import token_text
 from shardlab.report.figures import (
     NONE,
@@ -19,6 +20,7 @@ from shardlab.report.figures import (
 )
 from shardlab.report.page import Cell, Column, Line, Mood, Page, Table, cell, lines
 from shardlab.spec.names import strategy_names
+from shardlab.spec.step import StepCase
 from shardlab.units import format_bytes, format_count, format_seconds
 
 WIDE_COLUMNS, COMPACT_COLUMNS = 150, 100
@@ -57,8 +59,17 @@ def _title(reports: Sequence[CaseReport]) -> str:
     machines = sorted({report.case.machine for report in reports})
     plans = len({report.case.plan.name for report in reports})
     count = "1 plan" if plans == 1 else f"{plans} plans"
-    work = f"{case.workload}, batch {case.batch}, sequence {case.seq}"
-    return f"{case.model.name} on {', '.join(machines)}: {count}, {work}; figures are per device and step"
+    work = ", ".join([case.workload, *_sizes(reports[0])])
+    return f"{case.subject} on {', '.join(machines)}: {count}, {work}; figures are per device and step"
+
+
+def _sizes(report: CaseReport) -> list[str]:
+    """Batch and sequence; of a step function those that it asked for."""
+    case = report.case
+    if not isinstance(case, StepCase):
+        return [f"batch {case.batch}", f"sequence {case.seq}"]
+    given = report.program.given if report.program is not None else {}
+    return [f"{name} {value}" for name, value in given.items() if name != "workload"]
 
 
 def _layout(width: int, by: str) -> tuple[tuple[Field, ...], ...]:
@@ -105,7 +116,10 @@ def _plan_cell(report: CaseReport, machines: bool) -> Cell:
     machine = (Line(f"on {report.case.machine}"),) if machines else ()
     token = token_text(report)
     per_token = () if token is None else (Line(f"{token} per token", "dim"),)
-    return (name, *machine, Line(", ".join(strategy_names(report.case.plan)), "dim"), *per_token)
+    plan = report.case.plan
+    own = isinstance(report.case, StepCase)  # which need not follow the plan's rules
+    label = mesh_text(plan.axes) if own else ", ".join(strategy_names(plan))
+    return (name, *machine, Line(label, "dim"), *per_token)
 
 
 def memory_cell(report: CaseReport) -> Cell:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from shardlab.case_report import EMULATED_NOTE, PATH_ENTRIES, CaseReport
+from shardlab.case_document import PATH_ENTRIES
+from shardlab.case_report import EMULATED_NOTE, CaseReport
 from shardlab.compare import refusal_reason
 from shardlab.report.breakdown import TIME_MEANS, TOP, audit_tables, mesh_text, traffic_tables
 from shardlab.report.comparison import time_text
@@ -13,13 +14,14 @@ from shardlab.report.figures import shares
 from shardlab.report.page import Column, Page, Table, cell, code
 from shardlab.report.step import path_tables, step_facts
 from shardlab.spec.names import strategy_names
+from shardlab.spec.step import StepCase
 from shardlab.units import format_bytes, format_count
 
 
 def explain_page(report: CaseReport, top: int = TOP) -> Page:
     """One case: what it is, whether it fits, what it moves and why. `top`: rows of the collectives table."""
     case = report.case
-    title = f"{case.plan.name} on {case.machine}: {case.model.name}, {case.workload}"
+    title = f"{case.plan.name} on {case.machine}: {case.subject}, {case.workload}"
     notes = (*((EMULATED_NOTE,) if report.emulated else ()), *report.notes)
     if report.analysis is None:
         return Page(title=title, facts=(*_case_facts(report), ("no analysis", _why(report))), notes=notes)
@@ -43,13 +45,22 @@ def _why(report: CaseReport) -> str:
 
 def _case_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
     case = report.case
-    names = ", ".join(strategy_names(case.plan))
-    return (
-        *((("plan", case.plan.description),) if case.plan.description else ()),
-        ("strategy", names),
-        ("mesh", mesh_text(case.plan.axes)),
-        ("workload", f"{case.workload}, batch {case.batch} sequences of {case.seq} tokens"),
-    )
+    described = (("plan", case.plan.description),) if case.plan.description else ()
+    mesh = ("mesh", mesh_text(case.plan.axes))
+    if isinstance(case, StepCase):
+        return (*described, mesh, *_step_facts(report))
+    work = f"{case.workload}, batch {case.batch} sequences of {case.seq} tokens"
+    return (*described, ("strategy", ", ".join(strategy_names(case.plan))), mesh, ("workload", work))
+
+
+def _step_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
+    """What the user's step function was given, and the programs that it returned."""
+    program = report.program
+    if program is None:
+        return ()
+    given = ", ".join(f"{name} {value}" for name, value in program.given.items())
+    names = ", ".join(f"{one.runs_per_step} × {one.name}" for one in program.programs)
+    return (*((("given", given),) if given else ()), ("programs", names))
 
 
 def _figure_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
@@ -63,7 +74,7 @@ def _figure_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
     if analysis is not None:
         facts.append(("sent", f"{format_bytes(analysis.totals.wire_bytes)} per device and step"))
     if (text := token_text(report)) is not None:
-        facts.append(("per token", f"{text}, per device; a step generates {report.case.batch}"))
+        facts.append(("per token", f"{text}, per device; a step generates {report.tokens}"))
     if report.communication_s is not None:
         facts.append(("comm. time", f"{time_text(report)} {TIME_MEANS}"))
     return (*facts, *step_facts(report))

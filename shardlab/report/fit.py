@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shardlab.capacity import Fit, FitRow
-from shardlab.case_report import CaseReport, Json, case_json
+from shardlab.case_document import Json, case_json
+from shardlab.case_report import CaseReport
 from shardlab.report.figures import NONE
 from shardlab.report.page import Cell, Column, Line, Page, Table, cell
 from shardlab.spec.names import strategy_names
@@ -51,14 +52,14 @@ def fit_page(fit: Fit) -> Page:
         ("longest sequence", _longest_seq(fit)),
     ]
     return Page(
-        title=f"What fits: {case.model.name} on {case.machine}",
+        title=f"What fits: {case.subject} on {case.machine}",
         facts=tuple(facts),
         tables=(_tried(fit.rows),),
         notes=fit.advice,
     )
 
 
-def _largest_batch(fit: Fit, seq: int) -> str:
+def _largest_batch(fit: Fit, seq: int | None) -> str:
     if fit.largest_batch is None:
         return "none that was tried fits"
     return f"{fit.largest_batch} sequences of {seq} tokens, with remat = {fit.remat}"

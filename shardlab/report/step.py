@@ -41,7 +41,8 @@ def energy_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
     energy, parts = report.energy, []
     if energy is not None and energy.energy_j is not None and energy.node_power_w is not None:
         parts.append(f"{format_count(energy.energy_j, 'J')} per step")
-        parts.append(f"{energy.joules_per_token:.3g} J per token")
+        if energy.joules_per_token is not None:
+            parts.append(f"{energy.joules_per_token:.3g} J per token")
         parts.append(f"{format_count(energy.node_power_w, 'W')} per host")
     if energy is not None and energy.usd_per_million_tokens is not None:
         parts.append(f"${energy.usd_per_million_tokens:.3g} per million tokens")

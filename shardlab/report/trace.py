@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from shardlab.case_report import Json
+from shardlab.case_document import Json
 from shardlab.cost.blocks import Block, Event
 from shardlab.cost.timeline import Timeline
 from shardlab.report.figures import axes_text

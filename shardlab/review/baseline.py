@@ -20,7 +20,7 @@ from shardlab.review.records import Side
 
 SCHEMA = "shardlab.baseline/1"
 SUFFIX = ".baseline.json"
-CASE = ("model", "machine", "batch", "seq", "workload")
+CASE = ("step", "model", "machine", "batch", "seq", "workload")
 TOTAL = "wire_bytes.total"
 MEMORY = "memory.peak"
 FLOPS = "compute.flops"

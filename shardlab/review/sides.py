@@ -9,8 +9,9 @@ from typing import Any
 
 from shardlab.analysis import Analysis, Attributed, analysis_from_json, attribute, merge
 from shardlab.analysis.document import SCHEMA as ANALYSIS
-from shardlab.case_report import SCHEMA as REPORT
-from shardlab.case_report import CaseReport, case_json
+from shardlab.case_document import SCHEMA as REPORT
+from shardlab.case_document import case_json
+from shardlab.case_report import CaseReport
 from shardlab.compare import SCHEMA as COMPARISON
 from shardlab.compare import refusal_reason
 from shardlab.cost.instructions import step_cost
@@ -70,7 +71,7 @@ def side_of_report(report: CaseReport, name: str = "") -> Side:
 
 def _side_of_hlo(source: Any, name: str, axes: Mapping[str, int] | None, machine: Machine | None) -> Side:
     parts = tuple(attribute(source, axes, None, machine))
-    analysis = merge([part.analysis for part in parts])
+    analysis = merge([part.per_step for part in parts])
     costs = [step_cost(part.module, part.analysis.modules[0].backend) for part in parts]
     totals = [cost.flops.total for cost in costs]
     known: dict[str, Any] = {

@@ -53,9 +53,19 @@ class Case(BaseModel):
     workload: Workload = "train"
     scan_layers: bool = True
 
+    @property
+    def subject(self) -> str:
+        """What is compiled: the model's name."""
+        return self.model.name
+
+    @property
+    def work(self) -> tuple[object, ...]:
+        """What cases that are compared must share."""
+        return (self.model, self.batch, self.seq, self.workload)
+
     def on(self, machine: str) -> Case:
         """The same case on another machine. Raises UserError when the plan has another number of devices."""
-        return self.model_copy(update={"machine": _machine_spec(self.plan, machine)})
+        return self.model_copy(update={"machine": machine_spec(self.plan, machine)})
 
     def load_machine(self) -> Machine:
         """The machine as a record."""
@@ -237,7 +247,7 @@ def _resolved(plan: Plan, model: str | ModelConfig | None, machine: str | None) 
     except UserError as error:
         problems += error.problems
     try:
-        spec = _machine_spec(plan, machine)
+        spec = machine_spec(plan, machine)
     except UserError as error:
         problems += error.problems
     if config is None or spec is None:
@@ -256,7 +266,7 @@ def _config(plan: Plan, model: str | ModelConfig | None) -> ModelConfig:
     return find_model(name)
 
 
-def _machine_spec(plan: Plan, machine: str | None) -> str:
+def machine_spec(plan: Plan, machine: str | None) -> str:
     """The machine as written, with as many devices as the plan has."""
     spec = machine or plan.on
     if spec is None:

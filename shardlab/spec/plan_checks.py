@@ -13,6 +13,7 @@ from shardlab.spec.models import find_model
 from shardlab.spec.plan_schema import BlockTable, Check, Method, PlanTable
 from shardlab.spec.sharding import ACTIVATION_ARRAYS, BLOCK_ARRAYS, CACHE_ARRAY, PARAM_ARRAYS, double_use
 
+STEP = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")  # package.module:make_step
 PARAM_AXES = (
     "embed", "latent", "heads", "kv_heads", "head_dim", "mlp", "vocab", "layers", "expert", "stage",
 )  # fmt: skip
@@ -303,9 +304,11 @@ def context_problems(activations: Rules, method: Method, where: Where) -> list[P
 
 
 def check_problems(check: Check, where: Where) -> list[Problem]:
-    """The model of `[check]` is known; batch and seq are at least 1."""
+    """The model of `[check]` is known (a step's own may be called anything); batch and seq are at least 1."""
     problems: list[Problem] = []
-    if check.model is not None:
+    if check.step is not None:
+        problems += step_problems(check.step, where(("check", "step")))
+    elif check.model is not None:
         try:
             find_model(check.model, where(("check", "model")))
         except UserError as error:
@@ -315,6 +318,19 @@ def check_problems(check: Check, where: Where) -> list[Problem]:
         if value is not None and value < 1:
             problems.append(Problem(where(("check", key)), f"{value}", "use 1 or more"))
     return problems
+
+
+def step_problems(step: str, where: str = "--step") -> tuple[Problem, ...]:
+    """What is wrong with a step's name."""
+    module, _, function = step.partition(":")
+    if STEP.fullmatch(step) and not module.endswith(".py"):
+        return ()
+    if module.endswith(".py"):
+        dotted = module.removesuffix(".py").strip("./").replace("/", ".")
+        fix = f"write it as a module: {dotted}:{function or 'make_step'}"
+    else:
+        fix = "write it as package.module:make_step"
+    return (Problem(where, f"{step[:80]!r} is no function of a module", fix),)
 
 
 def flags_problems(flags: Sequence[str], where: Where) -> list[Problem]:

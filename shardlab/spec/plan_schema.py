@@ -45,6 +45,7 @@ class Check(BaseModel):
     batch: int | None = None
     seq: int | None = None
     workload: Literal["train", "prefill", "decode"] = "train"
+    step: str | None = None
 
 
 class BlockTable(BaseModel):

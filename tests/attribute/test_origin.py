@@ -34,6 +34,12 @@ STEP = "jit(train_step)"
             "layers/mlp/gate",
         ),
         (f"{STEP}/optimizer/reduce_sum", "optimizer", False, "optimizer"),
+        (
+            f"{STEP}/jvp(layers)/mlp/mul;{STEP}/transpose(jvp(layers))/mlp/add",
+            "backward",
+            False,
+            "layers/mlp",
+        ),
         (f"{STEP}/reduce_sum", "other", False, ""),
         ("x", "other", False, ""),
         ("", "other", False, ""),

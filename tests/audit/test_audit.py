@@ -297,7 +297,7 @@ def test_the_arrays_of_a_combined_gather_are_one_finding() -> None:
         "  q = f32[32,256]{1,0} parameter(1)\n"
         f"  g = (f32[256,256], f32[128,256]) all-gather(p, q), dimensions={{0}}, {GROUPS}\n"
         "  d = f32[256,256] get-tuple-element(g), index=0\n  e = f32[128,256] get-tuple-element(g), index=1\n"
-        f"  c = {CONVERT}\n  f = bf16[128,256] convert(e), metadata={{op_name=\"b\"}}\n"
+        f'  c = {CONVERT}\n  f = bf16[128,256] convert(e), metadata={{op_name="b"}}\n'
         "  ROOT r = (bf16[256,256], bf16[128,256]) tuple(c, f)\n"
     )
     (finding,) = audit_sources(module_of(gather))[1]

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardlab.attribute.calls import call_graph
-from shardlab.case_report import report_case, to_json
+from shardlab.case_document import to_json
+from shardlab.case_report import report_case
 from shardlab.cost.blocks import Block, Event, PathEntry
 from shardlab.cost.stages import WAIT, staged
 from shardlab.cost.timeline import Timeline, simulate

@@ -10,7 +10,8 @@ import pytest
 from case_reports import infeasible_report, memory, refused, report
 from command_line import HLO
 
-from shardlab.case_report import CaseReport, to_json
+from shardlab.case_document import to_json
+from shardlab.case_report import CaseReport
 from shardlab.errors import ParseError, UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.program import Memory, Program
