@@ -31,7 +31,10 @@ _PLUMBING = frozenset(
         "run_state", "mul_to_shard_map",
     }
 )  # fmt: skip
-_BRANCH = re.compile(r"branch_\d+_fun")
+_JAX = re.compile(r"(p?jit|pmap|xmap)\(")
+_NO_SCOPE = re.compile(
+    r"branch_\d+_fun|(aten|prim|torch_xla|xla)__\w+(\.\d+)?"
+)  # nor operations of PyTorch/XLA
 _WRAPPER = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\((.*)\)", re.DOTALL)
 # Wrappers whose argument is a scope; the argument of any other (`jit`, `pjit`) names a function.
 _TRANSFORMS = frozenset({"jvp", "transpose", "vmap", "remat", "checkpoint", "linearize", "pmap", "batch"})
@@ -112,12 +115,15 @@ def _phase_of_path(parts: Sequence[str], training: bool) -> tuple[str, bool]:
         return "backward", recompute
     if any(_is_wrapped(part, "jvp") for part in parts):
         return "forward", False
-    return "other" if training or len(parts) < 2 else "forward", False
+    known = len(parts) > 1 and _JAX.match(
+        parts[0]
+    )  # what another framework calls its operations says nothing
+    return "forward" if known and not training else "other", False
 
 
 def _scopes(parts: Iterable[str]) -> list[str]:
     scopes = map(_unwrapped, parts)
-    return [s for s in scopes if s and s not in _PLUMBING and not _BRANCH.fullmatch(s)]
+    return [s for s in scopes if s and s not in _PLUMBING and not _NO_SCOPE.fullmatch(s)]
 
 
 def _alternatives(op_name: str) -> list[list[str]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from shardlab.attribute.schedule import Range
 from shardlab.cost.blocks import Block, Event, PathEntry, scaled_path
@@ -134,10 +133,6 @@ def flops_together(parts: Sequence[tuple[Flops, int]]) -> Flops:
         unknown=tuple(one for flops, _ in parts for one in flops.unknown),
         notes=tuple(dict.fromkeys(note for flops, _ in parts for note in flops.notes)),
     )
-
-
-def _of_dtype(flops: Flops, dtype: str) -> int | None:
-    return flops.by_dtype.get(dtype, 0)
 
 
 def _sum(amounts: Iterable[tuple[int | None, int]]) -> int | None:
