@@ -1,6 +1,6 @@
 """How long one collective takes with nothing else on its links: latency and bandwidth, by placement.
 
-Four kinds of link, four forms. S is the full array, n the group's size, rounds 2 for all-reduce and 1 else.
+Five kinds of link, five forms. S is the full array, n the group's size, rounds 2 for all-reduce and 1 else.
 
 - Inside one NVLink, xGMI or PCIe domain (NCCL): a ring of rounds · (n-1) steps, or, where the switch can
   reduce, NVLS, which sends and receives the array once: `launch + steps · latency + bytes / (rate ·
@@ -13,6 +13,7 @@ Four kinds of link, four forms. S is the full array, n the group's size, rounds 
 - A TPU torus: the scaling book's forms (`network`), latency · hops added, not the larger of the two, as the
   Ironwood gathers measured are 13 µs late at every size.
 - Between TPU slices (DCN): the hierarchy that `traffic` counts, rounds · (D-1) steps.
+- Between CPU hosts (gloo): one ring per group, whose steps all wait for the slowest link (`cost/gloo.py`).
 
 Machines without calibration are priced at their datasheet's rate.
 """
@@ -21,10 +22,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Protocol
 
+from shardlab.cost.gloo import GlooCollective, gloo_collective, inner_size, level_loads, uses_gloo
 from shardlab.cost.network import gather_hops
 from shardlab.cost.shapes import (
     ALL_TO_ALL,
@@ -50,7 +52,7 @@ PEERS_AT_ONCE = 4
 class CollectiveTime:
     """One execution of a collective, alone on its links.
 
-    algorithm: ring, nvls, tree, direct, hierarchical, flat (uneven groups: an upper bound) or none.
+    algorithm: ring, nvls, tree, direct, hierarchical, flat (uneven groups: an upper bound), gloo's, or none.
     latency_s: launch, steps, and pipelines that fill: links carry nothing. bandwidth_s: the busiest tier.
     tier_s: seconds that each device's links of a tier are busy: what others that share them wait for.
     """
@@ -119,6 +121,9 @@ def collective_time(
     ids = tuple(device_ids) if device_ids is not None else None
     if not row.wire_bytes:
         return NOTHING
+    if uses_gloo(machine):
+        found = gloo_collective(row.kind, row.payload_bytes, members.groups, members.pairs)
+        return _gloo_time(found, machine, ids) if found.sends else None
     if row.kind in POINT_TO_POINT:
         pairs = tuple((source, target) for source, target in members.pairs)
         return _pairs_time(row.wire_bytes, pairs, machine, ids) if pairs else None
@@ -138,6 +143,21 @@ def collective_time(
     ]
     known = [time for time in times if time is not None]
     return _at_once(known) if len(known) == len(times) else None
+
+
+def _gloo_time(found: GlooCollective, machine: Machine, device_ids: Ids | None) -> CollectiveTime | None:
+    """All groups at once over the links of their hosts. Every step waits for the slowest level's latency."""
+    uses = []
+    for level, load in enumerate(level_loads(found, machine, device_ids)):
+        domain = machine.domains[level]
+        if not load.busy_bytes:
+            continue
+        if domain.bytes_per_s is None:
+            return None
+        rate = domain.bytes_per_s * inner_size(machine, level) * domain.calibration.efficiency
+        uses.append(_Use(domain=domain, busy_s=float(load.busy_bytes) / rate))
+    waiting_s = found.steps * max((use.domain.latency_s or 0.0 for use in uses), default=0.0)
+    return _run(found.algorithm, [replace(use, waiting_s=waiting_s / len(uses)) for use in uses])
 
 
 def group_time(

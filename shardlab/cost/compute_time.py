@@ -31,6 +31,7 @@ from shardlab.hardware.measured import (
     bandwidths,
     chip_tables,
     compute_constants,
+    cpu_tables,
 )
 
 ATTENTION_KERNEL = "cudnn"  # what a `__cudnn$fmha` call runs
@@ -82,7 +83,8 @@ class ComputeTimes:
         """Seconds that the bytes take, without overhead. What is neither HBM nor the host's is VMEM."""
         moved = traffic.read_bytes + traffic.written_bytes
         share = traffic.read_bytes / moved if moved else 0.0
-        hbm_s = moved / (self.hbm_bytes_per_s * hbm_share(self.tables.hbm, share)) if moved else 0.0
+        reached = 1.0 if self.chip.family == "cpu" else hbm_share(self.tables.hbm, share)
+        hbm_s = moved / (self.hbm_bytes_per_s * reached) if moved else 0.0
         vmem = float(compute_constants()["tpu"]["vmem_over_hbm"]) * self.hbm_bytes_per_s
         host_rate = (self.tables.host_gb_per_s or math.inf) * 1e9 / self.chip.xla_devices
         host_s = traffic.host_bytes / host_rate
@@ -128,8 +130,11 @@ def _basis(measured: bool, source: str) -> str:
 
 
 def compute_times(chip: Chip) -> ComputeTimes | None:
-    """The prices of a chip; None where it has no datasheet rates or no tables are near enough."""
-    tables = chip_tables(chip.compile_as or chip.name)
+    """The prices of a chip; None where it has no datasheet rates or no tables are near enough.
+
+    A CPU has no tables: the rates in its machine file are measured ones.
+    """
+    tables = cpu_tables(chip.name) if chip.family == "cpu" else chip_tables(chip.compile_as or chip.name)
     if tables is None or chip.bf16_flops_per_s is None or chip.memory_bytes_per_s is None:
         return None
     return ComputeTimes(

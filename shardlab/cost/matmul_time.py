@@ -5,6 +5,7 @@ them, so time rises in steps of m and n (Nvidia, "Matrix Multiplication Backgrou
 wave quantization). The best of a library's tiles is taken. What that leaves unexplained at the points of
 XLA's measured grid is interpolated between them (log2 of m, n, k and batch) and held beyond them.
 TPU: extents are padded to the matrix unit, and the measured curve is one of the cube with as many FLOPs.
+CPU: FLOPs over the rate that was measured.
 A chip with measured products of its own, but no grid, is scaled by the median of measured / predicted.
 """
 
@@ -57,6 +58,9 @@ class MatmulTimes:
         return self._unscaled_s(shape, kind) * self.scale.get(kind, 1.0)
 
     def _unscaled_s(self, shape: MatmulShape, kind: str) -> float:
+        if self.family == "cpu":
+            flops = 2 * shape.batch * shape.m * shape.n * shape.k
+            return float(compute_constants()["cpu"]["kernel_s"]) + flops / self._peak(kind)
         if self.family == "gpu":
             left = _grid_residual(self.tables.matmul, kind, shape.batch, shape.m, shape.n, shape.k)
             return _tiled_s(shape, self._peak(kind), self.tables.cores) * left

@@ -1,7 +1,7 @@
 """What each kind of link carries for one collective, and how long that takes.
 
-Bytes follow the model of `shapes` (DESIGN section 3), whatever algorithm carries them out; time follows
-`collective_time`.
+Bytes follow the model of `shapes` (DESIGN section 3), whatever algorithm carries them out, but gloo's, which
+are known (`gloo`); time follows `collective_time`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from shardlab.cost.collective_time import CollectiveTime, collective_time
+from shardlab.cost.gloo import gloo_collective, level_loads, uses_gloo
 from shardlab.cost.shapes import (
     ALL_TO_ALL,
     POINT_TO_POINT,
@@ -94,6 +95,10 @@ def traffic_of(
     time = collective_time(row, joined, machine, ids)
     if not wire_bytes or (not groups and not pairs):
         return _combined([[] for _ in machine.domains], machine, "none", time)
+    if uses_gloo(machine):
+        found = gloo_collective(kind, payload_bytes, joined.groups, joined.pairs)
+        sent = [load.device_bytes for load in level_loads(found, machine, ids)]
+        return _combined([[LevelLoad(one, Fraction(1))] for one in sent], machine, found.algorithm, time)
     if kind in POINT_TO_POINT:
         lie = pair_shape(joined.pairs, machine, ids)
         each = wire_bytes / lie.most if lie.most else Fraction(0)

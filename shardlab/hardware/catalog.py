@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from shardlab.errors import Problem, UserError
@@ -117,13 +118,23 @@ def _host_machine(file: MachineFile, spec: str, size: str) -> Machine:
     sizes = [span * chips * file.chip.xla_devices for span in spans]
     return Machine(
         spec=spec,
-        chip=file.chip,
+        chip=_shared(file.chip, devices) if file.shares_cores else file.chip,
         num_devices=devices,
         domains=_domains(file, sizes),
         hosts=hosts,
         power_static_w=file.power_static_w,
         power_active_w=file.power_active_w,
         price_per_hour_usd=file.price_per_hour_usd,
+    )
+
+
+def _shared(chip: Chip, devices: int) -> Chip:
+    """What each of the devices of one computer gets of its rates."""
+    flops, rate = chip.bf16_flops_per_s, chip.memory_bytes_per_s
+    return replace(
+        chip,
+        bf16_flops_per_s=None if flops is None else flops / devices,
+        memory_bytes_per_s=None if rate is None else rate / devices,
     )
 
 

@@ -104,11 +104,15 @@ class Torus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineFile:
-    """One machine file: the chip, how hosts hold it, and the rules for its domains, innermost first."""
+    """One machine file: the chip, how hosts hold it, and the rules for its domains, innermost first.
+
+    shares_cores: its hosts are parts of one computer, whose rates the chip has: each device gets its share.
+    """
 
     chip: Chip
     max_chips_per_host: int
     domains: tuple[DomainRule, ...]
+    shares_cores: bool = False
     torus: Torus | None = None
     hosts: int | None = None
     chips_per_host: int | None = None

@@ -17,7 +17,7 @@ _MACHINE: _Fields = {
     "chips_per_host": (_COUNT, False), "max_chips_per_host": (_COUNT, True), "source": (_MAP, False),
     "domain": ((list,), True), "torus": (_MAP, False), "power_static_w": (_FIGURE, False),
     "power_active_w": (_FIGURE, False),
-    "price_per_hour_usd": (_FIGURE, False),
+    "price_per_hour_usd": (_FIGURE, False), "shares_cores": ((bool,), False),
 }  # fmt: skip
 _CHIP: _Fields = {
     "name": (_TEXT, True), "family": (_TEXT, True), "compile_as": (_TEXT, False),
@@ -43,7 +43,14 @@ _TORUS: _Fields = {
     "max_chips": (_COUNT, True), "shapes": ((list,), True), "cube": (_COUNT, False),
     "wrap_extent": (_COUNT, False), "source": (_TEXT, False),
 }  # fmt: skip
-_TYPE_NAMES = {str: "a string", int: "a whole number", float: "a number", dict: "a table", list: "a list"}
+_TYPE_NAMES = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    dict: "a table",
+    list: "a list",
+    bool: "true or false",
+}
 
 
 def machine_problems(

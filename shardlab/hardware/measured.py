@@ -172,6 +172,11 @@ def chip_tables(name: str) -> ChipTables | None:
     return ChipTables(**({"name": known, "gemm": known} | chips[known]))
 
 
+def cpu_tables(name: str) -> ChipTables:
+    """Of CPU hosts, whose machine file has what was measured on them."""
+    return ChipTables(name=name, matmul=name, hbm=name, attention=name, gemm=name, measured=True)
+
+
 def _rows(file: str) -> list[dict[str, str]]:
     lines = (MEASURED / file).read_text("utf-8").splitlines()
     return list(csv.DictReader(line for line in lines if not line.startswith("#")))

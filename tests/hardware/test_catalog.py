@@ -293,7 +293,7 @@ def test_every_mistake_of_a_machine_file_at_once(tmp_path: Path) -> None:
     fix = "write extents of two or three axes each: [[2, 2], [2, 4]]"
     keys = (
         "description, chip, hosts, chips_per_host, max_chips_per_host, source, domain, torus, "
-        "power_static_w, power_active_w, price_per_hour_usd"
+        "power_static_w, power_active_w, price_per_hour_usd, shares_cores"
     )
     assert str(caught.value).splitlines() == [
         f"{path}:3: speed: unknown key; known keys: {keys}",

@@ -1,0 +1,181 @@
+"""What gloo sends: XLA:CPU's library between processes, with one rank for every device.
+
+Its algorithms are not those of NCCL, and one of them is not bandwidth-optimal (S as in DESIGN section 3, n
+ranks in the order of the replica group):
+
+- all-reduce: one ring, rank r to r - 1, 2 (n-1)/n · S each (`gloo/allreduce.cc`, RING, which
+  `xla/backends/cpu/collectives/gloo_communicator.cc` asks for).
+- all-gather: one ring, rank r to r + 1, (n-1)/n · S each (`gloo/allgather.cc`).
+- reduce-scatter: halving with the rank at distance 1, 2, 4, …; that leaves chunks in bit-reversed order, and
+  ranks whose number is not its own reverse send their S/n once more (`gloo/reduce_scatter.h`). Here n is a
+  power of two; for another n the bytes are those of S/n to every rank, and `exact` is false.
+- all-to-all and collective-permute: straight to each peer (`gloo_communicator.cc`).
+
+(facebookincubator/gloo @cc441984, openxla/xla @3e1a45f9 and @f07f240f.) There is one ring and no hierarchy:
+of a group that fills two sites, one device of each sends the whole ring's bytes across. All groups run at
+once and share their site's link. Devices of one process talk over the loopback interface. A collective of
+several arrays runs them one after the other.
+
+A message is sent when its receiver has said that it is ready, and that word waits behind what the receiver is
+sending to the same rank itself (`gloo/transport/tcp/pair.cc`: one queue for each pair). So where two ranks
+send to each other and post their send first, as all but all-reduce do, they take turns: a permute, an
+all-to-all or a reduce-scatter between two ranks takes twice as long as its bytes on a full-duplex link, an
+all-gather, which sends two halves, one and a half times (measured between two namespaces: 1.97 and 1.50).
+Among more ranks the pairs of an all-to-all fill part of each other's gaps: taken as half of them.
+
+Each message also has three headers of 48 bytes: the data's own, and a word of either side that it is ready.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from shardlab.hardware.machine import Machine
+
+Sends = Mapping[tuple[int, int], Fraction]
+_Sends = defaultdict[tuple[int, int], Fraction]
+HEADER_BYTES = 48
+ALL_TO_ALL = "gloo to each"
+_POINT_TO_POINT = frozenset({"collective-permute", "send"})
+# How much of what a rank sends to a peer waits for what it receives from that peer: one over the messages.
+_IN_TURN = {"all-reduce": Fraction(0), "all-gather": Fraction(1, 2)}
+
+
+def uses_gloo(machine: Machine) -> bool:
+    """Whether collectives run in gloo: CPU hosts with links between them, not emulated devices."""
+    return machine.chip.family == "cpu" and not machine.emulated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlooCollective:
+    """One execution: bytes from a rank to another, and how many messages follow each other.
+
+    sends: by (sending, receiving) mesh position. in_turn: the part of what a pair of ranks receives from each
+    other that it waits for before it sends. exact: whether gloo's algorithm is written out above.
+    """
+
+    algorithm: str
+    sends: Sends
+    steps: int
+    in_turn: Fraction = Fraction(1)
+    exact: bool = True
+
+
+def gloo_collective(
+    kind: str, payload_bytes: int, groups: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]]
+) -> GlooCollective:
+    """What one execution of a collective sends; payload_bytes is S of the largest group."""
+    sends: _Sends = defaultdict(Fraction)
+    if kind in _POINT_TO_POINT:
+        for source, target in pairs:
+            if source != target:
+                sends[source, target] += payload_bytes
+        return GlooCollective(algorithm="gloo direct", sends=sends, steps=1)
+    largest, exact, steps = max(map(len, groups), default=1), True, 0
+    for group in groups:
+        n = len(group)
+        if n < 2:
+            continue
+        full = Fraction(payload_bytes * n, largest) if kind == "all-gather" else Fraction(payload_bytes)
+        if kind == "all-reduce":
+            _ring(group, -1, full * 2 * (n - 1) / n, sends)
+            steps = max(steps, 2 * (n - 1))
+        elif kind == "all-gather":
+            _ring(group, 1, full * (n - 1) / n, sends)
+            steps = max(steps, n - 1)
+        elif kind == "reduce-scatter" and n & (n - 1) == 0:
+            _halving(group, full, sends)
+            steps = max(steps, n.bit_length())
+        else:
+            exact = exact and kind == "all-to-all"
+            _to_each(group, full / n, sends)
+            steps = max(steps, 1)
+    name = {"all-reduce": "ring", "all-gather": "ring", "reduce-scatter": "halving"}.get(kind, "to each")
+    return GlooCollective(
+        algorithm=f"gloo {name}",
+        sends=sends,
+        steps=steps,
+        in_turn=_IN_TURN.get(kind, Fraction(1)),
+        exact=exact,
+    )
+
+
+def header_bytes(kind: str, sends: Sends, size: int) -> Mapping[tuple[int, int], int]:
+    """What gloo's own headers add to `sends` for each array, in groups of `size`: two for a message, and one
+    back. Arrays with fewer elements than messages have less.
+    """
+    messages = {"all-reduce": 4 * (size - 1), "all-gather": 2 * (size - 1)}.get(kind, 1)
+    found: defaultdict[tuple[int, int], int] = defaultdict(int)
+    for source, target in sends:
+        found[source, target] += 2 * HEADER_BYTES * messages
+        found[target, source] += HEADER_BYTES * messages
+    return found
+
+
+def _ring(group: Sequence[int], to: int, sent: Fraction, sends: _Sends) -> None:
+    for rank, position in enumerate(group):
+        sends[position, group[(rank + to) % len(group)]] += sent
+
+
+def _halving(group: Sequence[int], full: Fraction, sends: _Sends) -> None:
+    n = len(group)
+    bits = n.bit_length() - 1
+    for rank, position in enumerate(group):
+        for bit in range(bits):
+            sends[position, group[rank ^ (1 << bit)]] += full / 2 ** (bit + 1)
+        reverse = int(f"{rank:0{bits}b}"[::-1], 2)
+        if reverse != rank:
+            sends[position, group[reverse]] += full / n
+
+
+def _to_each(group: Sequence[int], piece: Fraction, sends: _Sends) -> None:
+    for source in group:
+        for target in group:
+            if source != target:
+                sends[source, target] += piece
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What one level carries in one execution, bytes.
+
+    device: sent by the busiest device. uplink: out of, or into, the busiest of the domains that the level
+    joins. busy: the same with what waits for its turn, as if it were sent.
+    """
+
+    device_bytes: Fraction
+    uplink_bytes: Fraction
+    busy_bytes: Fraction
+
+
+def level_loads(found: GlooCollective, machine: Machine, device_ids: Sequence[int] | None) -> list[Load]:
+    """Bytes by level of the machine's domains: each send goes over the innermost that holds both devices."""
+    by_device: list[defaultdict[int, Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
+    uplinks: list[defaultdict[tuple[str, int], Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
+    turns: list[Fraction] = [Fraction(0)] * len(machine.domains)
+    for (source, target), sent in found.sends.items():
+        a, b = (source, target) if device_ids is None else (device_ids[source], device_ids[target])
+        level = next(i for i, domain in enumerate(machine.domains) if a // domain.size == b // domain.size)
+        inner = inner_size(machine, level)
+        by_device[level][a] += sent
+        uplinks[level]["out", a // inner] += sent
+        uplinks[level]["in", b // inner] += sent
+        turns[level] = max(turns[level], sent + found.in_turn * found.sends.get((target, source), 0))
+    loads = []
+    for devices, links, turn in zip(by_device, uplinks, turns, strict=True):
+        most = max(links.values(), default=Fraction(0))
+        busy = max(most, turn)
+        if found.algorithm == ALL_TO_ALL and busy > turn:
+            busy = most * (1 + found.in_turn / 2)
+        loads.append(
+            Load(device_bytes=max(devices.values(), default=Fraction(0)), uplink_bytes=most, busy_bytes=busy)
+        )
+    return loads
+
+
+def inner_size(machine: Machine, level: int) -> int:
+    """Devices in each of the domains that this level joins."""
+    return machine.domains[level - 1].size if level else 1
