@@ -27,6 +27,17 @@ make_venv() {
   "$python" -m venv "$venv"
 }
 
+# need_chromium: the distribution's browser and its driver, for the tests marked `browser`.
+need_chromium() {
+  if command -v chromedriver >/dev/null && { command -v chromium || command -v google-chrome; } >/dev/null; then
+    return
+  fi
+  local root=()
+  [ "$(id -u)" = 0 ] || root=(sudo)
+  "${root[@]}" apt-get update -q
+  "${root[@]}" apt-get install -q -y --no-install-recommends chromium chromium-driver
+}
+
 # readme_test_command VENV [pytest arguments]: runs the command that the README gives, in VENV instead of .venv.
 readme_test_command() {
   local venv=$1 command

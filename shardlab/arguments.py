@@ -33,6 +33,7 @@ examples:
   shardlab explain meshes/cpu8-fsdp.toml --model gpt2-124m
   shardlab explain plan.toml --model llama3-70b --on v5p:8x8x8 --save step.program
   shardlab explain meshes/cpu8-fsdp.toml --step experiments.steps.mlp:make_step
+  shardlab explain plan.toml --model llama3-70b --html report.html
 """
 COMPARE_EXAMPLES = """\
 examples:
@@ -128,6 +129,7 @@ def _add_analyze(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--audit", action="store_true", help="list what could be saved, and how")
     verb.add_argument("--strict", action="store_true", help="exit 1 when something was not counted exactly")
     _add_format(verb)
+    _add_html(verb)
 
 
 def _add_explain(verb: argparse.ArgumentParser) -> None:
@@ -140,6 +142,7 @@ def _add_explain(verb: argparse.ArgumentParser) -> None:
     _add_order(verb)
     _add_cache(verb)
     _add_format(verb)
+    _add_html(verb)
     verb.add_argument("--hlo", metavar="FILE", help="write the compiled HLO text")
     verb.add_argument("--save", metavar="FILE", help="write the whole program, for analyze")
     verb.add_argument("--trace", metavar="FILE", help="write the predicted step as a Perfetto/Chrome trace")
@@ -240,6 +243,10 @@ def _add_format(verb: argparse.ArgumentParser) -> None:
     formats = verb.add_mutually_exclusive_group()
     formats.add_argument("--json", action="store_true", help="print one JSON document")
     formats.add_argument("--markdown", action="store_true", help="print Markdown")
+
+
+def _add_html(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--html", metavar="FILE", help="write a report for the browser: one file, no network")
 
 
 def _positive(text: str) -> int:

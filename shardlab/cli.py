@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,17 +18,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardlab.arguments import parse_axes, parse_device_ids, parser
-from shardlab.errors import Problem, ShardlabError, UserError
+from shardlab.errors import ShardlabError
+from shardlab.output import (
+    check_html,
+    check_writable,
+    columns,
+    one_line_each,
+    print_json,
+    print_page,
+    write_html,
+    write_program,
+    write_trace,
+)
 
 if TYPE_CHECKING:
     from shardlab.analysis import Analysis
     from shardlab.audit import Finding
-    from shardlab.case_report import CaseReport
     from shardlab.lab.cache import Cache
     from shardlab.lab.cases import Question
     from shardlab.order import Orders
-    from shardlab.program import Program
-    from shardlab.report.page import Page
 
 INTERRUPTED = 130
 
@@ -43,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ShardlabError as error:
-        print(_one_line_each(error), file=sys.stderr)
+        print(one_line_each(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -77,7 +84,7 @@ def _print_analysis(
             from shardlab.order import orders_member
 
             document |= orders_member(orders)
-        _print_json(document)
+        print_json(document)
         return
     from shardlab.report.breakdown import analysis_page
 
@@ -86,13 +93,14 @@ def _print_analysis(
         from shardlab.report.order import with_orders
 
         page = with_orders(page, orders)
-    _print_page(page, args.markdown)
+    print_page(page, args.markdown)
 
 
 def run_analyze(args: argparse.Namespace) -> int:
     """`shardlab analyze`: exit 1 only with --strict and a ledger that is not empty."""
     from shardlab.analysis import attribute, merge
 
+    check_html(args.html)
     machine = None
     if args.on:
         from shardlab.hardware.catalog import load_machine
@@ -100,18 +108,22 @@ def run_analyze(args: argparse.Namespace) -> int:
         machine = load_machine(args.on)
     axes = _axes_of_mesh(args.mesh) if args.mesh else parse_axes(args.axes)
     parts = attribute(args.paths, axes, parse_device_ids(args.device_ids), machine)
-    kept = tuple(parts) if args.order or args.audit else ()
+    kept = tuple(parts) if args.order or args.audit or args.html else ()
     orders = findings = None
     if args.order:
         from shardlab.order import best_orders
 
         orders = best_orders(kept, machine)
-    if args.audit:
+    if args.audit or args.html:
         from shardlab.audit import audit_parts
 
         findings = audit_parts(kept, machine)
     analysis = merge([part.per_step for part in kept or parts])
-    _print_analysis(args, analysis, findings, orders)
+    if args.html:
+        from shardlab.report.html.case import analysis_report
+
+        write_html(analysis_report(analysis, findings, orders), args.html)
+    _print_analysis(args, analysis, findings if args.audit else None, orders)
     return 1 if args.strict and analysis.ledger else 0
 
 
@@ -122,21 +134,26 @@ def run_explain(args: argparse.Namespace) -> int:
     from shardlab.order import orders_member
 
     for path in filter(None, (args.hlo, args.save, args.trace)):
-        _check_writable(path)
+        check_writable(path)
+    check_html(args.html)
     machines = (args.on,) if args.on else ()
     with _cache(args) as cache:
         report = explain_plan(args.mesh, _question(args, machines), progress=sys.stderr, steps=cache.steps())
-    _write_program(report.program, args.hlo, args.save)
+    write_program(report.program, args.hlo, args.save)
     if args.trace:
-        _write_trace(report, args.trace)
+        write_trace(report, args.trace)
     orders = orders_of(report) if args.order else None
+    if args.html:
+        from shardlab.report.html.case import case_report
+
+        write_html(case_report(report, orders), args.html)
     if args.json:
-        _print_json(to_json(report, instructions=True) | orders_member(orders))
+        print_json(to_json(report, instructions=True) | orders_member(orders))
     else:
         from shardlab.report.explain import explain_page
         from shardlab.report.order import with_orders
 
-        _print_page(with_orders(explain_page(report), orders), args.markdown)
+        print_page(with_orders(explain_page(report), orders), args.markdown)
     return 0
 
 
@@ -155,12 +172,12 @@ def run_compare(args: argparse.Namespace) -> int:
             steps=cache.steps(),
         )
     if args.json:
-        _print_json(comparison_json(comparison))
+        print_json(comparison_json(comparison))
     else:
         from shardlab.report.comparison import WIDE_COLUMNS, comparison_page
 
-        width = WIDE_COLUMNS if args.markdown else _columns()
-        _print_page(comparison_page(comparison, width), args.markdown)
+        width = WIDE_COLUMNS if args.markdown else columns()
+        print_page(comparison_page(comparison, width), args.markdown)
     return 0
 
 
@@ -174,9 +191,9 @@ def run_fit(args: argparse.Namespace) -> int:
         steps = cache.steps(find_largest_batch=False)
         fit = fit_model(_question(args, machines), args.mesh, progress=sys.stderr, steps=steps)
     if args.json:
-        _print_json(fit_json(fit))
+        print_json(fit_json(fit))
     else:
-        _print_page(fit_page(fit), args.markdown)
+        print_page(fit_page(fit), args.markdown)
     return 0
 
 
@@ -187,7 +204,7 @@ def run_search(args: argparse.Namespace) -> int:
     from shardlab.program import write_atomically
 
     if args.save:
-        _check_writable(args.save)
+        check_writable(args.save)
     with _cache(args) as cache:
         question = _question(args, (args.on,))
         found = search_plans(question, progress=sys.stderr, jobs=args.jobs, steps=cache.steps())
@@ -197,12 +214,12 @@ def run_search(args: argparse.Namespace) -> int:
     elif args.save:
         print(f"{args.save}: not written, no plan has an answer", file=sys.stderr)
     if args.json:
-        _print_json(comparison_json(found.comparison))
+        print_json(comparison_json(found.comparison))
     else:
         from shardlab.report.comparison import WIDE_COLUMNS, comparison_page
 
-        width = WIDE_COLUMNS if args.markdown else _columns()
-        _print_page(comparison_page(found.comparison, width), args.markdown)
+        width = WIDE_COLUMNS if args.markdown else columns()
+        print_page(comparison_page(found.comparison, width), args.markdown)
     return 0
 
 
@@ -217,14 +234,14 @@ def run_diff(args: argparse.Namespace) -> int:
         axes = parse_axes(args.axes)
         found = diff_of(args.base, args.head, question, axes=axes, progress=sys.stderr, steps=cache.steps())
     if args.json:
-        _print_json(diff_json(found))
+        print_json(diff_json(found))
         return 0
     from shardlab.report.diff import TERMINAL_ROWS, diff_comment, diff_page
 
     if args.markdown:
         sys.stdout.write(diff_comment(found))
     else:
-        _print_page(diff_page(found, TERMINAL_ROWS), markdown=False)
+        print_page(diff_page(found, TERMINAL_ROWS), markdown=False)
     return 0
 
 
@@ -244,11 +261,11 @@ def run_check(args: argparse.Namespace) -> int:
             steps=cache.steps(),
         )
     if args.json:
-        _print_json(check_json(checks, args.tolerance) | {"programs": cache.counts.to_json()})
+        print_json(check_json(checks, args.tolerance) | {"programs": cache.counts.to_json()})
     else:
         from shardlab.report.check import check_page
 
-        _print_page(check_page(checks, args.tolerance), args.markdown)
+        print_page(check_page(checks, args.tolerance), args.markdown)
     return 1 if any(check.broken for check in checks) else 0
 
 
@@ -258,11 +275,11 @@ def run_doctor(args: argparse.Namespace) -> int:
 
     found = targets(deep=args.deep)
     if args.json:
-        _print_json({"schema": "shardlab.doctor/1", "targets": [asdict(status) for status in found]})
+        print_json({"schema": "shardlab.doctor/1", "targets": [asdict(status) for status in found]})
     else:
         from shardlab.report.doctor import doctor_page
 
-        _print_page(doctor_page(found), markdown=False)
+        print_page(doctor_page(found), markdown=False)
     return 0
 
 
@@ -293,77 +310,6 @@ def _question(args: argparse.Namespace, machines: tuple[str, ...]) -> Question:
         workload=args.workload,
         step=getattr(args, "step", None),
     )
-
-
-def _check_writable(path: str) -> None:
-    """Before a long compile, not after it."""
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise UserError(Problem(path, "cannot be written", "give a file in a directory that exists"))
-
-
-def _write_program(program: Program | None, hlo: str | None, saved: str | None) -> None:
-    from shardlab.program import save, write_atomically
-
-    if program is None or program.refusal is not None:
-        for path in filter(None, (hlo, saved)):
-            print(f"{path}: not written, there is no compiled program", file=sys.stderr)
-        return
-    try:
-        if hlo:
-            write_atomically(Path(hlo), program.hlo_text.encode())
-        if saved:
-            save(program, saved)
-    except OSError as error:
-        raise UserError(
-            Problem(hlo or saved or "", error.strerror or str(error), "give another file")
-        ) from None
-
-
-def _write_trace(report: CaseReport, path: str) -> None:
-    from shardlab.program import write_atomically
-    from shardlab.report.trace import chrome_trace
-
-    if report.predicted is None or report.step_time_s is None:
-        print(f"{path}: not written, there is no step time", file=sys.stderr)
-        return
-    name = f"{report.case.plan.name} on {report.case.machine}"
-    trace = json.dumps(chrome_trace(report.predicted.timeline, name), allow_nan=False)
-    try:
-        write_atomically(Path(path), trace.encode())
-    except OSError as error:
-        raise UserError(Problem(path, error.strerror or str(error), "give another file")) from None
-
-
-def _print_json(document: object) -> None:
-    json.dump(document, sys.stdout, indent=2, allow_nan=False)
-    sys.stdout.write("\n")
-
-
-def _print_page(page: Page, markdown: bool) -> None:
-    if markdown:
-        from shardlab.report.markdown import to_markdown
-
-        sys.stdout.write(to_markdown(page))
-        return
-    from shardlab.report.terminal import print_page
-
-    print_page(page, sys.stdout)
-
-
-def _columns() -> int:
-    from shardlab.report.terminal import console_on
-
-    return console_on(sys.stdout).width
-
-
-def _one_line_each(error: ShardlabError) -> str:
-    """One line per mistake: newlines inside a problem would look like more of them, and a terminal would obey
-    control characters of a name."""
-    from shardlab.report.page import visible
-
-    mistakes = error.problems if isinstance(error, UserError) else (error,)
-    return "\n".join(visible(" ".join(str(mistake).split())) for mistake in mistakes)
 
 
 VERBS = {

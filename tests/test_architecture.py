@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ PACKAGE = Path(__file__).parents[1] / "shardlab"
 ORDER = (
     "errors", "units", "hardware", "spec", "program", "store", "model", "parallel", "compile", "hlo",
     "attribute", "cost", "analysis", "order", "audit", "prediction", "case_report", "case_document",
-    "agreement", "capacity", "compare", "review", "report", "lab", "testing", "arguments", "cli", "__main__",
+    "agreement", "capacity", "compare", "review", "report", "lab", "testing", "arguments", "output", "cli",
+    "__main__",
 )  # fmt: skip
 WITHOUT_JAX = (
     "hardware", "spec", "program", "store", "hlo", "attribute", "cost", "analysis", "order", "audit",
@@ -63,6 +65,7 @@ def nodes(tree: ast.AST) -> Iterator[tuple[ast.AST, bool]]:
         stack += [(child, inside) for child in children]
 
 
+@cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -132,6 +135,15 @@ def test_reading_and_costing_need_no_dependency(path: Path) -> None:
     assert not roots(path) & {"pydantic", "rich", "jinja2"}
 
 
+def test_only_the_html_writer_needs_the_report_extra() -> None:
+    """And it imports its packages when it writes, so that reports to a terminal do without."""
+    extra = {"jinja2", "markupsafe", "vl_convert"}
+    users = {module_name(path) for path in FILES if roots(path) & extra}
+    assert users == {"shardlab.report.html.draw", "shardlab.report.html.write"}
+    for path in FILES:
+        assert not {name.split(".")[0] for name, at_import in imports(parsed(path)) if at_import} & extra
+
+
 def test_errors_and_units_import_nothing_of_the_package() -> None:
     for path in of_parts(("errors", "units")):
         assert "shardlab" not in roots(path)
@@ -161,7 +173,7 @@ PROBE = """\
 import sys, json
 from shardlab.cli import main
 code = main(["analyze", "-", "--axes", "data=2", "--on", "h100:1x2", "--json"])
-heavy = {"jax", "jaxlib", "flax", "numpy", "rich", "pydantic", "jinja2"}
+heavy = {"jax", "jaxlib", "flax", "numpy", "rich", "pydantic", "jinja2", "vl_convert"}
 print(json.dumps([code, sorted(heavy & set(sys.modules))]), file=sys.stderr)
 """
 

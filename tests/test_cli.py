@@ -122,7 +122,7 @@ def test_help_has_no_flag_that_is_not_built(verb: str, capsys: pytest.CaptureFix
     assert run(verb, "--help") == 0
     text = capsys.readouterr().out
     assert f"usage: shardlab {verb}" in text
-    for flag in ("--html", "--why"):
+    for flag in ("--why",):
         assert flag not in text
     assert ("--order" in text) == (verb in ("analyze", "explain"))
 

@@ -66,7 +66,7 @@ def traffic_tables(analysis: Analysis, top: int, tier_s: Mapping[str, float]) ->
         _breakdown("By layer", "layer", totals.by_layer, top),
         _links(analysis, tier_s),
         _collectives(analysis, top),
-        _ledger(analysis),
+        ledger_table(analysis),
     ]
     return tuple(table for table in tables if table.rows)
 
@@ -126,12 +126,13 @@ def _collectives(analysis: Analysis, top: int) -> Table:
             Column("over", keep=False),
             Column("where", keep=False),
         ),
-        rows=tuple(_collective_row(row, sent[id(row)]) for row in shown),
+        rows=tuple(collective_cells(row, sent[id(row)]) for row in shown),
         caption=caption,
     )
 
 
-def _collective_row(row: CollectiveRow, sent: ByteRange) -> tuple[Cell, ...]:
+def collective_cells(row: CollectiveRow, sent: ByteRange) -> tuple[Cell, ...]:
+    """How much, what, over which axes, and where: phase, layer, source line. sent: by all executions."""
     bound = "at most " if row.bound == "upper" else ""
     realizes = f" (realizes {row.realizes})" if row.realizes else ""
     each = f"{times(row.executions)} {bound}{format_bytes(row.wire_bytes)}"
@@ -182,7 +183,8 @@ def _at_stake(finding: Finding) -> str:
     return "unknown" if finding.wire_bytes is None else format_bytes(finding.wire_bytes)
 
 
-def _ledger(analysis: Analysis) -> Table:
+def ledger_table(analysis: Analysis) -> Table:
+    """What was not counted, or not exactly, and why."""
     columns = (Column("what"), Column("name", keep=False), Column("why", keep=False))
     rows = tuple((code(entry.what), code(entry.name), cell(entry.why)) for entry in analysis.ledger)
     return Table(title="Ledger: not counted, or not exactly", columns=columns, rows=rows)

@@ -27,12 +27,12 @@ def explain_page(report: CaseReport, top: int = TOP) -> Page:
         return Page(title=title, facts=(*_case_facts(report), ("no analysis", _why(report))), notes=notes)
     facts = (*_case_facts(report), *_figure_facts(report))
     tables = (
-        *_owner_tables(report),
+        *owner_tables(report),
         *path_tables(report, PATH_ENTRIES),
         *traffic_tables(report.analysis, top, report.tier_s or {}),
         *(cost_tables(report.cost, top) if report.cost is not None else ()),
         *audit_tables(report.findings),
-        *_warning_tables(report),
+        *warning_tables(report),
     )
     return Page(title=title, facts=facts, tables=tables, notes=notes)
 
@@ -104,7 +104,7 @@ def _memory_text(report: CaseReport) -> str:
     return ", ".join(parts)
 
 
-def _owner_tables(report: CaseReport) -> tuple[Table, ...]:
+def owner_tables(report: CaseReport) -> tuple[Table, ...]:
     """Who holds the memory at the step's fullest moment, and what of the reserved is not explained by it."""
     owners = report.owners
     if owners is None:
@@ -122,7 +122,8 @@ def _owner_tables(report: CaseReport) -> tuple[Table, ...]:
     return (Table(title="Memory", columns=columns, rows=rows, caption=caption),)
 
 
-def _warning_tables(report: CaseReport) -> tuple[Table, ...]:
+def warning_tables(report: CaseReport) -> tuple[Table, ...]:
+    """What the compiler warned of, and the flags that it rejected."""
     program = report.program
     if program is None:
         return ()

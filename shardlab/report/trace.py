@@ -21,8 +21,9 @@ _MICRO = 1e6
 
 
 @dataclass(frozen=True, slots=True)
-class _Shown:
-    """An event at its place in the step. stream: the thread's name, before lanes are told apart."""
+class Shown:
+    """An event at its place in the step. stream: the thread's name, before lanes are told apart. folded: how
+    many iterations of its loop it stands for."""
 
     event: Event
     stream: str
@@ -36,9 +37,7 @@ def chrome_trace(timeline: Timeline, name: str, max_events: int = MAX_EVENTS) ->
 
     Events that overlap on one stream (transfers of a loop beside one from outside) go on lanes of their own.
     """
-    spread = _Spread(max_events)
-    spread.block(timeline.root, 0.0, 0)
-    lanes = _lanes(sorted(spread.shown, key=lambda one: (one.start_s, -one.end_s)))
+    lanes = _lanes(sorted(spread(timeline, max_events), key=lambda one: (one.start_s, -one.end_s)))
     threads = {lane: number for number, lane in enumerate(sorted(lanes), start=1)}
     placed = [(one.start_s, threads[lane], one) for lane, shown in lanes.items() for one in shown]
     placed.sort(key=lambda place: place[:2])
@@ -47,23 +46,32 @@ def chrome_trace(timeline: Timeline, name: str, max_events: int = MAX_EVENTS) ->
     return {"displayTimeUnit": "ms", "traceEvents": [_named("process_name", 0, name), *names, *events]}
 
 
+def spread(timeline: Timeline, max_events: int = MAX_EVENTS) -> list[Shown]:
+    """Every event of a step at its place, loops expanded up to about so many; what is left of a loop is one
+    event. Loops themselves are on streams whose names begin with `LOOPS`.
+    """
+    found = _Spread(max_events)
+    found.block(timeline.root, 0.0, 0)
+    return found.shown
+
+
 @dataclass(slots=True)
 class _Spread:
     """Collects the events of nested blocks."""
 
     room: int
-    shown: list[_Shown] = field(default_factory=list)
+    shown: list[Shown] = field(default_factory=list)
 
     def block(self, block: Block, start_s: float, depth: int) -> None:
         """One run of a block that begins at `start_s`."""
         for event in block.events:
             at_s = start_s + event.start_s
             if event.body is None:
-                self._add(_Shown(event, event.stream, at_s, at_s + event.duration_s))
+                self._add(Shown(event, event.stream, at_s, at_s + event.duration_s))
                 continue
             if event.duration_s:
                 outer = f"{LOOPS} {depth}" if depth else LOOPS
-                self._add(_Shown(event, outer, at_s, at_s + event.duration_s, event.iterations))
+                self._add(Shown(event, outer, at_s, at_s + event.duration_s, event.iterations))
                 self._iterations(event, event.body, at_s, depth + 1)
 
     def _iterations(self, event: Event, body: Block, at_s: float, depth: int) -> None:
@@ -75,9 +83,9 @@ class _Spread:
         if event.iterations > shown:
             rest_s = at_s + shown * body.duration_s
             end_s = at_s + event.duration_s
-            self._add(_Shown(event, event.stream, rest_s, end_s, event.iterations - shown))
+            self._add(Shown(event, event.stream, rest_s, end_s, event.iterations - shown))
 
-    def _add(self, one: _Shown) -> None:
+    def _add(self, one: Shown) -> None:
         self.shown.append(one)
         self.room -= 1
 
@@ -90,9 +98,9 @@ def _size(block: Block) -> int:
     )
 
 
-def _lanes(shown: Sequence[_Shown]) -> dict[str, list[_Shown]]:
+def _lanes(shown: Sequence[Shown]) -> dict[str, list[Shown]]:
     """Thread name -> events in order of time, none of which overlap."""
-    lanes: dict[str, list[_Shown]] = {}
+    lanes: dict[str, list[Shown]] = {}
     for one in shown:
         lane = next(name for name in _names(one.stream) if _is_free(lanes.get(name), one))
         lanes.setdefault(lane, []).append(one)
@@ -107,7 +115,7 @@ def _names(stream: str) -> Iterator[str]:
         number += 1
 
 
-def _is_free(lane: Sequence[_Shown] | None, one: _Shown) -> bool:
+def _is_free(lane: Sequence[Shown] | None, one: Shown) -> bool:
     """Whether the last event of a lane has ended, to the nanosecond that a trace resolves."""
     return not lane or _rounded(lane[-1].end_s) <= _rounded(one.start_s)
 
@@ -117,7 +125,7 @@ def _rounded(time_s: float) -> float:
     return round(time_s * _MICRO, 3)
 
 
-def _event(one: _Shown, thread: int) -> Json:
+def _event(one: Shown, thread: int) -> Json:
     event = one.event
     start, end = _rounded(one.start_s), _rounded(one.end_s)
     known: Json = {"kind": event.kind, "layer": event.layer, "phase": event.phase}

@@ -11,68 +11,12 @@ import pytest
 from case_reports import report
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timelines import block, gather, kernel, line, loop
 
 from shardlab.cli import main
-from shardlab.cost.blocks import Block, Event
-from shardlab.cost.timeline import Timeline
 from shardlab.lab import study
 from shardlab.prediction import Prediction
 from shardlab.report.trace import LOOPS, chrome_trace
-
-
-def kernel(start_s: float, duration_s: float) -> Event:
-    return Event(
-        name="fusion.1",
-        kind="fusion",
-        stream="compute",
-        layer="layers/mlp",
-        phase="forward",
-        start_s=start_s,
-        duration_s=duration_s,
-    )
-
-
-def gather(start_s: float, duration_s: float, stream: str = "collectives") -> Event:
-    return Event(
-        name="all-gather.1",
-        kind="all-gather",
-        stream=stream,
-        layer="layers/mlp",
-        axes=("fsdp", "tensor"),
-        communicates=True,
-        start_s=start_s,
-        duration_s=duration_s,
-    )
-
-
-def block(duration_s: float, *events: Event) -> Block:
-    return Block(
-        events=events, duration_s=duration_s, compute_s=0.0, communication_s=0.0, exposed_s=0.0, path=()
-    )
-
-
-def loop(start_s: float, body: Block, iterations: float) -> Event:
-    return Event(
-        name="while.1",
-        kind="while",
-        stream="compute",
-        start_s=start_s,
-        duration_s=body.duration_s * iterations,
-        iterations=iterations,
-        body=body,
-    )
-
-
-def line(root: Block) -> Timeline:
-    return Timeline(
-        step_time_s=root.duration_s,
-        compute_s=0.0,
-        communication_s=0.0,
-        exposed_communication_s=0.0,
-        critical_path=(),
-        root=root,
-    )
-
 
 BODY = block(3.0, gather(0.0, 2.0), kernel(0.0, 3.0))
 STEP = block(14.0, gather(0.0, 13.0), kernel(0.0, 1.0), loop(1.0, BODY, 4), kernel(13.0, 1.0))
