@@ -2,8 +2,10 @@
 
 python experiments/validate.py --cache=DIR --max_compiles=5    # what is compiled so far, and 5 programs more
 python experiments/validate.py --cache=DIR --sources=korthikanti --csv=ROWS.csv   # and ROWS-memory, -energy
+python experiments/validate.py --cache=DIR --error_classes     # write what predictions say of their errors
 
-Sources and licences: `experiments/validation/data/README.md`. Nothing here is fitted to these rows.
+Sources and licences: `experiments/validation/data/README.md`. Raw predictions fit nothing to these rows;
+calibrated ones take the constants that they print from rows that are not scored.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from absl import app, flags
+from validation.analysed import Analysed, analysed
 from validation.efficiency import (
-    TAKEN_FROM,
-    at_efficiency,
     efficiency_of,
     fitted_launch_s,
     fitted_on,
     taken_from,
 )
+from validation.error_classes import write_error_classes
 from validation.gpu_rows import attached_gpu, figure_1_rows, korthikanti, torchtitan, vtrain_single_node
 from validation.outcome import (
     Outcome,
@@ -36,88 +38,77 @@ from validation.outcome import (
 from validation.programs import Programs
 from validation.row import Row
 from validation.sites import implied_rate_lines
-from validation.substitution import with_counts
 from validation.tables import COLUMNS, csv_line, group_lines, outcome_lines, score_lines
 from validation.tpu_rows import tpu_recipes
 
 from shardlab.case_report import CaseReport, report_case
-from shardlab.errors import ShardlabError
 from shardlab.hardware.catalog import load_machine
+from shardlab.program import Program
 
-ATTENTION = flags.DEFINE_enum(
-    "megatron_attention", "auto", ["auto", "reference"], "What stands in for Megatron's kernels of 2022."
-)
 SOURCES: dict[str, Callable[[], Iterator[Row]]] = {
-    "korthikanti": lambda: korthikanti(ATTENTION.value),
+    "korthikanti": korthikanti,
     "torchtitan": torchtitan,
     "tpu_recipes": tpu_recipes,
-    "vtrain_single_node": lambda: vtrain_single_node(ATTENTION.value),
+    "vtrain_single_node": vtrain_single_node,
     "attached_gpu": attached_gpu,
 }
 SOURCE_LIST = flags.DEFINE_list("sources", list(SOURCES), "Which sources, separated by commas.")
-CACHE = flags.DEFINE_string("cache", "programs", "Folder of compiled programs; made where it is not there.")
+CACHE = flags.DEFINE_string("cache", "programs", "Store of compiled programs; made where it is not there.")
 MAX_COMPILES = flags.DEFINE_integer("max_compiles", 0, "How many programs to compile that are not there yet.")
 COMPILE_ONLY = flags.DEFINE_string("compile_only", "", "Compile only rows whose name this pattern finds.")
-ANY_SOURCES = flags.DEFINE_bool(
-    "any_sources",
-    False,
-    "Also take programs that other versions of shardlab or of a compiler made; it says so.",
-)
-CALIBRATE = flags.DEFINE_bool("calibrate", False, "One efficiency per chip, taken from one row each.")
-CSV = flags.DEFINE_string("csv", None, "Write every row here; memory and energy beside it.")
+CSV = flags.DEFINE_string("csv", None, "Write every row here, calibrated; memory and energy beside it.")
 EVERY_ROW = flags.DEFINE_bool("every_row", False, "Print a line for every row, not only for those predicted.")
+ERROR_CLASSES = flags.DEFINE_bool("error_classes", False, "Write the raw errors by chip into the package.")
 
 
-def reported(row: Row, programs: Programs, efficiency: float = 1.0) -> CaseReport | str:
-    """The report of the row's case, or why there is none. efficiency: of the chip's peak."""
-    assert row.case is not None
-    program = programs.find(row.case, compiling=re.search(COMPILE_ONLY.value, row.row) is not None)
-    if program is None:
-        return programs.why_not(row.case)
-    try:
-        if row.counts is not None:
-            program = with_counts(program, row.counts)
-        machine = at_efficiency(load_machine(row.case.machine), efficiency)
-        return report_case(row.case, program, machine, attention_kernel=row.attention_kernel)
-    except (ShardlabError, ValueError) as error:
-        return f"not analysed: {error}"
+def program_of(row: Row, programs: Programs) -> Program | str:
+    """The program of a row, or why there is none."""
+    if row.case is None:
+        return row.excluded_because
+    found = programs.find(row.case, compiling=re.search(COMPILE_ONLY.value, row.row) is not None)
+    return programs.why_not(row.case) if found is None else found
 
 
-def efficiencies(programs: Programs) -> dict[str, float]:
-    """Chip -> efficiency, of the chips whose row has a program."""
+def efficiencies(rows: Mapping[str, Analysed]) -> dict[str, float]:
+    """Chip -> efficiency, of the chips whose row is analysed. rows: by the chip whose efficiency they say."""
     found: dict[str, float] = {}
-    for chip, (source, begins) in TAKEN_FROM.items():
-        (row,) = [row for row in SOURCES[source]() if row.row.startswith(begins)]
+    for chip, one in rows.items():
 
-        def step_s(efficiency: float, row: Row = row) -> float | None:
-            answer = reported(row, programs, efficiency)
-            return None if isinstance(answer, str) else answer.step_time_s
+        def step_s(efficiency: float, one: Analysed = one) -> float | None:
+            line = one.timeline(efficiency)
+            return None if isinstance(line, str) else line.step_time_s
 
-        assert row.measured_step_s is not None
-        efficiency = efficiency_of(step_s, row.measured_step_s)
+        assert one.row.measured_step_s is not None
+        efficiency = efficiency_of(step_s, one.row.measured_step_s)
         if efficiency is not None:
             found[chip] = efficiency
-            print(
-                f"calibration: {chip} computes at {efficiency:.3f} of its tables (from {source}, {row.row})"
-            )
+            source, row = one.row.source, one.row.row
+            print(f"calibration: {chip} computes at {efficiency:.3f} of its tables (from {source}, {row})")
     return found
 
 
-def outcomes(
-    rows: Iterable[Row], programs: Programs, known: Mapping[str, float]
-) -> Iterator[tuple[Outcome, Outcome | None]]:
-    """The step and, where memory was measured, the memory of every row. known: efficiencies by chip."""
-    for row in rows:
-        answer = (
-            row.excluded_because if row.case is None else reported(row, programs, known.get(row.chip, 1.0))
-        )
-        step: CaseReport | str = answer
-        if row.chip in known and taken_from(row):
-            step = "calibration: the chip's efficiency is taken from it"
-        yield (
-            step_outcome(row, step),
-            memory_outcome(row, answer) if row.measured_bytes is not None else None,
-        )
+def calibrating(programs: Programs, sources: Sequence[str]) -> dict[str, Analysed]:
+    """The rows that efficiencies are taken from, by chip; those that have a program."""
+    found = {}
+    for row in (row for source in sources for row in SOURCES[source]() if taken_from(row)):
+        program = program_of(row, programs)
+        one = program if isinstance(program, str) else analysed(row, program)
+        if isinstance(one, Analysed):
+            found[row.chip] = one
+    return found
+
+
+def steps_of(row: Row, program: Program | str, known: Mapping[str, float]) -> tuple[Outcome, Outcome]:
+    """The step, raw and calibrated. known: efficiencies by chip."""
+    one = program if isinstance(program, str) else analysed(row, program)
+    if isinstance(one, str):
+        return step_outcome(row, one), step_outcome(row, one)
+    raw = step_outcome(row, one.timeline())
+    if row.chip not in known:
+        return raw, raw
+    if taken_from(row):
+        return raw, step_outcome(row, "calibration: the chip's efficiency is taken from it")
+    return raw, step_outcome(row, one.timeline(known[row.chip]))
 
 
 def with_launches(steps: Sequence[Outcome]) -> list[Outcome]:
@@ -149,21 +140,30 @@ def write_csv(path: Path, kind: str, rows: Iterable[Outcome]) -> None:
         writer.writerows(csv_line(row) for row in rows)
 
 
-def tables(programs: Programs) -> dict[str, list[Outcome]]:
-    """The rows of each kind of table."""
-    known = efficiencies(programs) if CALIBRATE.value else {}
-    steps: list[Outcome] = []
+def tables(programs: Programs) -> dict[str, tuple[list[Outcome], list[Outcome]]]:
+    """The rows of each kind of table, raw and calibrated."""
+    sources = SOURCE_LIST.value
+    known = efficiencies(calibrating(programs, sources))
+    raw: list[Outcome] = []
+    calibrated: list[Outcome] = []
     memory: list[Outcome] = []
-    for name in SOURCE_LIST.value:
-        for step, held in outcomes(SOURCES[name](), programs, known):
-            steps.append(step)
-            memory += [held] if held is not None else []
+    for row in (row for name in sources for row in SOURCES[name]()):
+        program = program_of(row, programs)
+        for steps, one in zip((raw, calibrated), steps_of(row, program, known), strict=True):
+            steps.append(one)
+        if row.measured_bytes is not None:
+            memory.append(memory_outcome(row, program))
     memory += figure_1_outcomes()
-    for row in figure_1_rows(ATTENTION.value):
-        answer = row.excluded_because if row.case is None else reported(row, programs)
-        memory += figure_1_compiled(row, answer)
-    steps = with_launches(steps) if CALIBRATE.value else steps
-    return {"step": steps, "memory": memory, "energy": list(energy_outcomes())}
+    for row in figure_1_rows():
+        memory += figure_1_compiled(row, _reported(row, program_of(row, programs)))
+    energy = list(energy_outcomes())
+    return {"step": (raw, with_launches(calibrated)), "memory": (memory, memory), "energy": (energy, energy)}
+
+
+def _reported(row: Row, program: Program | str) -> CaseReport | str:
+    if isinstance(program, str) or row.case is None:
+        return str(program)
+    return report_case(row.case, program, load_machine(row.case.machine))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -173,17 +173,18 @@ def main(argv: Sequence[str]) -> None:
     unknown = [name for name in SOURCE_LIST.value if name not in SOURCES]
     if unknown:
         raise app.UsageError(f"unknown sources {unknown}; known: {', '.join(SOURCES)}")
-    programs = Programs(Path(CACHE.value), MAX_COMPILES.value, any_sources=ANY_SOURCES.value)
+    programs = Programs(Path(CACHE.value), MAX_COMPILES.value)
     found = tables(programs)
-    for kind, rows in found.items():
-        lines = outcome_lines(rows, every=EVERY_ROW.value)
-        print("\n".join([f"\n## {kind}\n", *score_lines(rows), "", *lines]))
-    print("\n".join([*group_lines(found["step"]), "", *implied_rate_lines()]))
-    if programs.stale:
-        print(f"\n{len(programs.stale)} programs are of other versions of the sources (--any_sources)")
+    for kind, (raw, calibrated) in found.items():
+        lines = outcome_lines(calibrated, every=EVERY_ROW.value)
+        print("\n".join([f"\n## {kind}\n", *score_lines(raw, calibrated), "", *lines]))
+    raw, calibrated = found["step"]
+    print("\n".join([*group_lines(raw, calibrated), "", *implied_rate_lines()]))
+    if ERROR_CLASSES.value:
+        write_error_classes(raw)
     if CSV.value is not None:
         path = Path(CSV.value)
-        for kind, rows in found.items():
+        for kind, (_, rows) in found.items():
             suffix = "" if kind == "step" else f"-{kind}"
             write_csv(path.with_name(path.stem + suffix + path.suffix), kind, rows)
     sys.stdout.flush()

@@ -17,7 +17,8 @@ from shardlab.cost.instructions import InstructionCost, StepCost
 from shardlab.cost.timeline import Timeline, simulate
 from shardlab.cost.together import TimePart, timelines_together
 from shardlab.cost.walk import Kernel, Place, Transfer
-from shardlab.hardware.machine import Machine
+from shardlab.hardware.machine import Chip, Machine
+from shardlab.hardware.measured import step_errors
 from shardlab.hlo.attributes import channel_id, frontend_attributes
 from shardlab.hlo.lookup import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Operand
@@ -33,8 +34,9 @@ _POINT_TO_POINT = frozenset({"send", "collective-permute"})
 class Prediction:
     """The timeline of a step, and what its prices rest on (`ComputeTimes.basis`).
 
-    error_class: the error measured on this kind of machine, `not validated` where none was. devices: of each
-    of `timeline.stages`, by flattened id, as `0-3,8`. busy_s: of a step, of the products at the chip's peak.
+    error_class: the error measured on this kind of chip (`step_errors.csv`), `not validated` where none was.
+    devices: of each of `timeline.stages`, by flattened id, as `0-3,8`. busy_s: of a step, of the products at
+    the chip's peak.
     """
 
     timeline: Timeline
@@ -78,6 +80,7 @@ def predict(
         timeline=timeline,
         basis=tuple(times.basis.items()),
         devices=devices,
+        error_class=error_class(machine.chip),
         busy_s=_busy_s(cost, times),
     )
 
@@ -97,6 +100,14 @@ def predictions_together(parts: Sequence[tuple[str, int, Prediction | None]]) ->
         error_class=known[0][2].error_class,
         busy_s=None if unknown_busy else sum(filter(None, busy)),
     )
+
+
+def error_class(chip: Chip) -> str:
+    """How far off predicted steps were on this kind of chip: the mean error of published runs."""
+    found = step_errors().get(chip.compile_as or chip.name)
+    if found is None:
+        return NOT_VALIDATED
+    return f"±{found.mean_error_pct:.0f} % on this kind of machine, n = {found.rows}"
 
 
 def _busy_s(cost: StepCost, times: ComputeTimes) -> float | None:

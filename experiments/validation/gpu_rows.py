@@ -170,7 +170,7 @@ def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:
             row=f"{line['config']}: {layers} layers of {width}, {split}, {count} x {micro}",
             chip="a100",
             measured_step_s=float(line["iteration_time_ms"]) / 1e3,
-            group=tuple(line[k] for k in ("num_gpus", "global_batch_seqs", "hidden_size", "num_layers")),
+            group=(f"{gpus} GPUs", f"batch {batch}", f"{layers} layers of {width}"),
             attention_kernel=UNFUSED,
             counts=Counts(layers=layers // stages, microbatches=count, stages=stages),
         )  # fmt: skip

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from shardlab.case_report import CaseReport
 from shardlab.cost.energy import step_energy
 from shardlab.cost.flops import model_flops
+from shardlab.cost.memory import memory_report
+from shardlab.cost.timeline import Timeline
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.data_files import load_chip
 from shardlab.hardware.measured import MeasuredPower, node_powers
+from shardlab.program import Program
 from shardlab.spec.models import MODELS
-from shardlab.units import format_bytes
 from validation.efficiency import Eager
 from validation.memory import Layout
 from validation.row import Row, read_table
@@ -51,39 +53,36 @@ class Outcome:
         return self.excluded_because.startswith(NOT_COMPILED)
 
 
-def step_outcome(row: Row, answer: CaseReport | str) -> Outcome:
-    """The step time. answer: the report of the row's case, or why there is none."""
-    predicted, why = None, answer if isinstance(answer, str) else ""
-    if isinstance(answer, CaseReport):
-        predicted = answer.step_time_s
-        why = "" if predicted is not None else _no_step_time(answer)
-    outcome = _outcome(row, row.measured_step_s, predicted, why)
-    return replace(outcome, eager=_eager(row, answer)) if isinstance(answer, CaseReport) else outcome
+def step_outcome(row: Row, answer: Timeline | str) -> Outcome:
+    """The step time. answer: the timeline of the row's program, or why there is none."""
+    if isinstance(answer, str):
+        return _outcome(row, row.measured_step_s, None, answer)
+    outcome = _outcome(row, row.measured_step_s, answer.step_time_s, "")
+    return replace(outcome, eager=_eager(row, answer))
 
 
-def _eager(row: Row, report: CaseReport) -> Eager | None:
+def _eager(row: Row, line: Timeline) -> Eager | None:
     """None of a step that was compiled, too. The critical path has a layer's time as often as the last device
     works on it, without the bubble."""
-    if row.counts is None or report.predicted is None or report.step_time_s is None:
+    if row.counts is None or line.step_time_s is None:
         return None
-    path = report.predicted.timeline.critical_path
-    layers_s = sum(entry.time_s for entry in path if entry.layer.startswith("layers"))
+    layers_s = sum(entry.time_s for entry in line.critical_path if entry.layer.startswith("layers"))
     counts = row.counts
     return Eager(
-        predicted_s=report.step_time_s,
+        predicted_s=line.step_time_s,
         layer_s=layers_s / (counts.layers * counts.microbatches),
         runs=counts.layers * (counts.microbatches + counts.stages - 1),
     )
 
 
-def memory_outcome(row: Row, answer: CaseReport | str) -> Outcome:
-    """The peak memory of one device, parameters and optimizer included."""
-    predicted, why = None, answer if isinstance(answer, str) else ""
-    if isinstance(answer, CaseReport):
-        memory = answer.memory
-        predicted = memory.needed_bytes if memory is not None else None
-        why = "" if predicted is not None else _no_step_time(answer)
-    return _outcome(row, row.measured_bytes, predicted, why)
+def memory_outcome(row: Row, answer: Program | str) -> Outcome:
+    """The peak memory of one device, parameters and optimizer included. answer: the row's program, or why
+    there is none."""
+    if isinstance(answer, str) or row.case is None:
+        return _outcome(row, row.measured_bytes, None, str(answer))
+    fit = memory_report(answer.memory, answer.refusal, load_machine(row.case.machine))
+    needed = None if fit.needed_bytes is None else float(fit.needed_bytes)
+    return _outcome(row, row.measured_bytes, needed, "" if needed is not None else "no memory analysis")
 
 
 def _outcome(row: Row, measured: float | None, predicted: float | None, why: str) -> Outcome:
@@ -97,14 +96,6 @@ def _outcome(row: Row, measured: float | None, predicted: float | None, why: str
         group=row.group,
         notes=row.notes,
     )
-
-
-def _no_step_time(report: CaseReport) -> str:
-    refusal = report.refusal
-    if refusal is not None:
-        sizes = f"{format_bytes(refusal.needed_bytes)} of {format_bytes(refusal.limit_bytes)}"
-        return f"the compiler refuses it: {sizes}"
-    return "no step time: " + "; ".join(report.notes[-1:])
 
 
 # --- figure 1 of Korthikanti et al. -----------------------------------------------------------------------

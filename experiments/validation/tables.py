@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from validation.outcome import Outcome
-from validation.scores import score, spearman, top1_regret
+from validation.scores import Score, score, spearman, top1_regret
 
 UNITS = {"step": "step_s", "memory": "bytes", "energy": "energy_j"}
 COLUMNS = {
@@ -30,27 +30,42 @@ def csv_line(row: Outcome) -> tuple[str, ...]:
     return (row.source, row.row, row.chip, *figures, error, row.excluded_because)
 
 
-def score_lines(rows: Sequence[Outcome]) -> Iterator[str]:
-    """A table of one line per source and, where it has several, per chip."""
-    yield "| source | rows | scored | excluded | not compiled | mean error | bias | worst | Spearman |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for source in dict.fromkeys(row.source for row in rows):
-        of = [row for row in rows if row.source == source]
+def score_lines(raw: Sequence[Outcome], calibrated: Sequence[Outcome]) -> Iterator[str]:
+    """A table of one line per source and, where it has several, per chip. calibrated: the same rows."""
+    yield (
+        "| | rows | scored | excluded | not compiled | raw: mean | bias | worst | Spearman "
+        "| calibrated: scored | mean | worst | Spearman |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    for source in dict.fromkeys(row.source for row in raw):
+        of = [pair for pair in zip(raw, calibrated, strict=True) if pair[0].source == source]
         yield _score_line(source, of)
-        chips = tuple(dict.fromkeys(row.chip for row in of))
+        chips = tuple(dict.fromkeys(one.chip for one, _ in of))
         for chip in chips if len(chips) > 1 else ():
-            yield _score_line(f"{source}, {chip}", [row for row in of if row.chip == chip])
+            yield _score_line(f"{source}, {chip}", [pair for pair in of if pair[0].chip == chip])
 
 
-def _score_line(name: str, rows: Sequence[Outcome]) -> str:
-    scored = [row for row in rows if row.error is not None]
-    waiting = sum(row.waiting for row in rows)
-    found = score([(row.measured or 0.0, row.predicted or 0.0) for row in scored])
-    counts = f"| {name} | {len(rows)} | {len(scored)} | {len(rows) - len(scored) - waiting} | {waiting} |"
-    if found is None:
-        return f"{counts} – | – | – | – |"
-    rank = "–" if found.spearman is None else f"{found.spearman:.2f}"
-    return f"{counts} {_percent(found.mean)} | {_signed(found.bias)} | {_signed(found.worst)} | {rank} |"
+def _score_line(name: str, rows: Sequence[tuple[Outcome, Outcome]]) -> str:
+    raw, calibrated = (list(side) for side in zip(*rows, strict=True))
+    scored = sum(row.error is not None for row in raw)
+    waiting = sum(row.waiting for row in raw)
+    counts = f"| {name} | {len(raw)} | {scored} | {len(raw) - scored - waiting} | {waiting} |"
+    found, after = _score(raw), _score(calibrated)
+    before = "– | – | – | – |"
+    if found is not None:
+        before = f"{_percent(found.mean)} | {_signed(found.bias)} | {_signed(found.worst)} | {_rank(found)} |"
+    if after is None or calibrated == raw:
+        return f"{counts} {before} | | | |"
+    then = f"{after.pairs} | {_percent(after.mean)} | {_signed(after.worst)} | {_rank(after)} |"
+    return f"{counts} {before} {then}"
+
+
+def _score(rows: Sequence[Outcome]) -> Score | None:
+    return score([(row.measured or 0.0, row.predicted or 0.0) for row in rows if row.error is not None])
+
+
+def _rank(found: Score) -> str:
+    return "–" if found.spearman is None else f"{found.spearman:.2f}"
 
 
 def outcome_lines(rows: Sequence[Outcome], *, every: bool) -> Iterator[str]:
@@ -66,22 +81,37 @@ def outcome_lines(rows: Sequence[Outcome], *, every: bool) -> Iterator[str]:
         yield f"| {row.source} {row.row} | {row.chip} | {measured} | {predicted} | {error} | {why} |"
 
 
-def group_lines(rows: Sequence[Outcome]) -> Iterator[str]:
+def group_lines(raw: Sequence[Outcome], calibrated: Sequence[Outcome]) -> Iterator[str]:
     """Order within the groups that a user would choose among, of three rows that are scored and more."""
+    if not any(_groups(raw)):
+        return
+    yield "\n## order within groups of three rows and more\n"
+    yield "| | groups | mean Spearman | worst | mean top-1 regret | worst |"
+    yield "|---|---|---|---|---|---|"
+    for name, rows in (("raw", raw), ("calibrated", calibrated)):
+        groups = _groups(rows)
+        ranked = {group: spearman(pairs) for group, pairs in groups.items()}
+        regret = {group: top1_regret(pairs) for group, pairs in groups.items()}
+        if not groups:
+            continue
+        worst, most = min(ranked, key=lambda one: ranked[one]), max(regret, key=lambda one: regret[one])
+        yield (
+            f"| {name} | {len(groups)} | {statistics.fmean(ranked.values()):.2f} "
+            f"| {ranked[worst]:.2f} ({_group_name(worst)}) | {_percent(statistics.fmean(regret.values()))} "
+            f"| {_percent(regret[most])} ({_group_name(most)}) |"
+        )
+
+
+def _groups(rows: Sequence[Outcome]) -> dict[tuple[str, ...], list[tuple[float, float]]]:
     groups: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for row in rows:
         if row.group and row.measured is not None and row.predicted is not None:
             groups.setdefault(row.group, []).append((row.measured, row.predicted))
-    full = {group: pairs for group, pairs in groups.items() if len(pairs) > 2}
-    if not full:
-        return
-    ranked = {group: spearman(pairs) for group, pairs in full.items()}
-    regret = {group: top1_regret(pairs) for group, pairs in full.items()}
-    worst = min(ranked, key=lambda group: ranked[group])
-    yield f"\n## order within {len(full)} groups of three rows and more\n"
-    means = statistics.fmean(ranked.values()), statistics.fmean(regret.values())
-    yield f"mean Spearman {means[0]:.2f}, worst {ranked[worst]:.2f} ({', '.join(worst)});"
-    yield f"mean top-1 regret {_percent(means[1])}, worst {_percent(max(regret.values()))}"
+    return {group: pairs for group, pairs in groups.items() if len(pairs) > 2}
+
+
+def _group_name(group: tuple[str, ...]) -> str:
+    return ", ".join(group)
 
 
 def _percent(share: float) -> str:

@@ -213,3 +213,29 @@ def node_powers() -> tuple[MeasuredPower, ...]:
         MeasuredPower(**{key: numbers.get(key, str)(value) for key, value in row.items()})  # type: ignore[arg-type]
         for row in _rows("node_power.csv")
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepErrors:
+    """|predicted / measured - 1| of published steps on one chip; worst_error_pct: with its sign."""
+
+    rows: int
+    mean_error_pct: float
+    worst_error_pct: float
+    sources: str
+    date: str
+
+
+@cache
+def step_errors() -> Mapping[str, StepErrors]:
+    """By the chip, as `chips/NAME.toml` names it. `experiments/validate.py --error_classes` writes them."""
+    return {
+        row["chip"]: StepErrors(
+            rows=int(row["rows"]),
+            mean_error_pct=float(row["mean_error_pct"]),
+            worst_error_pct=float(row["worst_error_pct"]),
+            sources=row["sources"],
+            date=row["date"],
+        )
+        for row in _rows("step_errors.csv")
+    }

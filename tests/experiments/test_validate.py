@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import validate
 from absl.testing import flagsaver
 from validation import programs as kept
+from validation.analysed import Analysed, analysed
 from validation.efficiency import (
     Eager,
     at_efficiency,
@@ -18,17 +20,19 @@ from validation.efficiency import (
     fitted_on,
     taken_from,
 )
+from validation.error_classes import FILE, error_class_rows, write_error_classes
 from validation.gpu_rows import attached_gpu, korthikanti, torchtitan, vtrain_single_node
 from validation.memory import Layout
 from validation.outcome import Outcome, energy_outcomes, figure_1_outcomes
-from validation.programs import Programs, case_digest
+from validation.programs import Programs
 from validation.row import Row, read_table
 from validation.scores import Score, ranks, score, spearman, top1_regret
 from validation.substitution import SHARED_LAYERS, SHARED_MICROBATCHES
 from validation.tables import group_lines, score_lines
 from validation.tpu_rows import tpu_recipes
 
-from shardlab.case_report import report_case
+from shardlab.compile import program_key
+from shardlab.errors import CompileFailed
 from shardlab.hardware.catalog import load_machine
 from shardlab.program import Program
 from shardlab.spec.case import Case
@@ -136,7 +140,7 @@ def test_rows_that_differ_in_layers_and_microbatches_share_a_program(vtrain: lis
         same = (
             "hidden_size", "tensor_parallel", "data_parallel", "pipeline_parallel", "micro_batch_seqs",
         )  # fmt: skip
-        programs.setdefault(case_digest(row.case), set()).add(tuple(line[key] for key in same))
+        programs.setdefault(program_key(row.case), set()).add(tuple(line[key] for key in same))
     assert [len(found) for found in programs.values() if len(found) != 1] == []
     # 18 ways to split up to eight GPUs, two widths, four microbatch sizes.
     assert len(programs) == 18 * 2 * 4
@@ -193,7 +197,9 @@ backend_config={"known_trip_count":{"n":"13"}}
 
 def loop_program(case: Case, **_: object) -> Program:
     axes = dict(case.plan.axes)
-    return Program(name="step", backend="gpu", hlo_text=LOOP, num_devices=case.plan.num_devices, mesh=axes)
+    return Program(
+        name="step", backend="gpu", hlo_text=LOOP, num_devices=case.plan.num_devices, mesh=axes, compile_s=1.0
+    )
 
 
 def first(make: object, condition: object) -> Row:
@@ -211,14 +217,31 @@ def test_a_program_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(kept, "compile_case", compile_case)
     assert Programs(tmp_path, 0).find(row.case) is None
-    for _ in range(2):
-        assert Programs(tmp_path, 5).find(row.case) is not None
+    assert Programs(tmp_path, 5).find(row.case, compiling=False) is None
+    programs = Programs(tmp_path, 5)
+    assert programs.find(row.case) is not None
+    assert (programs.compiled, programs.left) == (1, 4)
+    assert Programs(tmp_path, 0).find(row.case) is not None
     assert len(compiled) == 1
     monkeypatch.setattr(kept, "program_key", lambda case: "of other sources")
+    monkeypatch.setattr("shardlab.lab.cache.program_key", lambda case, sources: "of other sources")
     assert Programs(tmp_path, 0).find(row.case) is None
-    other = Programs(tmp_path, 0, any_sources=True)
-    assert other.find(row.case) is not None
-    assert len(other.stale) == 1
+
+
+def test_what_does_not_compile_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = first(korthikanti, lambda row: row.row == "22B on 8: full")
+    assert row.case is not None
+
+    def compile_case(case: Case, **_: object) -> Program:
+        raise CompileFailed(case.plan.name, "a bad flag")
+
+    monkeypatch.setattr(kept, "compile_case", compile_case)
+    programs = Programs(tmp_path, 5)
+    assert programs.why_not(row.case) == "not compiled"
+    assert programs.find(row.case) is None
+    assert "a bad flag" in programs.why_not(row.case)
+    assert programs.find(row.case) is None
+    assert programs.left == 4
 
 
 def test_the_program_prints_and_writes_every_row(
@@ -247,7 +270,9 @@ def test_the_program_prints_and_writes_every_row(
     assert [bool(line["predicted_step_s"]) for line in lines] == [True] + [False] * 8
     predicted, measured = float(lines[0]["predicted_step_s"]), float(lines[0]["measured_step_s"])
     assert float(lines[0]["error_pct"]) == pytest.approx(100 * (predicted / measured - 1), abs=0.01)
-    assert [line["row"] for line in lines[1:] if not line["excluded_because"]] == []
+    assert [line["row"] for line in lines if line["predicted_step_s"] or line["excluded_because"]] == [
+        line["row"] for line in lines
+    ]
     with (tmp_path / "rows-memory.csv").open(encoding="utf-8") as file:
         memory = list(csv.DictReader(file))
     assert [
@@ -256,6 +281,40 @@ def test_the_program_prints_and_writes_every_row(
     assert sum(line["source"] == "korthikanti figure 1, compiled" for line in memory) == 16
     assert (tmp_path / "rows-energy.csv").exists()
     assert "| korthikanti | 9 | 1 | 4 | 4 |" in capsys.readouterr().out
+
+
+def test_raw_and_calibrated_steps_stand_side_by_side() -> None:
+    """The chip's row is scored raw and gives its efficiency; others are faster or slower by it."""
+    row = first(korthikanti, lambda row: row.row == "22B on 8: full")
+    other = first(korthikanti, lambda row: row.row == "22B on 8: sequence parallel, selective")
+    assert row.case is not None and other.case is not None
+    one = analysed(row, loop_program(row.case))
+    assert isinstance(one, Analysed)
+    line = one.timeline(0.5)
+    assert not isinstance(line, str) and line.step_time_s is not None
+    at_half = replace(one, row=replace(row, measured_step_s=line.step_time_s))
+    known = validate.efficiencies({"a100": at_half})
+    assert known == {"a100": pytest.approx(0.5, rel=1e-3)}
+    raw, calibrated = validate.steps_of(row, loop_program(row.case), known)
+    assert raw.error is not None
+    assert calibrated.excluded_because.startswith("calibration")
+    raw, calibrated = validate.steps_of(other, loop_program(other.case), known)
+    assert raw.predicted is not None
+    assert calibrated.predicted == pytest.approx(2 * raw.predicted, rel=0.02)
+
+
+def test_error_classes_are_the_raw_errors_of_compiled_steps_by_chip(tmp_path: Path) -> None:
+    def step(chip: str, predicted: float | None, eager: Eager | None = None) -> Outcome:
+        return Outcome(source="s", row="r", chip=chip, measured=10.0, predicted=predicted, eager=eager)
+
+    launched = Eager(predicted_s=1.0, layer_s=1.0, runs=1)
+    steps = [*(step("a100", 10.0 + n) for n in range(5)), *(step("v6e", 9.0) for _ in range(4))]
+    steps += [step("a100", 99.0, launched), step("a100", None)]
+    assert error_class_rows(steps, "2026-01-01") == [("a100", "5", "20.0", "40.0", "s", "2026-01-01")]
+    write_error_classes(steps, tmp_path / "errors.csv")
+    lines = [line for line in (tmp_path / "errors.csv").read_text().splitlines() if line[0] != "#"]
+    assert lines[0] == "chip,rows,mean_error_pct,worst_error_pct,sources,date"
+    assert lines[0] in FILE.read_text()
 
 
 def test_the_efficiency_of_a_chip_makes_its_row_exact_and_scores_it_not() -> None:
@@ -295,12 +354,12 @@ def test_efficiency_is_of_the_peak_alone(vtrain: list[Row]) -> None:
     """A product takes twice as long at half the peak, but for its launch; memory keeps its rate."""
     row = next(row for row in vtrain if "TP 4 DP 2" in row.row)
     assert row.case is not None
-    program, machine = loop_program(row.case), load_machine(row.case.machine)
-    whole, half = (
-        report_case(row.case, program, at_efficiency(machine, share)).step_time_s for share in (1.0, 0.5)
-    )
-    assert whole is not None
-    assert half == pytest.approx(2 * whole, rel=0.02)
+    one = analysed(replace(row, counts=None), loop_program(row.case))
+    assert isinstance(one, Analysed)
+    whole, half = (one.timeline(share) for share in (1.0, 0.5))
+    assert not isinstance(whole, str) and not isinstance(half, str) and whole.step_time_s is not None
+    assert half.step_time_s == pytest.approx(2 * whole.step_time_s, rel=0.02)
+    machine = load_machine(row.case.machine)
     assert at_efficiency(machine, 0.5).chip.memory_bytes_per_s == machine.chip.memory_bytes_per_s
 
 
@@ -323,8 +382,12 @@ def test_tables_count_what_is_missing_and_order_groups() -> None:
         outcome(1, None, "not compiled"),
         outcome(1, None, "x"),
     ]
-    table = list(score_lines(rows))
-    assert table[2] == "| s | 5 | 3 | 1 | 1 | 38.9 % | -38.9 % | -50.0 % | 0.50 |"
-    order = "\n".join(group_lines(rows))
-    assert "mean Spearman 0.50, worst 0.50 (g)" in order
-    assert "mean top-1 regret 25.0 %" in order
+    better = [outcome(10, 9), outcome(8, None, "calibration"), *rows[2:]]
+    table = list(score_lines(rows, better))
+    assert table[2] == (
+        "| s | 5 | 3 | 1 | 1 | 38.9 % | -38.9 % | -50.0 % | 0.50 | 2 | 25.8 % | -41.7 % | – |"
+    )
+    assert list(score_lines(rows, rows))[2].endswith("| 0.50 | | | | |")
+    order = list(group_lines(rows, rows))
+    assert "| raw | 1 | 0.50 | 0.50 (g) | 25.0 % | 25.0 % (g) |" in order
+    assert list(group_lines(rows[:2], rows[:2])) == []

@@ -1,0 +1,50 @@
+"""A row's program, read once, and its step at any efficiency of the chip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardlab.analysis import Attributed, attribute
+from shardlab.cost.instructions import StepCost, step_cost
+from shardlab.cost.timeline import Timeline
+from shardlab.errors import ShardlabError
+from shardlab.hardware.catalog import load_machine
+from shardlab.prediction import predict
+from shardlab.program import Program
+from shardlab.units import format_bytes
+from validation.efficiency import at_efficiency
+from validation.row import Row
+from validation.substitution import with_counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysed:
+    """What does not depend on how fast the chip is."""
+
+    row: Row
+    part: Attributed
+    cost: StepCost
+
+    def timeline(self, efficiency: float = 1.0) -> Timeline | str:
+        """The step of the row, or why there is none."""
+        assert self.row.case is not None
+        machine = at_efficiency(load_machine(self.row.case.machine), efficiency)
+        predicted = predict(self.part, self.cost, machine, attention_kernel=self.row.attention_kernel)
+        if predicted is None:
+            return "no step time: nothing is known of the machine"
+        line = predicted.timeline
+        return line if line.step_time_s is not None else f"no step time: {', '.join(line.unknown[:3])}"
+
+
+def analysed(row: Row, program: Program) -> Analysed | str:
+    """The row's program, with the row's counts, or why it cannot be read."""
+    assert row.case is not None
+    if (refusal := program.refusal) is not None:
+        sizes = f"{format_bytes(refusal.needed_bytes)} of {format_bytes(refusal.limit_bytes)}"
+        return f"the compiler refuses it: {sizes}"
+    try:
+        program = program if row.counts is None else with_counts(program, row.counts)
+        (part,) = attribute(program, machine=load_machine(row.case.machine))
+        return Analysed(row=row, part=part, cost=step_cost(part.module, program.backend))
+    except (ShardlabError, ValueError) as error:
+        return f"not analysed: {error}"
