@@ -25,8 +25,8 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 class Memory:
     """The compiler's own memory analysis, bytes per device; None where the backend does not say.
 
-    All but `host_bytes` (arguments, results and temporaries that lie in the host's memory) are of the device's
-    memory; `peak_bytes` counts both.
+    host_bytes: arguments, results and temporaries in the host's memory. All others are of the device's, but
+    `peak_bytes` counts both.
     """
 
     argument_bytes: int | None = None

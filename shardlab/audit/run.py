@@ -52,7 +52,7 @@ def audit(part: Attributed, machine: Machine | None = None) -> tuple[Finding, ..
 
 
 def _one_per_collective(findings: Iterable[Finding]) -> Iterator[Finding]:
-    """What one rule found, the arrays of a combined collective together: the first one's evidence, all bytes."""
+    """What one rule found, arrays of a combined collective together: the first one's evidence, all bytes."""
     alike: dict[tuple[str, str], list[Finding]] = {}
     for one in findings:
         alike.setdefault((one.instruction, one.remedy), []).append(one)

@@ -13,7 +13,9 @@ import pytest
 from own_steps import compiled
 
 from shardlab.analysis import Analysis, analyze
+from shardlab.compile.launch import compile_case
 from shardlab.spec.plan import Plan, load_plan
+from shardlab.spec.step import make_step_case
 
 ROOT = Path(__file__).parents[2]
 STEPS = ROOT / "experiments" / "steps"
@@ -27,7 +29,8 @@ def imports_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def own_plan(name: str) -> Plan:
-    return load_plan(STEPS / f"{name}.toml")
+    plan = load_plan(STEPS / f"{name}.toml")
+    return plan if len(plan.axes) > 1 else plan.model_copy(update={"axes": {"fsdp": 8}, "on": "cpu:8"})
 
 
 def gathered(size: int, n: int) -> int:
@@ -67,11 +70,18 @@ def trainer() -> Sent:
     }
 
 
+def scanned() -> Sent:
+    """Both weights of 32 layers gathered forward and again backward, their gradients and the loss reduced."""
+    weights = 32 * 2 * 4096 * 14336 * F32
+    return {"fsdp": 2 * gathered(weights, 8) + reduced(weights + F32, 8)}
+
+
 EXAMPLES = {
     "mlp": ("fsdp8", mlp),
     "linen_model": ("data2-tensor4", linen_model),
     "equinox_model": ("fsdp8", equinox_model),
     "trainer": ("fsdp4-tensor2", trainer),
+    "scanned": ("scanned", scanned),
 }
 
 
@@ -113,3 +123,26 @@ def test_phases_and_layers_come_from_the_users_own_names() -> None:
     }
     assert runs["optimizer"] > 0
     assert {row.layer.partition("/")[0] for row in analysis.collectives} == {"layers", "optimizer"}
+
+
+@pytest.mark.matrix
+@pytest.mark.gpu
+def test_one_dropped_constraint_costs_on_a_gpu_what_emulated_devices_do_not_show(tmp_path: Path) -> None:
+    """README's first comment. As written, bf16 shards are gathered twice and gradients scattered once.
+    Without the first constraint the backward pass gathers one of the two weights before it is cast, at twice
+    the bytes."""
+    here, gone = STEPS / "scanned.py", "cast the shard, then gather"
+    lines = here.read_text().splitlines(keepends=True)
+    (tmp_path / "dropped.py").write_text("".join(line for line in lines if gone not in line))
+    plan = load_plan(STEPS / "scanned.toml")
+    weights = 32 * 2 * 4096 * 14336 * 2  # in bf16
+    sends = {}
+    for machine in ("cpu:8", "h100:1x8"):
+        asked = plan.model_copy(update={"axes": {"fsdp": 8}, "on": machine})
+        for step, folder in (("experiments.steps.scanned", ROOT), ("dropped", tmp_path)):
+            case = make_step_case(asked, f"{step}:make_step", folder=folder)
+            sends[machine, step] = sent(analyze(compile_case(case)))["fsdp"]
+    assert sends["cpu:8", "dropped"] == sends["cpu:8", "experiments.steps.scanned"] == scanned()["fsdp"]
+    once = gathered(weights, 8)
+    assert sends["h100:1x8", "experiments.steps.scanned"] == 3 * once + reduced(F32, 8)
+    assert sends["h100:1x8", "dropped"] == (3 + Fraction(1, 2)) * once + reduced(F32, 8)
