@@ -101,7 +101,7 @@ def test_one_ring_crosses_sites_once_and_side_by_side_groups_share_the_link() ->
     ],
 )
 def test_two_ranks_take_turns(kind: str, payload_bytes: int, turns: float) -> None:
-    """10 MB each way over 100 Mbit/s take 0.8 s and headers; on 1 MiB measured: 1.1, 1.5, 1.97, 1.95 times."""
+    """10 MB each way over 100 Mbit/s take 0.8 s and headers; of 1 MiB measured: 1.1, 1.5, 1.97, 1.95."""
     found = traffic_of(
         kind=kind,
         payload_bytes=payload_bytes,
