@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NoReturn
 
@@ -54,12 +55,15 @@ examples:
 """
 DIFF_EXAMPLES = """\
 BASE and HEAD are JSON of analyze or explain, saved programs, HLO dumps, or mesh files, which are compiled
-with their [check] unless flags say otherwise.
+with their [check] unless flags say otherwise; or git revisions: A..B, A...B (since B left A), or A alone
+against the working tree. Then the plans under PATH (default: meshes/) that changed are compared, all of them
+where the sources that build their programs did. Revisions of shardlab itself run their own code.
 
 examples:
   shardlab diff base.json head.json
   shardlab diff base.program head.program --on h100:64x8 --markdown
   shardlab diff meshes/cpu8-fsdp.toml meshes/cpu8-tensor.toml --model tiny
+  shardlab diff main..HEAD -- meshes/ --on h100:64x8,v5p:8x8x8 --markdown
 """
 CHECK_EXAMPLES = """\
 Each plan is compiled with its [check] and compared with PLAN.baseline.json and budgets.toml beside it.
@@ -76,6 +80,17 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         sys.stderr.write(f"{self.prog}: {message}; see {self.prog} --help\n")
         raise SystemExit(2)
+
+
+PATHS = "--paths"  # how `--` of diff is read: paths up to the next flag
+
+
+def with_paths(argv: Sequence[str]) -> list[str]:
+    """The words of a command line, in which `diff … -- PATH… --flag` may go on with flags after its paths."""
+    words = list(argv)
+    if words[:1] == ["diff"] and "--" in words:
+        words[words.index("--")] = PATHS
+    return words
 
 
 def parser() -> argparse.ArgumentParser:
@@ -177,9 +192,15 @@ def _add_search(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_diff(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("base", metavar="BASE", help="JSON, saved program, HLO dump or mesh file: before")
-    verb.add_argument("head", metavar="HEAD", help="the same, after")
-    verb.add_argument("--on", metavar="MACHINE", help="the machine of mesh files; prices programs and dumps")
+    verb.usage = "shardlab diff BASE HEAD [flags]\n       shardlab diff A..B [-- PATH...] [flags]"
+    verb.add_argument(
+        "base", metavar="BASE", help="before: JSON, saved program, HLO dump, mesh file; or A..B, A...B, A"
+    )
+    verb.add_argument("head", metavar="HEAD", nargs="?", help="the same, after")
+    verb.add_argument(PATHS, dest="paths", nargs="*", metavar="PATH", help=argparse.SUPPRESS)
+    verb.add_argument(
+        "--on", metavar="M1,M2,…", help="the machines of mesh files; one, to price programs and dumps"
+    )
     verb.add_argument("--axes", metavar="A=N,B=M", help="mesh axes of programs and dumps, major to minor")
     _add_workload(verb)
     _add_step(verb)

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardlab.arguments import parse_axes, parse_device_ids, parser
+from shardlab.arguments import parse_axes, parse_device_ids, parser, with_paths
 from shardlab.errors import ShardlabError
 from shardlab.output import (
     check_html,
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code and never raises for a mistake of the user's."""
     _never_fail_to_print()
     try:
-        args = parser().parse_args(argv)
+        args = parser().parse_args(with_paths(sys.argv[1:] if argv is None else argv))
         code = VERBS[args.verb](args)
         sys.stdout.flush()
         return code
@@ -225,23 +225,52 @@ def run_search(args: argparse.Namespace) -> int:
 
 def run_diff(args: argparse.Namespace) -> int:
     """`shardlab diff`: exit 0 whether or not they differ."""
+    machines = tuple(name.strip() for name in args.on.split(",")) if args.on else ()
+    question = _question(args, machines)
+    if args.paths is not None or args.head is None:
+        return _diff_revisions(args, question)
+    return _diff_files(args, question)
+
+
+def _diff_files(args: argparse.Namespace, question: Question) -> int:
     from shardlab.lab.review import diff_of
+    from shardlab.report.diff import TERMINAL_ROWS, diff_comment, diff_page
     from shardlab.review import diff_json
 
-    machines = (args.on,) if args.on else ()
-    question = _question(args, machines)
+    if len(question.machines) > 1:
+        problem = Problem("--on", "two files are compared on one machine", "name one, or compare revisions")
+        raise UserError(problem)
     with _cache(args) as cache:
-        axes = parse_axes(args.axes)
-        found = diff_of(args.base, args.head, question, axes=axes, progress=sys.stderr, steps=cache.steps())
+        axes, steps = parse_axes(args.axes), cache.steps()
+        found = diff_of(args.base, args.head, question, axes=axes, progress=sys.stderr, steps=steps)
     if args.json:
         print_json(diff_json(found))
-        return 0
-    from shardlab.report.diff import TERMINAL_ROWS, diff_comment, diff_page
-
-    if args.markdown:
+    elif args.markdown:
         sys.stdout.write(diff_comment(found))
     else:
         print_page(diff_page(found, TERMINAL_ROWS), markdown=False)
+    return 0
+
+
+def _diff_revisions(args: argparse.Namespace, question: Question) -> int:
+    from shardlab.lab.revisions import Asked, diff_revisions
+    from shardlab.report.change import change_comment, change_page, in_order, is_changed
+    from shardlab.report.diff import COMMENT_ROWS, diff_page
+    from shardlab.review.change import change_json
+
+    with _cache(args) as cache:
+        folder = cache.store.folder if cache.store is not None else None
+        asked = Asked(question=question, progress=sys.stderr, steps=cache.steps(), cache=folder)
+        change = diff_revisions(args.base, args.head, args.paths or (), asked)
+    if args.json:
+        print_json(change_json(change) | {"programs": cache.counts.to_json()})
+    elif args.markdown:
+        sys.stdout.write(change_comment(change))
+    else:
+        print_page(change_page(change), markdown=False)
+        for one in filter(is_changed, in_order(change)):
+            print()
+            print_page(diff_page(one.found, COMMENT_ROWS), markdown=False)
     return 0
 
 

@@ -50,7 +50,7 @@ def diff_of(
     return diff(*sides)
 
 
-def _of_its_own(plan: Plan, question: Question) -> Question:
+def of_its_own(plan: Plan, question: Question) -> Question:
     """What [check] says holds, also where it cannot be put on the devices: that is what changed."""
     check = plan.check
     return replace(question, batch=question.batch or check.batch, seq=question.seq or check.seq)
@@ -68,7 +68,7 @@ def compile_plans(
 
     Infeasible plans are reports with a reason. Raises UserError with the mistakes of all files.
     """
-    wanted = [comparison_cases([plan], _of_its_own(plan, question)) for plan in load_plans(paths)]
+    wanted = [comparison_cases([plan], of_its_own(plan, question)) for plan in load_plans(paths)]
     cases = [case for one in wanted for case in one.cases]
     with progress_on(progress, len(cases)) as reporter:
         compiled = iter(run_cases(cases, jobs, reporter, steps))

@@ -19,13 +19,16 @@ COMMENT_ROWS = 10
 TERMINAL_ROWS = 25
 # Characters of a name, notes, and rows of the tables of parts: names come from a program, and some are long.
 # Escaping makes a text at most six times as long, so that what is not a change stays below 50,000 together.
-_CLIP, _NOTES, _PARTS = 160, 10, 10
-_MOODS: dict[Judgement, Mood] = {
+NAME_CHARACTERS = 160
+_NOTES, _PARTS = 10, 10
+MOODS: dict[Judgement, Mood] = {
     "worse": "bad",
     "better": "good",
     "mixed": "warn",
     "unknown": "warn",
     "same": "",
+    "added": "",
+    "deleted": "",
 }
 
 
@@ -37,13 +40,14 @@ def diff_page(found: Diff, top: int | None = None) -> Page:
         ("head", _side_text(found.head)),
         *_mesh_fact(found),
     )
-    tables = (_totals_table(found), *_change_tables(found, top), *_part_tables(found))
+    alone = found.base.absent or found.head.absent  # then the verdict has all figures
+    tables = () if alone else (_totals_table(found), *_change_tables(found, top), *_part_tables(found))
     notes = (*found.notes, *_side_notes(found))
     return Page(
         title="What the change does to a step",
-        facts=tuple((label, _clipped(text, 2 * _CLIP)) for label, text in facts),
+        facts=tuple((label, clipped(text, 2 * NAME_CHARACTERS)) for label, text in facts),
         tables=tuple(table for table in tables if table.rows),
-        notes=(*(_clipped(note, 2 * _CLIP) for note in notes[:_NOTES]), *_more(notes[_NOTES:], "note")),
+        notes=shown_notes(notes),
     )
 
 
@@ -60,7 +64,7 @@ def diff_comment(found: Diff) -> str:
 def _side_text(side: Side) -> str:
     case = side.case
     if not case:
-        return side.name
+        return f"{side.name}: {side.why_not}" if side.absent else side.name
     what = f"{case.get('model')}, {case.get('workload')}, batch {case.get('batch')} × {case.get('seq')}"
     return f"{side.name}: {what} on {case.get('machine')}"
 
@@ -176,7 +180,7 @@ def _details(flow: Flow) -> str:
 
 def _both(row: Row, text_of: object) -> str:
     texts = list(dict.fromkeys(text_of(flow) for flow in (*row.base[:1], *row.head[:1])))  # type: ignore[operator]
-    return _clipped(" → ".join(texts))
+    return clipped(" → ".join(texts))
 
 
 def _sent(row: Row) -> Cell:
@@ -198,7 +202,7 @@ def _sources(row: Row) -> Cell:
     flows = row.head or row.base
     found = list(dict.fromkeys(source for flow in flows for source in flow.sources))
     more = (Line(f"and {len(found) - 3} more"),) if len(found) > 3 else ()
-    return (*(Line(_clipped(source), code=True) for source in found[:3]), *more) or cell(NONE)
+    return (*(Line(clipped(source), code=True) for source in found[:3]), *more) or cell(NONE)
 
 
 def _signed(change: ByteRange) -> str:
@@ -239,7 +243,7 @@ def _parts_table(
     changed = any(before != after for before, after in pairs.values())
     rows = tuple(
         (
-            cell(_clipped(key_text(key))),
+            cell(clipped(key_text(key))),
             cell(format_bytes(before)),
             cell(format_bytes(after)),
             cell(_signed(minus(after, before))),
@@ -247,17 +251,23 @@ def _parts_table(
         for key, (before, after) in pairs.items()
     )
     columns = (Column(header, keep=False), *(Column(name, "right") for name in ("base", "head", "change")))
-    (caption,) = _more(rows[_PARTS:], "row") or ("",)
+    (caption,) = more(rows[_PARTS:], "row") or ("",)
     shown = rows[:_PARTS] if changed else ()
     return Table(title=title, columns=columns, rows=shown, caption=caption, folded=True)
 
 
-def _more(left: Sequence[object], noun: str) -> tuple[str, ...]:
+def shown_notes(notes: Sequence[str]) -> tuple[str, ...]:
+    """The first ten, clipped, and how many more there are."""
+    shown = tuple(clipped(note, 2 * NAME_CHARACTERS) for note in notes[:_NOTES])
+    return (*shown, *more(notes[_NOTES:], "note"))
+
+
+def more(left: Sequence[object], noun: str) -> tuple[str, ...]:
     """What is not shown is counted."""
     return (f"{len(left)} more {noun}{'' if len(left) == 1 else 's'}; --json has all",) if left else ()
 
 
-def _clipped(text: str, limit: int = _CLIP) -> str:
+def clipped(text: str, limit: int = NAME_CHARACTERS) -> str:
     """The text, control characters spelled out, its middle left out where it is very long."""
     text = visible(text)
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 + 1 :]}"

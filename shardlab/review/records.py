@@ -96,6 +96,7 @@ class Side:
     analysis: None where there is no program to read, and then `why_not` says why. memory_bytes: what a run
     holds, with its limit and whether it fits. flops, step_time_s: as `explain` has them. case: what was
     compiled (plan, model, machine, batch, …), empty for a dump. versions: of the compiler and what called it.
+    absent: there is no such plan on this side.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Side:
     case: Mapping[str, object] = field(default_factory=dict)
     why_not: str = ""
     notes: tuple[str, ...] = ()
+    absent: bool = False
 
     @property
     def versions(self) -> Mapping[str, str]:

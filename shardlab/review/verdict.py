@@ -9,10 +9,10 @@ from fractions import Fraction
 from typing import Literal
 
 from shardlab.analysis import ByteRange
-from shardlab.review.records import Diff
+from shardlab.review.records import Diff, Side
 from shardlab.units import format_bytes, format_count, format_seconds
 
-Judgement = Literal["same", "better", "worse", "mixed", "unknown"]
+Judgement = Literal["same", "better", "worse", "mixed", "unknown", "added", "deleted"]
 _TIME_NOISE = 1e-9  # of a step: floating-point sums in another order are not a change
 
 
@@ -68,8 +68,14 @@ def measures(found: Diff) -> tuple[Measure, ...]:
 
 def verdict(found: Diff) -> Verdict:
     """The diff in one line."""
+    if found.base.absent:
+        return Verdict(what="added", text=f"Added: {_alone(found.head)}")
+    if found.head.absent:
+        return Verdict(what="deleted", text=f"Deleted: {_alone(found.base)}")
     if found.before is None or found.after is None:
         return _without_analysis(found)
+    if silence := _silence(found):
+        return Verdict(what="worse", text=silence)
     changed = [one for one in measures(found) if one.change]
     uncertain = [one for one in measures(found) if (one.before is None) != (one.after is None)]
     if not changed and not found.changes:
@@ -144,6 +150,35 @@ def _counts(found: Diff) -> Iterator[str]:
 def _fits(found: Diff) -> Iterator[str]:
     if "no" in (found.base.fits, found.head.fits) and found.base.fits != found.head.fits:
         yield "no longer fits in memory" if found.head.fits == "no" else "fits in memory now"
+
+
+def _alone(side: Side) -> str:
+    """The figures of a plan that has nothing to be compared with."""
+    if side.analysis is None:
+        return f"it cannot run: {side.why_not}"
+    sent = upper(side.analysis.totals.wire_bytes)
+    figures = (
+        Measure(name="bytes sent", before=None, after=sent, unit="bytes"),
+        Measure(name="step time", before=None, after=_fraction(side.step_time_s), unit="seconds"),
+        Measure(name="memory", before=None, after=_fraction(side.memory_bytes), unit="bytes"),
+        Measure(name="FLOPs", before=None, after=_fraction(side.flops), unit="flops"),
+    )
+    known = (one for one in figures if one.after is not None or one.name == "bytes sent")
+    return "; ".join(f"{one.name} {one.text(one.after)}" for one in known)
+
+
+def _silence(found: Diff) -> str:
+    """A training step on several devices sums at least its loss: one that sends nothing was not read, or is
+    not split any more."""
+    head = found.head.analysis
+    devices = max((module.num_devices for module in head.modules), default=1) if head is not None else 1
+    training = found.head.case.get("workload") == "train"
+    if not training or devices < 2 or any(row.head for row in found.rows):
+        return ""
+    if not any(row.base for row in found.rows):
+        return ""
+    what = f"no collective was found in a training step on {devices} devices, and the base has some"
+    return f"Worse, or cannot be: {what}; look with: shardlab explain"
 
 
 def _without_analysis(found: Diff) -> Verdict:

@@ -53,6 +53,26 @@ def read_plan_text(text: str, where: str, folder: Path | None) -> PlanText:
     return PlanText(table=table, origins=origins, where=where)
 
 
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files that a mesh file is made of: itself, what it extends, its flags, its machine.
+
+    Those behind a mistake are left out; who loads the plan says what is wrong.
+    """
+    try:
+        tables = _chain(read_text(path), str(path), path.parent)
+    except UserError:
+        return (path,)
+    found = [Path(where) for where, _, _ in tables]
+    for _, _, table in tables:
+        compiler, machine = table.get("compiler"), table.get("on")
+        flags = compiler.get("flags") if isinstance(compiler, dict) else None
+        if isinstance(flags, str):
+            found.append(path.parent / flags)
+        if isinstance(machine, str) and machine.partition(":")[0].endswith(".toml"):
+            found.append(path.parent / machine.partition(":")[0])
+    return tuple(found)
+
+
 def read_flags_file(path: Path) -> tuple[str, ...]:
     """Flags separated by blanks or lines; `#` starts a comment. Raises UserError."""
     lines = (line.partition("#")[0] for line in read_text(path, "file of flags").splitlines())
