@@ -237,9 +237,6 @@ def _diff_files(args: argparse.Namespace, question: Question) -> int:
     from shardlab.report.diff import TERMINAL_ROWS, diff_comment, diff_page
     from shardlab.review import diff_json
 
-    if len(question.machines) > 1:
-        problem = Problem("--on", "two files are compared on one machine", "name one, or compare revisions")
-        raise UserError(problem)
     with _cache(args) as cache:
         axes, steps = parse_axes(args.axes), cache.steps()
         found = diff_of(args.base, args.head, question, axes=axes, progress=sys.stderr, steps=steps)
@@ -254,23 +251,19 @@ def _diff_files(args: argparse.Namespace, question: Question) -> int:
 
 def _diff_revisions(args: argparse.Namespace, question: Question) -> int:
     from shardlab.lab.revisions import Asked, diff_revisions
-    from shardlab.report.change import change_comment, change_page, in_order, is_changed
-    from shardlab.report.diff import COMMENT_ROWS, diff_page
+    from shardlab.report.change import change_comment, change_pages
     from shardlab.review.change import change_json
 
     with _cache(args) as cache:
-        folder = cache.store.folder if cache.store is not None else None
-        asked = Asked(question=question, progress=sys.stderr, steps=cache.steps(), cache=folder)
+        asked = Asked(question=question, progress=sys.stderr, cache=cache)
         change = diff_revisions(args.base, args.head, args.paths or (), asked)
     if args.json:
         print_json(change_json(change) | {"programs": cache.counts.to_json()})
     elif args.markdown:
         sys.stdout.write(change_comment(change))
     else:
-        print_page(change_page(change), markdown=False)
-        for one in filter(is_changed, in_order(change)):
-            print()
-            print_page(diff_page(one.found, COMMENT_ROWS), markdown=False)
+        for page in change_pages(change):
+            print_page(page, markdown=False)
     return 0
 
 

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from shardlab.errors import Problem, UserError
@@ -26,13 +26,15 @@ class Tree:
     """The files of a revision, readable under `folder`.
 
     name: as the user wrote it. commit: None for the working tree. files: paths from the root of the
-    repository. links, submodules: what is there and is not followed.
+    repository. here: the folder in it in which the user stands. links, submodules: what is there and is not
+    followed.
     """
 
     name: str
     commit: str | None
     folder: Path
     files: frozenset[str]
+    here: str = "."
     links: frozenset[str] = frozenset()
     submodules: frozenset[str] = frozenset()
 
@@ -55,9 +57,10 @@ def repository_root(folder: Path) -> Path:
 
 
 @contextmanager
-def opened(root: Path, base: str, head: str | None) -> Iterator[tuple[Tree, Tree]]:
+def opened(root: Path, base: str, head: str | None, here: Path | None = None) -> Iterator[tuple[Tree, Tree]]:
     """Two revisions as trees; they are gone afterwards. base: may be `A..B` (an end that is empty is HEAD) or
-    `A...B` (from where the two parted), and then head is None. head: the working tree when None.
+    `A...B` (from where the two parted), and then head is None. head: the working tree when None. here: a
+    folder inside the repository.
 
     Raises UserError for what git does not know, with all mistakes.
     """
@@ -70,7 +73,8 @@ def opened(root: Path, base: str, head: str | None) -> Iterator[tuple[Tree, Tree
             _tree(root, Path(scratch) / end, name, commit)
             for end, name, commit in zip(("base", "head"), names, commits, strict=True)
         ]
-        yield made[0], made[1]
+        place = (here or root).resolve().relative_to(root).as_posix()
+        yield replace(made[0], here=place), replace(made[1], here=place)
 
 
 def relative_paths(root: Path, paths: Sequence[str], here: Path, trees: Sequence[Tree]) -> tuple[str, ...]:

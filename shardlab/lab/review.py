@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TextIO
 
 from shardlab.case_report import CaseReport
-from shardlab.errors import UserError
+from shardlab.errors import Problem, UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.lab.cases import Question, comparison_cases, load_plans
 from shardlab.lab.progress import progress_on
@@ -30,6 +30,9 @@ def diff_of(
 
     Raises UserError with the mistakes of both, ParseError for what is no HLO, CompileFailed or TargetMissing.
     """
+    if len(question.machines) > 1:
+        what = "two files are compared on one machine"
+        raise UserError(Problem("--on", what, "name one, or compare revisions"))
     plans = [path for path in dict.fromkeys((base, head)) if path.endswith(".toml")]
     compiled = dict(zip(plans, compile_plans(plans, question, progress=progress, steps=steps), strict=True))
     read = {base, head} - compiled.keys()

@@ -7,24 +7,27 @@ compiled is read by this shardlab on both sides, so that a difference is one of 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
+from shardlab.compile.step_sources import sources_digest, step_sources
 from shardlab.compile.versions import source_digest
 from shardlab.errors import Problem, UserError
 from shardlab.hardware.catalog import load_machine
-from shardlab.hardware.toml_file import parse_toml, read_text
+from shardlab.hardware.toml_file import Table, parse_toml, read_text
 from shardlab.lab import git
+from shardlab.lab.cache import Cache
 from shardlab.lab.cases import ATTACHED, Cases, Question, comparison_cases
 from shardlab.lab.check import FOLDER
 from shardlab.lab.git import Tree
 from shardlab.lab.limits import moved_limits
 from shardlab.lab.progress import Progress, progress_on
 from shardlab.lab.review import of_its_own
-from shardlab.lab.run import Steps, run_cases
+from shardlab.lab.run import run_cases
 from shardlab.lab.sources import Answer, Job, explain_all
 from shardlab.review import Side, diff
 from shardlab.review.change import Change, PlanDiff
@@ -33,18 +36,18 @@ from shardlab.review.sides import side_of_report
 from shardlab.spec.models import find_model
 from shardlab.spec.plan import load_plan
 from shardlab.spec.plan_file import files_of, read_plan_text
+from shardlab.spec.step import StepCase
 
 OWN = ""  # the machine that a plan itself names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What is compiled of each tree, and how. cache: the folder in which child processes keep programs."""
+    """What is compiled of each tree, and how."""
 
     question: Question
     progress: TextIO
-    steps: Steps
-    cache: Path | None = None
+    cache: Cache
 
     @property
     def machines(self) -> tuple[str, ...]:
@@ -61,7 +64,7 @@ def diff_revisions(base: str, head: str | None, paths: Sequence[str], asked: Ask
     _check_names(asked.question)
     here = Path()
     root = git.repository_root(here)
-    with git.opened(root, base, head) as trees:
+    with git.opened(root, base, head, here) as trees:
         wanted = git.relative_paths(root, paths or (FOLDER,), here, trees)
         plans = sorted({plan for tree in trees for plan in _plans(tree, wanted)})
         if not plans:
@@ -69,7 +72,7 @@ def diff_revisions(base: str, head: str | None, paths: Sequence[str], asked: Ask
             fix = "name where they are: shardlab diff A..B -- PATH"
             raise UserError(Problem(", ".join(wanted), what, fix))
         everything = _builders_differ(trees)
-        touched = [plan for plan in plans if everything or _differs(plan, trees)]
+        touched = [plan for plan in plans if everything or _differs(plan, trees, asked.question.step)]
         jobs, notes = _jobs(touched, trees, asked.machines)
         old, new = (_answers(tree, jobs, asked) for tree in trees)
         _raise_mistakes(old, new, jobs)
@@ -120,13 +123,47 @@ def _builders_differ(trees: Sequence[Tree]) -> bool:
     return len({package and source_digest(package) for package in packages}) > 1
 
 
-def _differs(plan: str, trees: Sequence[Tree]) -> bool:
-    """Whether a plan's files, with those that it names, are not the same in both."""
+def _differs(plan: str, trees: Sequence[Tree], step: str | None) -> bool:
+    """Whether a plan's files, with those that it names, are not the same in both; nor the sources of the
+    user's own step."""
     contents = []
     for tree in trees:
         files = files_of(tree.folder / plan) if plan in tree.files else ()
-        contents.append([path.read_bytes() if path.is_file() else b"" for path in files])
+        known = [path.read_bytes() if path.is_file() else b"" for path in files]
+        contents.append((known, _sources_of(step or _own_step(tree, plan), tree)))
     return contents[0] != contents[1]
+
+
+def _own_step(tree: Tree, plan: str) -> str | None:
+    """The step that a plan names in [check]."""
+    check = _table(tree, plan).get("check")
+    step = check.get("step") if isinstance(check, dict) else None
+    return step if isinstance(step, str) else None
+
+
+def _sources_of(step: str | None, tree: Tree) -> str:
+    """The digest of the user's own step in a tree; "" without one."""
+    try:
+        return "" if step is None else _step_digest(step, _home(tree))
+    except UserError:
+        return ""
+
+
+_step_digest = functools.cache(sources_digest)
+
+
+def _home(tree: Tree) -> str:
+    """Where the user stands, in a tree: packages are looked for there first."""
+    return str(tree.folder / tree.here) if (tree.folder / tree.here).is_dir() else str(tree.folder)
+
+
+def _table(tree: Tree, plan: str) -> Table:
+    """What a mesh file says, with what it extends; {} where it cannot be read."""
+    path = tree.folder / plan
+    try:
+        return read_plan_text(read_text(path), str(path), path.parent).table
+    except UserError:
+        return {}
 
 
 def _jobs(
@@ -152,11 +189,7 @@ def _jobs(
 
 def _devices(tree: Tree, plan: str) -> int | None:
     """Of a plan's mesh; None where its file does not say."""
-    path = tree.folder / plan
-    try:
-        axes = read_plan_text(read_text(path), str(path), path.parent).table.get("axes")
-    except UserError:
-        return None
+    axes = _table(tree, plan).get("axes")
     sizes = list(axes.values()) if isinstance(axes, dict) else []
     return math.prod(sizes) if sizes and all(isinstance(size, int) for size in sizes) else None
 
@@ -171,7 +204,8 @@ def _answers(tree: Tree, jobs: Sequence[Job], asked: Asked) -> dict[Job, Answer]
     left = [job for job in jobs if job not in known]
     with progress_on(asked.progress, len(left)) as progress:
         if _own_sources(tree) is not None:
-            known |= explain_all(tree.folder, left, asked.question, asked.cache, progress)
+            folder = asked.cache.store.folder if asked.cache.store is not None else None
+            known |= explain_all(tree.folder, left, asked.question, folder, progress)
         else:
             known |= _compiled(tree, left, asked, progress)
     return {job: _as_named(tree, job, answer) for job, answer in known.items()}
@@ -183,7 +217,7 @@ def _compiled(
     """Compiled with the shardlab that is installed."""
     wanted = [(job, _cases(tree, job, asked.question)) for job in jobs]
     cases = [case for _, found in wanted if isinstance(found, Cases) for case in found.cases]
-    reports = iter(run_cases(cases, None, progress, asked.steps))
+    reports = iter(run_cases(cases, None, progress, asked.cache.steps()))
     for job, found in wanted:
         if isinstance(found, UserError):
             yield job, found
@@ -199,7 +233,12 @@ def _cases(tree: Tree, job: Job, question: Question) -> Cases | UserError:
     machines = () if machine == OWN else (machine,)
     try:
         plan = load_plan(tree.folder / plan_file)
-        return comparison_cases([plan], of_its_own(plan, replace(question, machines=machines)))
+        question = replace(question, machines=machines, folder=_home(tree))
+        cases = comparison_cases([plan], of_its_own(plan, question))
+        for case in cases.cases:
+            if isinstance(case, StepCase):
+                step_sources(case.step, case.folder)  # a step that is not in this tree
+        return cases
     except UserError as error:
         return error
 

@@ -87,6 +87,7 @@ def _flags(question: Question, machine: str) -> list[str]:
         "--batch": question.batch,
         "--seq": question.seq,
         "--workload": question.workload,
+        "--step": question.step,
     }
     return [text for flag, value in named.items() if value is not None for text in (flag, str(value))]
 

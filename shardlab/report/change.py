@@ -4,6 +4,7 @@ one GitHub comment."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from fractions import Fraction
 
 from shardlab.report.diff import (
@@ -57,6 +58,13 @@ def change_page(change: Change, rows: int | None = None) -> Page:
         tables=(table,) if shown else (),
         notes=shown_notes(notes),
     )
+
+
+def change_pages(change: Change) -> Iterator[Page]:
+    """All plans, then each of which there is more to say."""
+    yield change_page(change)
+    for one in filter(is_changed, in_order(change)):
+        yield diff_page(one.found, COMMENT_ROWS)
 
 
 def change_comment(change: Change) -> str:

@@ -18,6 +18,7 @@ from shardlab.lab.cache import Cache
 from shardlab.lab.run import Steps
 from shardlab.program import Memory, Program, to_bytes
 from shardlab.spec.case import Case
+from shardlab.spec.step import AnyCase
 
 CHECK = '[check]\nmodel = "tiny"\nbatch = 2\nseq = 8\n'
 PLAN_8 = PLAN + CHECK
@@ -34,17 +35,18 @@ class Compiler:
     def steps(self, **_: object) -> Steps:
         return Steps(key=lambda case: f"{case.plan.path} {case.machine}", compile=self.compile)
 
-    def compile(self, case: Case) -> Program:
+    def compile(self, case: AnyCase) -> Program:
         self.compiled.append((case.plan.name, case.machine))
+        seq = case.seq if isinstance(case, Case) else int((Path(case.folder) / "mystep.py").read_text()[-3:])
         if case.plan.description == "breaks the compiler":
             raise CompileFailed(case.plan.name, "the compiler crashed")
         return Program(
             name=case.plan.name,
             backend="cpu",
-            hlo_text=HLO.replace("f32[4]", f"f32[{case.seq}]"),
+            hlo_text=HLO.replace("f32[4]", f"f32[{seq}]"),
             num_devices=2,
             mesh={"fsdp": 2},
-            memory=Memory(argument_bytes=1000 * case.seq, output_bytes=0, alias_bytes=0, temp_bytes=0),
+            memory=Memory(argument_bytes=1000 * seq, output_bytes=0, alias_bytes=0, temp_bytes=0),
         )
 
 
@@ -262,6 +264,25 @@ def test_a_training_step_that_sends_nothing_any_more_is_worse_or_cannot_be(
     (one,) = told("v0..v1")["diffs"]
     assert one["verdict"]["is"] == "worse"
     assert "no collective was found in a training step on 2 devices" in one["verdict"]["text"]
+
+
+def test_each_revision_has_its_own_step_function(
+    repo: Callable[..., Path], compiler: Compiler, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No plan changes: the user's package does, and is taken from each tree, also below its root."""
+    own = PLAN + '[check]\nstep = "mystep:make"\n'
+    folder = repo(
+        {"src/mystep.py": "n = 08\n", "src/a.toml": own, "src/b.toml": PLAN_8}, {"src/mystep.py": "n = 16\n"}
+    )
+    monkeypatch.chdir(folder / "src")
+    found = told("v0..v1", "--", ".")
+    assert verdicts(found) == {("src/a.toml", "cpu:2"): "worse"}
+    (row,) = found["diffs"][0]["changes"]
+    assert (row["base"]["wire_bytes"], row["head"]["wire_bytes"]) == ([32, 32], [64, 64])
+    commit(folder, {"src/mystep.py": None})
+    (back,) = told("HEAD..v1", "--", "a.toml")["diffs"]
+    assert "no module 'mystep'" in back["verdict"]["text"]
+    assert told("v0..v1", "--", "b.toml", "--step", "mystep:make")["diffs"][0]["verdict"]["is"] == "worse"
 
 
 # A shardlab of another time: all that is relied on is its `explain`.
