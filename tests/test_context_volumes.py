@@ -40,6 +40,7 @@ remat = "{remat}"
 GPU = pytest.param("h100:1x8", marks=pytest.mark.gpu)
 GPU_MORE = pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.matrix])
 TPU = pytest.param("v5e:2x4", marks=[pytest.mark.tpu, pytest.mark.full])
+TPU_GATE = pytest.param("v5e:2x4", marks=pytest.mark.tpu)  # both kinds of hop in one compile
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def test_ring(on: str, remat: str) -> None:
     assert in_attention(analysis) == {("ring", "collective-permute"): closed(on, remat, 8).ring(8)}
 
 
-@pytest.mark.parametrize("on", ["cpu:8", GPU_MORE])
+@pytest.mark.parametrize("on", ["cpu:8", GPU_MORE, TPU])
 @pytest.mark.parametrize("remat", ["full", pytest.param("none", marks=pytest.mark.full)])
 def test_gathered_keys_and_values(on: str, remat: str) -> None:
     expected = closed(on, remat, 8)
@@ -163,7 +164,7 @@ def test_ulysses(on: str, remat: str) -> None:
     assert in_attention(compiled(on, "ulysses", DATA2, remat)) == {("split", "all-to-all"): expected}
 
 
-@pytest.mark.parametrize("on", ["cpu:8", GPU_MORE])
+@pytest.mark.parametrize("on", ["cpu:8", GPU_MORE, TPU_GATE])
 def test_ring_of_ulysses(on: str) -> None:
     """The ring's shards are whole groups' tokens, of a share of the heads: as many bytes as one device's."""
     expected = closed(on, "full", 8)
@@ -183,7 +184,7 @@ def test_ring_of_ulysses(on: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-@pytest.mark.parametrize("on", ["cpu:8", GPU_MORE])
+@pytest.mark.parametrize("on", ["cpu:8", GPU_MORE, TPU])
 def test_nothing_else_moves(on: str, kind: str, axes: Axes, allowed: set[str]) -> None:
     """A ring gathers no keys, Ulysses neither; and outside of attention no token changes its device.
 
