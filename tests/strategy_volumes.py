@@ -4,20 +4,23 @@ Of the strategies of data and tensor parallelism, as the literature gives them, 
 algorithms (DESIGN section 3). Sizes are what the other axes leave a device. Nothing here reads a program.
 
 Which tests hold which strategy's bytes to a closed form (c: CPU, g: GPU, t: TPU):
-- data parallel, ZeRO-1, 2-D tensor and sequence parallelism: parallel/test_volumes.py c g t; ZeRO-2, FSDP,
-  HSDP, tensor and vocabulary parallelism: there c g, and on a TPU not: it writes ZeRO-2's scatters as
-  permutes over windows. FSDP and tensor parallelism of large models: test_literature_volumes.py g t.
-- context parallelism: test_context_volumes.py, ring and Ulysses c g t, all-gather and ring x Ulysses c g.
-- pipelines (1F1B, GPipe): test_pipeline_volumes.py c g t, beside tensor parallelism g.
+- data parallel, ZeRO-1, ZeRO-2, FSDP, HSDP, tensor and vocabulary parallelism, 2-D tensor and sequence
+  parallelism: parallel/test_volumes.py c g t (`SummedWhole`: what a TPU does otherwise). FSDP and tensor
+  parallelism of large models: test_literature_volumes.py g t.
+- context parallelism, all-gather, ring, Ulysses and ring x Ulysses: test_context_volumes.py c g t.
+- pipelines, GPipe, 1F1B, interleaved and ZB-H1: test_pipeline_volumes.py c g t (published_schedules.py has
+  the schedules), beside ZeRO-1 c g, beside tensor parallelism g.
 - context parallelism and experts inside a pipeline: test_meeting_volumes.py c g t.
 - experts: parallel/test_experts.py, capacity c g t; dropless c, and g t as upper bounds.
+- serving: parallel/test_serving_volumes.py, decoding c g t, context parallel prefill c.
 - what may not appear: test_forbidden.py, one table, c g t.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 
 F32 = 4
@@ -40,6 +43,46 @@ def together(volumes: Iterable[Volumes]) -> Volumes:
     for volume in volumes:
         total.update(volume)  # type: ignore[arg-type]
     return dict(total)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class SummedWhole:
+    """What XLA:TPU all-reduces whole where it is asked for shards: 2 (n - 1) / n instead of (n - 1) / n.
+
+    summed: parts of the paths of parameters whose gradients it sums whole and then slices. It fuses an
+    all-reduce and the slice of the sum into a reduce-scatter where the dimension that is cut, embed, is the
+    second minor one of the array's layout; where embed is minor, and a shard less than two tiles of 128
+    lanes, or where it is further out, it does not. Norms' scales it never scatters.
+    padded: parts of the paths of norms' scales, and how often per step their shards, padded with zeros, are
+    summed instead of gathered: those of 64 numbers are less than a tile.
+    once: of the f32 sums of all microbatches; else of every microbatch, in the type of the gradients.
+    """
+
+    axis: str
+    ways: int
+    summed: tuple[str, ...]
+    padded: tuple[tuple[str, int], ...] = ()
+    once: bool = False
+
+    def instead(self, volumes: Volumes, sizes: Mapping[str, int], element: int, microbatches: int) -> Volumes:
+        """Of a closed form. sizes: of parameters, by path. element: bytes of a matrix's gradient."""
+        scatters = sum(
+            gather(self.ways, size * (F32 if self.once or "norm" in path else element))
+            for path, size in sizes.items()
+            if any(part in path for part in self.summed)
+        ) * (1 if self.once else microbatches)
+        gathers = sum(
+            times * gather(self.ways, F32 * size)
+            for part, times in self.padded
+            for path, size in sizes.items()
+            if part in path and "norm" in path
+        )
+        changes = {
+            (self.axis, "reduce-scatter"): Fraction(-scatters),
+            (self.axis, "all-gather"): Fraction(-gathers),
+            (self.axis, "all-reduce"): Fraction(2 * (scatters + gathers)),
+        }
+        return together([volumes, changes])
 
 
 def data_parallel(axis: str, ways: int, gradient_bytes: int) -> Volumes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 
+import published_schedules as published
 import pytest
 from compiled_plans import compiled_case
 from second_counter.literature import (
@@ -27,6 +28,8 @@ F32_BYTES = 4
 MODEL = replace(find_model("tiny"), name="tiny-8", layers=8)
 BATCH, SEQ, MICROBATCHES = 16, 128, 8
 SMALL = 2_048  # bytes per step: the loss, and the norm of the gradients
+PERMUTE = "collective-permute"
+STAGES, DATA, VIRTUAL = 4, 2, 2
 TARGETS = [
     "cpu:8",
     pytest.param("h100:1x8", marks=pytest.mark.gpu),
@@ -81,10 +84,14 @@ class Closed:
     activation_bytes: int
 
     @property
+    def one(self) -> Fraction:
+        """One activation, or one cotangent."""
+        return Fraction(BATCH * SEQ * MODEL.embed, MICROBATCHES * self.data) * self.activation_bytes
+
+    @property
     def activations(self) -> Fraction:
         """Over the stages."""
-        one = Fraction(BATCH * SEQ * MODEL.embed, MICROBATCHES * self.data) * self.activation_bytes
-        return 2 * (MICROBATCHES + self.stages - 1) * one
+        return 2 * (MICROBATCHES + self.stages - 1) * self.one
 
     @property
     def layers(self) -> int:
@@ -110,6 +117,8 @@ def activation_bytes(on: str) -> int:
 @cache
 def compiled(on: str, schedule: str, zero1: bool) -> Analysis:
     text = BESIDE_DATA.format(schedule=schedule, zero1='"data"' if zero1 else "")
+    if schedule == "interleaved":
+        text += f"virtual_stages = {VIRTUAL}\n"
     case = make_case(plan_from_text(text), MODEL, on, BATCH, SEQ)
     return analyze(compiled_case(case)[0])
 
@@ -133,7 +142,7 @@ def near(actual: Fraction, expected: Fraction, small: int = SMALL) -> bool:
 @pytest.mark.parametrize("on", TARGETS)
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("gpipe", marks=pytest.mark.full)])
 def test_data_parallel_stages(on: str, schedule: str) -> None:
-    closed = Closed(stages=4, data=2, activation_bytes=activation_bytes(on))
+    closed = Closed(stages=STAGES, data=DATA, activation_bytes=activation_bytes(on))
     found = sent(compiled(on, schedule, False))
     assert near(found.pop("stage"), closed.activations)
     assert near(found.pop("data"), all_reduce(closed.layers, closed.data))
@@ -141,11 +150,48 @@ def test_data_parallel_stages(on: str, schedule: str) -> None:
     assert found == {}
 
 
+@pytest.mark.parametrize("on", TARGETS)
+@pytest.mark.parametrize("schedule", ["interleaved", pytest.param("zb-h1", marks=pytest.mark.full)])
+def test_schedules_that_pass_more_or_wait(on: str, schedule: str) -> None:
+    """Interleaved stages pass v times as much as 1F1B's (arXiv:2104.04473, section 2.2.2): m (p v - 1)
+    activations and as many cotangents, in 2 m v + 2 (p - 1) ticks. ZB-H1 passes what 1F1B does, m (p - 1) of
+    each, since W sends nothing (arXiv:2401.10241, section 2), in 3 m + p - 1.
+
+    A device sends more: one program for all stages has permutes with fixed pairs, so that pairs are in them
+    that pass nothing at that tick, and in some ticks two permutes instead of one (`published.permutes`).
+    """
+    if schedule == "interleaved":
+        rows, links = published.interleaved(STAGES, MICROBATCHES, VIRTUAL), STAGES * VIRTUAL
+        assert len(rows) == 2 * MICROBATCHES * VIRTUAL + 2 * (STAGES - 1)
+    else:
+        rows, links = published.zb_h1(STAGES, MICROBATCHES), STAGES
+        assert len(rows) == 3 * MICROBATCHES + STAGES - 1
+    ticks = published.sent(rows, STAGES, links)
+    assert sum(len(tick.forward) + len(tick.backward) for tick in ticks) == 2 * MICROBATCHES * (links - 1)
+
+    closed = Closed(stages=STAGES, data=DATA, activation_bytes=activation_bytes(on))
+    permutes, analysis = published.permutes(ticks), compiled(on, schedule, False)
+    assert fabric_bytes(analysis) == sum(map(len, permutes)) * DATA * closed.one
+    found = sent(analysis)
+    assert near(found.pop("stage"), len(permutes) * closed.one)
+    assert near(found.pop("data"), all_reduce(closed.layers, closed.data))
+    assert near(found.pop("data+stage"), all_reduce(closed.others, closed.data * closed.stages))
+    assert found == {}
+
+
+def fabric_bytes(analysis: Analysis) -> Fraction:
+    """Of all permutes, over all pairs of devices."""
+    return sum(
+        (row.fabric_bytes * row.executions[0] for row in analysis.collectives if row.kind == PERMUTE),
+        Fraction(0),
+    )
+
+
 # Not on TPU: there XLA all-reduces the gradients of the embedding and the head, and slices.
 @pytest.mark.parametrize("on", ["cpu:8", pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.full])])
 def test_zero1_beside_stages(on: str) -> None:
     """Every array has an embed dimension that the data axis splits: its gradient is reduced there first."""
-    closed = Closed(stages=4, data=2, activation_bytes=activation_bytes(on))
+    closed = Closed(stages=STAGES, data=DATA, activation_bytes=activation_bytes(on))
     found = sent(compiled(on, "1f1b", True))
     shard = closed.others // closed.data
     assert near(found.pop("stage"), closed.activations + all_reduce(shard, closed.stages))
@@ -183,5 +229,5 @@ def test_stages_need_nothing_else_of_each_other() -> None:
     """No weight, gradient of a layer or optimizer state passes between stages: permutes of activations, and
     once per step the gradients of what belongs to no layer, and scalars."""
     rows = [row for row in compiled("cpu:8", "1f1b", False).collectives if "stage" in (row.axes or ())]
-    assert {row.kind for row in rows} == {"collective-permute", "all-reduce"}
+    assert {row.kind for row in rows} == {PERMUTE, "all-reduce"}
     assert all(row.executions == (1, 1) for row in rows if row.kind == "all-reduce")

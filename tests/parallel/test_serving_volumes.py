@@ -1,4 +1,4 @@
-"""What a decode step sends against closed forms, and that its cache is never moved.
+"""What decode and prefill steps send against closed forms, and that a decode step's cache is never moved.
 
 In f32 on emulated devices, in bf16 ahead of time for GPUs and TPUs. The forms are Megatron's without a
 backward pass, and Flash-Decoding's: per query a greatest score, a sum of weights and a sum of values, in f32.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import pytest
-from emulated import SMALL, TENSOR, case_of, plan, step_of
+from emulated import SMALL, TENSOR, asked, case_of, plan, step_of
 from strategy_volumes import F32, Volumes, all_reduce, gather, together
 
 from shardlab.analysis import CollectiveRow, analyze
@@ -137,13 +137,13 @@ CASES: dict[str, tuple[Plan, Callable[[Figures], Volumes]]] = {
 
 
 def compiled(name: str, target: str) -> tuple[Figures, list[CollectiveRow]]:
-    asked, _ = CASES[name]
-    case = case_of(asked, MODEL, machine=MACHINES[target], batch=BATCH, seq=SEQ, workload="decode")
+    plan, _ = CASES[name]
+    case = case_of(plan, MODEL, machine=MACHINES[target], batch=BATCH, seq=SEQ, workload="decode")
     if target != "cpu":
         return Figures(case, target), list(analyze(compile_case(case, find_largest_batch=False)).collectives)
     step = step_of(case)
     text = step.function.lower(*step.arguments).compile().as_text()
-    return Figures(case, target), list(analyze(text, axes=dict(asked.axes)).collectives)
+    return Figures(case, target), list(analyze(text, axes=dict(plan.axes)).collectives)
 
 
 def sent(rows: list[CollectiveRow]) -> Volumes:
@@ -193,3 +193,57 @@ def test_bytes_on_gpus(name: str) -> None:
 @AHEAD_OF_TIME
 def test_bytes_on_tpus(name: str) -> None:
     check(name, "tpu")
+
+
+PROMPT = 512
+KV_HEADS = 4  # Ulysses splits them by four
+CONTEXTS = {
+    "all-gather": {"data": 2, "context": 4},
+    "ring": {"context": 8},
+    "ulysses": {"data": 2, "context": 4},
+    "ring+ulysses": {"ring": 2, "ulysses": 4},
+}
+
+
+def prefill(method: str, axes: dict[str, int]) -> Volumes:
+    """Context parallelism's forward pass, and what prefill adds.
+
+    Keys and values are gathered (arXiv:2407.21783, section 3.3.2) or go around a ring (arXiv:2310.01889,
+    section 3), n - 1 shards of them; Ulysses exchanges queries, keys, values and output (arXiv:2309.14509,
+    section 3.2), (n - 1) / n each. Added: one token of each sequence, summed over the devices of its
+    sequence, and zig-zag's cache put in order, which each device passes on whole.
+    """
+    split = [name for name in axes if name != "data"]
+    tokens = BATCH * PROMPT // 8
+    one_head = tokens * MODEL.head_dim * F32 * MODEL.layers
+    keys_values = Fraction(2 * KV_HEADS * one_head)
+    inner, ways = split[-1], axes[split[-1]]
+    exchanged = gather(ways, 2 * (KV_HEADS + MODEL.heads) * one_head)
+    attention: dict[str, Volumes] = {
+        "all-gather": {(inner, "all-gather"): (ways - 1) * keys_values},
+        "ring": {(inner, "collective-permute"): (ways - 1) * keys_values},
+        "ulysses": {(inner, "all-to-all"): exchanged},
+        "ring+ulysses": {("ring", "collective-permute"): keys_values, (inner, "all-to-all"): exchanged},
+    }
+    every, all_ways = "+".join(split), 8 // axes.get("data", 1)
+    last = F32 * BATCH // axes.get("data", 1) * MODEL.embed
+    rest: Volumes = {(every, "all-reduce"): all_reduce(all_ways, last)}
+    if method != "ulysses":
+        rest[every, "collective-permute"] = keys_values
+    return together([attention[method], rest])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=pytest.mark.matrix if "+" in m else pytest.mark.full) for m in CONTEXTS],
+)
+def test_a_prompt_that_is_split(method: str) -> None:
+    """On emulated devices. Its cache stays split as its tokens are: nothing gathers it."""
+    axes = CONTEXTS[method]
+    plan = asked(axes, context=method)
+    cache = plan.activations | {"cache": plan.activations["seq"]}
+    plan = plan.model_copy(update={"activations": cache})
+    model = replace(MODEL, kv_heads=KV_HEADS)
+    step = step_of(case_of(plan, model, batch=BATCH, seq=PROMPT, workload="prefill"))
+    text = step.function.lower(*step.arguments).compile().as_text()
+    assert sent(list(analyze(text, axes=axes).collectives)) == prefill(method, axes)
