@@ -38,6 +38,17 @@ need_chromium() {
   "${root[@]}" apt-get install -q -y --no-install-recommends chromium chromium-driver
 }
 
+# wire_tests VENV: the tests marked `wire`, as root, with iproute2.
+wire_tests() {
+  local root=()
+  [ "$(id -u)" = 0 ] || root=(sudo)
+  if ! { command -v ip && command -v tc; } >/dev/null; then
+    "${root[@]}" apt-get update -q
+    "${root[@]}" apt-get install -q -y --no-install-recommends iproute2
+  fi
+  "${root[@]}" "$1/bin/pytest" -p no:cacheprovider -m wire
+}
+
 # readme_test_command VENV [pytest arguments]: runs the command that the README gives, in VENV instead of .venv.
 readme_test_command() {
   local venv=$1 command

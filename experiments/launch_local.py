@@ -2,8 +2,9 @@
 
 python experiments/launch_local.py -n 2 -- --mesh=meshes/cpu8-fsdp.toml --steps=20
 
-What stands behind `--` goes to `train.py`. Lines on standard error carry the process that wrote them.
-Emulated devices divide over the processes; --devices_per_process sets how many there are (--on=cpu:N).
+What stands behind `--` goes to `train.py` (or --program). Lines on standard error carry the process that
+wrote them. Emulated devices divide over the processes; --devices_per_process sets how many there are
+(--on=cpu:N).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from absl import app, flags
 PROCESSES = flags.DEFINE_integer("n", 2, "Processes.", lower_bound=1)
 DEVICES = flags.DEFINE_integer("devices_per_process", None, "Emulated devices of each.", lower_bound=1)
 PORT = flags.DEFINE_integer("port", None, "Of the coordinator; a free one unless said.", lower_bound=1)
+PROGRAM = flags.DEFINE_string("program", "train.py", "Beside this file: what every process runs.")
 
-TRAIN = Path(__file__).with_name("train.py")
 GRACE_SECONDS = 5
 _PR_SET_PDEATHSIG = 1
 
@@ -33,7 +34,12 @@ _PR_SET_PDEATHSIG = 1
 def command_of(index: int, count: int, port: int, arguments: Sequence[str]) -> list[str]:
     """What process `index` runs."""
     joined = [f"--coordinator=127.0.0.1:{port}", f"--process_id={index}", f"--num_processes={count}"]
-    return [sys.executable, str(TRAIN), *arguments, *(joined if count > 1 else [])]
+    return [
+        sys.executable,
+        str(Path(__file__).with_name(PROGRAM.value)),
+        *arguments,
+        *(joined if count > 1 else []),
+    ]
 
 
 def die_with_parent() -> None:

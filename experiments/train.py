@@ -11,19 +11,18 @@ ran moved between devices, read from its compiled program. Process 0 alone repor
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import app, flags
+from checkpoints import open_checkpoints
+from metrics import Record, Report, open_reports
 from processes import Processes, asked_for, join, leave
 from windows import Windows, read_text, windows_of_steps
 
@@ -51,30 +50,14 @@ DTYPE = flags.DEFINE_enum(
 )
 METRICS = flags.DEFINE_string("metrics", None, "CSV file to write: step, loss, gradient_norm, tokens_per_s.")
 TENSORBOARD = flags.DEFINE_string("tensorboard", None, "Folder for TensorBoard event files.")
+CHECKPOINTS = flags.DEFINE_string("checkpoints", None, "Folder to keep checkpoints in, and to go on from.")
+CHECKPOINT_EVERY = flags.DEFINE_integer("checkpoint_every", 100, "Steps between them.", lower_bound=1)
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, when there are several.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of the processes this is, from 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 REPORT_EVERY = flags.DEFINE_integer("report_every", 10, "Steps between lines of progress.", lower_bound=1)
 
 BYTE_VALUES = 256
-FIELDS = ("step", "loss", "gradient_norm", "tokens_per_s")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """Metrics of one step. loss: nats per byte; tokens_per_s: over all devices, since the last report."""
-
-    step: int
-    loss: float
-    gradient_norm: float
-    tokens_per_s: float
-
-    def values(self) -> tuple[float, ...]:
-        """In the order of FIELDS."""
-        return self.step, self.loss, self.gradient_norm, self.tokens_per_s
-
-
-Report = Callable[[Record], None]
 
 
 def case_from_flags() -> Case:
@@ -110,52 +93,8 @@ def prepare_environment(case: Case, processes: Processes | None) -> None:
         join(processes, emulated_devices=machine.num_devices if on_cpu else None)
 
 
-@contextmanager
-def open_reports() -> Iterator[Report]:
-    """Where metrics go: standard error, and the files that were asked for."""
-    with ExitStack() as stack:
-        reports: list[Report] = [print_progress]
-        if METRICS.value:
-            file = stack.enter_context(Path(METRICS.value).open("w", newline=""))
-            writer = csv.writer(file)
-            writer.writerow(FIELDS)
-            reports.append(lambda record: writer.writerow(record.values()))
-        if TENSORBOARD.value:
-            reports.append(stack.enter_context(open_tensorboard(TENSORBOARD.value)))
-
-        def report(record: Record) -> None:
-            for one in reports:
-                one(record)
-
-        yield report
-
-
-def print_progress(record: Record) -> None:
-    """One line every --report_every steps."""
-    if record.step % REPORT_EVERY.value == 0 or record.step == STEPS.value:
-        rate = f"{record.tokens_per_s:,.0f} tokens/s"
-        sys.stderr.write(f"step {record.step}/{STEPS.value}  loss {record.loss:.4f}  {rate}\n")
-
-
-@contextmanager
-def open_tensorboard(folder: str) -> Iterator[Report]:
-    """Event files in `folder`. Raises UserError without tensorboardX."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        what = "tensorboardX is not installed"
-        raise UserError(Problem("--tensorboard", what, "pip install 'shardlab[train]'")) from None
-    with SummaryWriter(folder) as writer:
-
-        def report(record: Record) -> None:
-            for name, value in zip(FIELDS[1:], record.values()[1:], strict=True):
-                writer.add_scalar(name, value, record.step)
-
-        yield report
-
-
-def build(case: Case) -> tuple[Any, Step, Any]:
-    """(initial state, step, compiled step) on the devices of this process."""
+def build(case: Case) -> tuple[Callable[[], Any], Step, Any]:
+    """(what makes the initial state, step, compiled step) on all devices."""
     import jax.numpy as jnp
 
     from shardlab.compile.mesh import fill_mesh
@@ -175,22 +114,35 @@ def build(case: Case) -> tuple[Any, Step, Any]:
     step = build_step(case, mesh, target=target.family, compute_dtype=dtype, optimizer=optimizer)
     for note in (*notes, *case.notes(), *step.notes):
         sys.stderr.write(f"note: {note}\n")
-    state = init_state(case, mesh, SEED.value, optimizer=optimizer)
-    return state, step, step.function.lower(*step.arguments).compile()
+    compiled = step.function.lower(*step.arguments).compile()
+    return lambda: init_state(case, mesh, SEED.value, optimizer=optimizer), step, compiled
 
 
-def train(case: Case, text: np.ndarray, report: Report) -> Any:
-    """Run --steps steps and return the compiled step."""
-    state, step, compiled = build(case)
-    batches = placed_batches(case, Windows(text, case.seq), step.arguments[1])
-    started_s = time.perf_counter()
-    for number, batch in zip(range(1, STEPS.value + 1), batches, strict=False):
-        state, metrics = compiled(state, batch)
-        loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
-        now_s = time.perf_counter()
-        tokens_per_s = case.batch * case.seq / (now_s - started_s)
-        started_s = now_s
-        report(Record(step=number, loss=loss, gradient_norm=gradient_norm, tokens_per_s=tokens_per_s))
+def train(case: Case, text: np.ndarray, reports: Callable[[int], AbstractContextManager[Report]]) -> Any:
+    """Run to --steps, from the newest checkpoint where there is one, and return the compiled step.
+
+    reports: what opens the metrics, given the first step that is run.
+    """
+    initial, step, compiled = build(case)
+    facts = {"model": case.model.name, "batch": case.batch, "seq": case.seq, "seed": SEED.value,
+             "steps": STEPS.value, "learning_rate": LEARNING_RATE.value}  # fmt: skip
+    with open_checkpoints(CHECKPOINTS.value, CHECKPOINT_EVERY.value, facts) as checkpoints:
+        found = checkpoints.restore(step.arguments[0]) if checkpoints is not None else None
+        done, state = found if found is not None else (0, initial())
+        if done:
+            sys.stderr.write(f"goes on after step {done} of {CHECKPOINTS.value}\n")
+        batches = placed_batches(case, Windows(text, case.seq), step.arguments[1], done + 1)
+        with reports(done + 1) as report:
+            started_s = time.perf_counter()
+            for number, batch in zip(range(done + 1, STEPS.value + 1), batches, strict=False):
+                state, metrics = compiled(state, batch)
+                loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
+                now_s = time.perf_counter()
+                tokens_per_s = case.batch * case.seq / (now_s - started_s)
+                started_s = now_s
+                report(Record(step=number, loss=loss, gradient_norm=gradient_norm, tokens_per_s=tokens_per_s))
+                if checkpoints is not None:
+                    checkpoints.save(number, state)
     return compiled
 
 
@@ -267,18 +219,30 @@ def run(case: Case, text: np.ndarray) -> None:
     import jax
 
     try:
-        if jax.process_index():
-            train(case, text, lambda record: None)
-            return
-        with open_reports() as report:
-            compiled = train(case, text, report)
+        compiled = train(case, text, reports_here)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
         reason = str(error).partition("\n")[0]
         sys.stderr.write(f"process {jax.process_index()}: lost another process or its link: {reason}\n")
         leave(1)
-    say_what_moved(compiled, case)
+    if not jax.process_index():
+        say_what_moved(compiled, case)
+
+
+def reports_here(first_step: int) -> AbstractContextManager[Report]:
+    """The metrics of process 0; the others have none."""
+    import jax
+
+    if jax.process_index():
+        return nullcontext(lambda record: None)
+    return open_reports(
+        steps=STEPS.value,
+        every=REPORT_EVERY.value,
+        first_step=first_step,
+        metrics=METRICS.value,
+        tensorboard=TENSORBOARD.value,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""One site of the wire lab: `train.py`, with the interface counters read before and after every step.
+
+Started by `wire_lab.py`; takes train.py's flags, and --counters=FILE for what it writes: one line of JSON per
+reading, step -1 before anything is joined, then every step, and -2 after --idle_seconds of doing nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TextIO
+
+import train
+from absl import app, flags
+from processes import asked_for, leave
+from windows import read_text
+
+from shardlab.errors import ShardlabError
+
+COUNTERS = flags.DEFINE_string("counters", None, "File to write.", required=True)
+IDLE_SECONDS = flags.DEFINE_float("idle_seconds", 2.0, "How long to listen to coordination at the end.")
+
+
+def read_counters() -> dict[str, list[int]]:
+    """Interface -> received bytes and packets, sent bytes and packets, since the namespace was made."""
+    found = {}
+    for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
+        name, _, figures = line.partition(":")
+        values = [int(value) for value in figures.split()]
+        found[name.strip()] = [values[0], values[1], values[8], values[9]]
+    return found
+
+
+def note(file: TextIO, step: int, loss: float | None = None) -> None:
+    """Write a reading at once: the site may not live to the end."""
+    at = {"step": step, "time_s": time.monotonic(), "cpu_s": time.process_time(), "loss": loss}
+    file.write(json.dumps(at | read_counters()) + "\n")
+    file.flush()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train, and write what the interfaces counted."""
+    del argv
+    with Path(COUNTERS.value).open("w") as file:
+        try:
+            processes = asked_for(
+                train.COORDINATOR.value, train.PROCESS_ID.value, train.NUM_PROCESSES.value, os.environ
+            )
+            case = train.case_from_flags()
+            text = read_text(train.TEXT.value, int(train.MAX_TEXT_MB.value * 1e6))
+            note(file, -1)
+            train.prepare_environment(case, processes)
+            train.train(
+                case, text, lambda first: nullcontext(lambda record: note(file, record.step, record.loss))
+            )
+            time.sleep(IDLE_SECONDS.value)
+            note(file, -2)
+        except ShardlabError as error:
+            sys.stderr.write(f"{error}\n")
+            leave(error.exit_code)
+        except Exception as error:  # a peer or its link is lost
+            sys.stderr.write(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}\n")
+            leave(1)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,182 @@
+"""The wire lab: what it says without privileges, and (marked `wire`) real processes over real links."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import sites
+from absl import flags
+from sites import HEADER_BYTES, Sites, check_privileges, remove_leftovers
+from wire_lab import bulk, payload, read_measured
+from wire_plans import PLANS
+
+from shardlab.errors import UserError
+from shardlab.spec.case import make_case
+from shardlab.spec.plan import load_plan
+
+ROOT = Path(__file__).parents[2]
+LAB = ROOT / "experiments" / "lab.toml"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "experiments")))}
+
+
+def test_says_everything_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(shutil, "which", lambda tool: None if tool in ("ip", "tc") else f"/usr/bin/{tool}")
+    with pytest.raises(UserError) as caught:
+        check_privileges()
+    assert str(caught.value).splitlines() == [
+        "wire lab: not root; run it with sudo, or as root in a container",
+        "wire lab: no 'ip' here; apt-get install iproute2",
+        "wire lab: no 'tc' here; apt-get install iproute2",
+    ]
+
+
+def test_says_when_namespaces_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda tool: f"/usr/bin/{tool}")
+
+    def refuse(*command: str, check: bool = True) -> None:
+        raise UserError(sites.Problem(" ".join(command), "Operation not permitted", ""))
+
+    monkeypatch.setattr(sites, "_run", refuse)
+    with pytest.raises(UserError, match=r"namespaces do not work: Operation not permitted; .*CAP_SYS_ADMIN"):
+        check_privileges()
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_can_be_put_on_every_network(plan: str, devices: int, tmp_path: Path) -> None:
+    path, made = tmp_path / "plan.toml", PLANS[plan]
+    path.write_text(made.text(devices))
+    case = make_case(load_plan(path), made.model, f"{LAB}:2x{devices // 2}", made.batch, made.seq)
+    assert case.load_machine().num_devices == devices
+
+
+def test_counters_become_bytes_per_step() -> None:
+    """Two steps that count, of 1,000 and 3,000 bytes in frames with 66 bytes of headers."""
+
+    def reading(step: int, sent: int, packets: int, loss: float | None = 1.0) -> dict[str, object]:
+        eth0 = [0, 0, sent + HEADER_BYTES * packets, packets]
+        return {"step": step, "time_s": float(step), "loss": loss, "eth0": eth0, "lo": [0, 0, 0, 0]}
+
+    rows = [reading(-1, 0, 0, None), reading(1, 700, 9), reading(2, 1700, 10), reading(3, 4700, 20)]
+    rows.append(reading(-2, 4800, 21, None) | {"time_s": 8.0})
+    found = read_measured([rows], warm=1, steps=2)
+    assert found.out_bytes == (2000,)
+    assert found.step_s == 1.0
+    assert found.startup_bytes == 700
+    assert found.idle_bytes_per_s == 20
+    assert payload(rows[1], rows[2], "eth0") == 1000
+
+
+@pytest.fixture
+def no_flags() -> None:
+    """absl's flags at their defaults."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+
+
+@pytest.mark.wire
+def test_headers_are_66_bytes_a_frame_and_the_link_has_its_rate() -> None:
+    size = 5_000_000
+    with Sites(2, 50) as network:
+        sent, packets, back, took_s = bulk(network, size)
+    assert sent - HEADER_BYTES * packets == size
+    assert back < 0.05 * size
+    assert 0.85 * 50e6 < size * 8 / took_s < 50e6
+
+
+@pytest.mark.wire
+def test_what_a_killed_run_leaves_is_removed() -> None:
+    code = "from sites import Sites\nwith Sites(1, 10):\n    print('up', flush=True)\n    input()"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "up\n"
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    ours = {name for name in remove_leftovers() if f"-{run.pid}-" in name}
+    assert len(ours) == 2  # a site and the hub
+    assert not [name for name in sites._namespaces() if f"-{run.pid}-" in name]
+    assert not [path for path in sites.HOSTS.glob("*") if f"-{run.pid}-" in path.name]
+
+
+@pytest.mark.wire
+def test_measured_bytes_are_the_predicted_ones(tmp_path: Path) -> None:
+    """FSDP and experts over two sites: within 2 % of the interface counters, gloo's headers added."""
+    table = tmp_path / "wire.csv"
+    command = [
+        sys.executable,
+        str(ROOT / "experiments" / "wire_lab.py"),
+        "--plans=fsdp,expert",
+        "--rates=1000",
+    ]
+    started_s = time.monotonic()
+    done = subprocess.run(
+        [*command, "--nobulk", f"--csv={table}", "--count_steps=3"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with table.open(newline="") as file:
+        rows = {row["plan"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"fsdp", "expert"}
+    for row in rows.values():
+        assert float(row["site_error"]) < 0.02, row
+        assert int(row["measured_wire_bytes"]) > 1_000_000
+    assert time.monotonic() - started_s < 300
+
+
+@pytest.mark.wire
+def test_three_kills_lose_nothing(tmp_path: Path) -> None:
+    plan, text = tmp_path / "plan.toml", tmp_path / "text.txt"
+    plan.write_text('on = "cpu:2"\n' + PLANS["fsdp"].text(2))
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    run = ["--kills=3", "-n", "2", "--", f"--mesh={plan}", f"--text={text}", "--batch=4", "--seq=16"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "experiments" / "kill_lab.py"),
+            *run,
+            "--steps=60",
+            "--checkpoint_every=4",
+        ],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the loss curve is identical" in done.stdout
+
+
+@pytest.mark.wire
+def test_a_soak_of_300_steps_holds_no_more_at_its_end(tmp_path: Path) -> None:
+    plan, text = tmp_path / "plan.toml", tmp_path / "text.txt"
+    plan.write_text('on = "cpu:2"\n' + PLANS["fsdp"].text(2))
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    run = ["-n", "2", "--program=soak.py", "--", f"--mesh={plan}", f"--text={text}", "--batch=4", "--seq=16"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / "launch_local.py"), *run, "--steps=300"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("descriptors; after step 300") == 2
