@@ -14,7 +14,9 @@ from shardlab.compare import Comparison
 from shardlab.errors import ShardlabError
 from shardlab.lab.cases import Question
 from shardlab.lab.study import compare_plans
+from shardlab.output import check_html, write_html
 from shardlab.report.comparison import comparison_page
+from shardlab.report.html.comparison import comparison_report
 from shardlab.report.markdown import to_markdown
 
 MESHES = flags.DEFINE_list("meshes", None, "Mesh files (TOML), separated by commas.", required=True)
@@ -23,6 +25,7 @@ BATCH = flags.DEFINE_integer(
     "batch", None, "Global batch in sequences; by default the smallest all plans take."
 )
 SEQUENCE = flags.DEFINE_integer("sequence", None, "Tokens per sequence; by default what the plans ask for.")
+HTML = flags.DEFINE_string("html", None, "Also write the report for the browser: one file.")
 ON = flags.DEFINE_list("on", [], "Machines, separated by commas; each plan's own unless said.")
 
 
@@ -37,7 +40,11 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
-        sys.stdout.write(to_markdown(comparison_page(run())))
+        check_html(HTML.value)
+        comparison = run()
+        if HTML.value:
+            write_html(comparison_report(comparison), HTML.value)
+        sys.stdout.write(to_markdown(comparison_page(comparison)))
     except ShardlabError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)

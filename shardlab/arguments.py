@@ -171,6 +171,7 @@ def _add_compare(verb: argparse.ArgumentParser) -> None:
     _add_jobs(verb)
     _add_cache(verb)
     _add_format(verb)
+    _add_html(verb)
 
 
 def _add_fit(verb: argparse.ArgumentParser) -> None:
@@ -206,6 +207,7 @@ def _add_diff(verb: argparse.ArgumentParser) -> None:
     _add_step(verb)
     _add_cache(verb)
     _add_format(verb)
+    _add_html(verb)
 
 
 def _add_check(verb: argparse.ArgumentParser) -> None:

@@ -162,6 +162,7 @@ def run_compare(args: argparse.Namespace) -> int:
     from shardlab.compare import comparison_json
     from shardlab.lab.study import compare_plans
 
+    check_html(args.html)
     machines = tuple(name.strip() for name in args.on.split(",")) if args.on else ()
     with _cache(args) as cache:
         comparison = compare_plans(
@@ -171,6 +172,10 @@ def run_compare(args: argparse.Namespace) -> int:
             jobs=args.jobs,
             steps=cache.steps(),
         )
+    if args.html:
+        from shardlab.report.html.comparison import comparison_report
+
+        write_html(comparison_report(comparison), args.html)
     if args.json:
         print_json(comparison_json(comparison))
     else:
@@ -225,6 +230,7 @@ def run_search(args: argparse.Namespace) -> int:
 
 def run_diff(args: argparse.Namespace) -> int:
     """`shardlab diff`: exit 0 whether or not they differ."""
+    check_html(args.html)
     machines = tuple(name.strip() for name in args.on.split(",")) if args.on else ()
     question = _question(args, machines)
     if args.paths is not None or args.head is None:
@@ -240,6 +246,10 @@ def _diff_files(args: argparse.Namespace, question: Question) -> int:
     with _cache(args) as cache:
         axes, steps = parse_axes(args.axes), cache.steps()
         found = diff_of(args.base, args.head, question, axes=axes, progress=sys.stderr, steps=steps)
+    if args.html:
+        from shardlab.report.html.review import diff_report
+
+        write_html(diff_report(found), args.html)
     if args.json:
         print_json(diff_json(found))
     elif args.markdown:
@@ -257,6 +267,10 @@ def _diff_revisions(args: argparse.Namespace, question: Question) -> int:
     with _cache(args) as cache:
         asked = Asked(question=question, progress=sys.stderr, cache=cache)
         change = diff_revisions(args.base, args.head, args.paths or (), asked)
+    if args.html:
+        from shardlab.report.html.review import change_report
+
+        write_html(change_report(change), args.html)
     if args.json:
         print_json(change_json(change) | {"programs": cache.counts.to_json()})
     elif args.markdown:

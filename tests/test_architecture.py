@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "shardlab"
 
 # Top to bottom: a module imports only what stands above it (or beside it, in its own package).
 ORDER = (
-    "errors", "units", "hardware", "spec", "program", "store", "model", "parallel", "compile", "hlo",
+    "errors", "units", "text", "hardware", "spec", "program", "store", "model", "parallel", "compile", "hlo",
     "attribute", "cost", "analysis", "order", "audit", "prediction", "case_report", "case_document",
     "agreement", "capacity", "compare", "review", "report", "lab", "testing", "arguments", "output", "cli",
     "__main__",

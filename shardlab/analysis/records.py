@@ -133,6 +133,12 @@ class Analysis:
 
         return analysis_from_json(document)
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from shardlab.analysis.notebook import analysis_html
+
+        return analysis_html(self)
+
 
 def axes_key(axes: tuple[str, ...] | None) -> str:
     """The key of a set of axes in totals and budgets: joined by `+`, `unknown` for None, `none` for ()."""

@@ -145,8 +145,13 @@ def _change_tables(found: Diff, top: int | None) -> tuple[Table, ...]:
         caption = f"{len(left)} more, {_signed(rest)} together; --json has all."
     if not shown and left:
         return (Table(title="What changed", columns=columns, rows=((cell(caption), *[cell("")] * 4),)),)
-    rows = tuple((_what(row), _collective(row), _sent(row), _place(row), _sources(row)) for row in shown)
+    rows = tuple(change_cells(row) for row in shown)
     return (Table(title="What changed", columns=columns, rows=rows, caption=caption),)
+
+
+def change_cells(row: Row) -> tuple[Cell, ...]:
+    """What happened, to which collective, bytes sent, phase and layer, source lines."""
+    return (_what(row), _collective(row), _sent(row), _place(row), _sources(row))
 
 
 def minus_of(row: Row) -> ByteRange:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from shardlab.text import visible as visible
+
 Mood = Literal["", "good", "warn", "bad", "dim", "strong"]
 
 
@@ -72,15 +74,3 @@ def code(text: str) -> Cell:
 def lines(texts: Iterable[str], mood: Mood = "") -> Cell:
     """A cell of one line per text."""
     return tuple(Line(text, mood) for text in texts)
-
-
-def visible(text: str) -> str:
-    """The text with control and format characters (escape sequences, bidirectional overrides) spelled out."""
-    return "".join(char if char.isprintable() else _spelled(char) for char in text)
-
-
-def _spelled(char: str) -> str:
-    point = ord(char)
-    if point <= 0xFF:
-        return f"\\x{point:02x}"
-    return f"\\u{point:04x}" if point <= 0xFFFF else f"\\U{point:08x}"

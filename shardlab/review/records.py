@@ -151,6 +151,12 @@ class Diff:
         """The other rows."""
         return tuple(row for row in self.rows if row.what in UNCHANGED)
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from shardlab.review.notebook import diff_html
+
+        return diff_html(self)
+
 
 def version_changes(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     """`jax 0.10.2 → 0.12.0, jaxlib …` of what both name and is not the same; "" when nothing changed."""

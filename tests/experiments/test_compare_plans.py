@@ -27,13 +27,15 @@ def test_it_prints_one_report_of_all_plans(tmp_path: Path) -> None:
     (tmp_path / "data.toml").write_text(PLAN)
     (tmp_path / "fsdp.toml").write_text(PLAN.replace("[act", '[params]\nembed = ["data"]\n[act'))
     meshes = f"{tmp_path}/data.toml,{tmp_path}/fsdp.toml"
-    done = run(f"--meshes={meshes}", "--model=tiny", "--batch=2", "--sequence=64")
+    page = tmp_path / "report.html"
+    done = run(f"--meshes={meshes}", "--model=tiny", "--batch=2", "--sequence=64", f"--html={page}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("## tiny on cpu:2: 2 plans, train, batch 2, sequence 64")
     assert done.stdout.count("\n| **1** | **") == 1
     assert "**data**<br>data parallel" in done.stdout
     assert "**fsdp**<br>FSDP" in done.stdout
     assert "Traceback" not in done.stderr
+    assert "tiny on cpu:2: 2 plans" in page.read_text()
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:

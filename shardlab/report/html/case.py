@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from shardlab.analysis import Analysis
 from shardlab.audit import Finding
@@ -43,13 +43,13 @@ def case_report(report: CaseReport, orders: Orders | None = None) -> Report:
         "" if case.batch is None else f", batch {case.batch}" + (f" × {case.seq} tokens" if case.seq else "")
     )
     subtitle = f"{case.subject} · {case.workload}{work} · {case.machine}"
-    verdict, mood = _verdict(report)
+    answer, mood = verdict(report)
     device = busiest(analysis) if analysis is not None else None
     tabs = case_tabs(report, device, orders) if device is not None else ()
     return Report(
         title=f"{case.plan.name} on {case.machine}",
         subtitle=subtitle,
-        verdict=verdict,
+        verdict=answer,
         mood=mood,
         cards=_case_cards(report) if analysis is not None else (),
         tabs=(overview(page, _case_overview(report, device)), *tabs),
@@ -99,8 +99,9 @@ def analysis_report(
 
 def overview(page: Page, blocks: Sequence[Block]) -> Tab:
     """The answer: charts first, then the facts of the terminal's page and its notes."""
+    facts = (Facts(page.facts),) if page.facts else ()
     notes = (Prose(title="Notes", lines=page.notes),) if page.notes else ()
-    return Tab(name="overview", title="Overview", blocks=(*blocks, Facts(page.facts), *notes))
+    return Tab(name="overview", title="Overview", blocks=(*blocks, *facts, *notes))
 
 
 def case_tabs(report: CaseReport, device: Busiest, orders: Orders | None = None) -> tuple[Tab, ...]:
@@ -189,11 +190,12 @@ def _timeline_blocks(report: CaseReport) -> tuple[Block, ...]:
     )
 
 
-def memory_chart(reports: Sequence[CaseReport], named: bool = False) -> tuple[Chart, ...]:
-    """Who holds the memory of each case, against its limit; none where nothing is known of any."""
+def memory_chart(reports: Sequence[CaseReport], names: Mapping[int, str] | None = None) -> tuple[Chart, ...]:
+    """Who holds the memory of each case, against its limit; none where nothing is known of any. names: of
+    reports, by their id."""
     segments, totals, marks = [], {}, []
     for report in reports:
-        memory, bar = report.memory, f"{report.case.plan.name}" if named else ""
+        memory, bar = report.memory, (names or {}).get(id(report), "")
         if memory is None or memory.needed_bytes is None:
             continue
         owners = (
@@ -303,7 +305,7 @@ def _sent_text(analysis: Analysis) -> str:
     return f"Each device sends {format_bytes(analysis.totals.wire_bytes)} per step; {_top_text(analysis)}."
 
 
-def _verdict(report: CaseReport) -> tuple[str, Mood]:
+def verdict(report: CaseReport) -> tuple[str, Mood]:
     """The answer in a sentence or two."""
     if report.analysis is None:
         (label, why) = explain_page(report).facts[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from shardlab.compare import rank
 from shardlab.report.html.case import case_report
+from shardlab.report.html.comparison import comparison_report
+from shardlab.report.html.review import diff_report
 from shardlab.report.html.write import html_of
+from shardlab.review import diff
 
 pytestmark = pytest.mark.browser
 TABS = ["overview", "bytes", "collectives", "mesh", "timeline", "memory", "audit"]
@@ -222,6 +227,27 @@ def test_without_scripts_everything_is_there(browser: webdriver.Chrome, page: st
         assert not browser.find_element(By.CSS_SELECTOR, ".filters").is_displayed()
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_comparisons_and_diffs_open_without_a_complaint(
+    browser: webdriver.Chrome, tmp_path: Path, width: int
+) -> None:
+    whole = llama_70b().analysis
+    other = replace(llama_70b(), case=llama_70b().case.on("h100+ethernet-100g:64x8"))
+    assert whole is not None
+    fewer = replace(whole, collectives=whole.collectives[3:])
+    pages = (comparison_report(rank([llama_70b(), other])), diff_report(diff(whole, fewer)))
+    look(browser, width, 800)
+    for number, made in enumerate(pages):
+        path = tmp_path / f"{number}.html"
+        path.write_text(html_of(made), encoding="utf-8")
+        assert path.stat().st_size < 3_000_000
+        browser.get(path.as_uri())
+        for one in made.tabs:
+            ask(browser, f"document.getElementById('tab-{one.name}').click()")
+            assert ask(browser, SHOWN) == [one.name]
+            assert ask(browser, "return document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.parametrize("text", [*ATTACKS, SHOWN_CONTROL], ids=range(len(ATTACKS) + 1))

@@ -136,7 +136,10 @@ def test_a_saved_program_shows_its_machine(tmp_path: Path) -> None:
     assert "Which links are hot" in out.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("verb", ["analyze", "explain"])
+INPUTS = {"analyze": 1, "explain": 1, "compare": 1, "diff": 2}
+
+
+@pytest.mark.parametrize("verb", INPUTS)
 @pytest.mark.parametrize("missing", ["jinja2", "vl_convert"])
 def test_without_the_extra_a_command_says_what_to_install(
     verb: str,
@@ -147,15 +150,17 @@ def test_without_the_extra_a_command_says_what_to_install(
 ) -> None:
     """Before anything is read or compiled: the input does not even exist."""
     monkeypatch.setattr(write, "find_spec", lambda name: None if name == missing else find_spec(name))
-    (line,) = mistakes(capsys, verb, str(tmp_path / "none"), "--html", str(tmp_path / "x.html"))
+    (line,) = mistakes(
+        capsys, verb, *[str(tmp_path / "none")] * INPUTS[verb], "--html", str(tmp_path / "x.html")
+    )
     package = {"jinja2": "jinja2", "vl_convert": "vl-convert-python"}[missing]
     assert line == f"--html: {package} is not installed; pip install 'shardlab[report]'"
 
 
-@pytest.mark.parametrize("verb", ["analyze", "explain"])
+@pytest.mark.parametrize("verb", INPUTS)
 def test_a_place_that_cannot_be_written_is_said_first(
     verb: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = str(tmp_path / "no" / "x.html")
-    (line,) = mistakes(capsys, verb, str(tmp_path / "none"), "--html", path)
+    (line,) = mistakes(capsys, verb, *[str(tmp_path / "none")] * INPUTS[verb], "--html", path)
     assert line == f"{path}: cannot be written; give a file in a directory that exists"
