@@ -20,7 +20,7 @@ from shardlab.cost.instructions import StepCost, step_cost
 from shardlab.hlo.reader import parse
 from shardlab.spec.case import make_case
 from shardlab.spec.models import find_model
-from shardlab.spec.plan import load_plan
+from shardlab.spec.plan import load_plan, plan_from_text
 
 BATCH, LAYERS, DEVICES = 8, 2, 8
 SPLASH_TILE = 512  # positions; shardlab's kernel takes the largest that divides the sequence
@@ -140,6 +140,43 @@ CASES = [
 @pytest.mark.parametrize(("target", "model", "remat"), CASES)
 def test_a_compiled_step_does_what_the_closed_form_says(target: str, model: str, remat: Remat) -> None:
     check(compiled_cost(target, model, remat), target, model, remat)
+
+
+PIPELINE = """\
+[axes]
+data = 4
+stage = 2
+[params]
+stage = ["stage"]
+[activations]
+batch = ["data"]
+[method]
+pipeline = "1f1b"
+microbatches = 2
+remat = "{remat}"
+"""
+
+
+@pytest.mark.parametrize(
+    "remat", ["selective", *(pytest.param(remat, marks=pytest.mark.full) for remat in ("none", "full"))]
+)
+def test_a_stage_does_again_what_its_remat_says(remat: str) -> None:
+    """The last of two stages, with half of the layers and the head, is the busiest. Selective: the scores
+    again, and no projection (Korthikanti et al., arXiv:2205.05198, section 5); PyTorch would also run the
+    product with the values again, whose result nobody uses. What a custom rule runs again has no name that
+    tells it from first use."""
+    dims = DIMS["tiny"]
+    config = dataclasses.replace(find_model("tiny"), layers=2 * LAYERS)
+    plan = plan_from_text(PIPELINE.format(remat=remat))
+    program, _ = compiled_case(make_case(plan, config, MACHINES["cpu"], BATCH, dims.seq))
+    cost = step_cost(parse(program.hlo_text)[0], program.backend)
+    scores = attention_flops(dims, "cpu", 1)
+    again = {"none": 0, "selective": scores, "full": remat_flops(dims, "cpu")}[remat]
+    expected = product_flops(dims) + attention_flops(dims, "cpu", FORWARD + BACKWARD["cpu"]) + again
+    assert cost.flops.total is not None and cost.recompute_flops is not None
+    assert cost.flops.total * DEVICES == 2 * expected
+    assert cost.recompute_flops * DEVICES == (2 * again if remat == "full" else 0)
+    assert cost.flops.unknown == ()
 
 
 def test_tensor_parallel_devices_share_the_work() -> None:

@@ -38,6 +38,20 @@ Remat = Literal["none", "full", "selective", "matmuls", "offload"]
 # the backward pass.
 GATHERED_WEIGHT = "gathered_weight"
 
+# What attention gives under `selective` remat carries this name: it is kept.
+ATTENDED = "attended"
+
+# What `selective` remat does not do again: products, and finding and sending experts' tokens.
+COSTLY = {
+    "dot_general",
+    "ragged_dot",
+    "ragged_dot_general",
+    "top_k",
+    "sort",
+    "all_to_all",
+    "ragged_all_to_all",
+}
+
 
 def keep(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     """Leave the array where it is: what `constrain` and `place_weight` do without a mesh."""
@@ -111,8 +125,9 @@ class Runtime:
 def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function:
     """`function` under the remat policy. in_scan: the loop already keeps XLA from undoing the recomputation.
 
-    full: keeps the input of each layer. selective: keeps all but what attention's kernel does inside
-    (Korthikanti, arXiv:2205.05198, section 5), which `parallel/training.py` sees to. matmuls: keeps the
+    full: keeps the input of each layer. selective: runs attention's kernel again (Korthikanti,
+    arXiv:2205.05198, section 5; `parallel/training.py` sees to that) and what is elementwise; keeps what
+    products, attention, and the routing of experts give. matmuls: keeps the
     results of products with weights. offload: keeps those in the host's memory (MaxText's
     `minimal_offloaded`). Even `none` re-gathers sharded weights in the backward pass, as FSDP does: saved,
     they would be the whole model.
@@ -120,12 +135,16 @@ def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function
     policies = jax.checkpoint_policies
     policy = {
         "none": _save_all_but_gathers,
-        "selective": _save_all_but_gathers,
+        "selective": _save_what_is_costly,
         "full": policies.nothing_saveable,
         "matmuls": policies.dots_with_no_batch_dims_saveable,
         "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     }[remat]
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
+
+
+def _save_what_is_costly(primitive: jax.extend.core.Primitive, *_: Any, **params: Any) -> bool:
+    return primitive.name in COSTLY or params.get("name") == ATTENDED
 
 
 def _save_all_but_gathers(primitive: jax.extend.core.Primitive, *_: Any, **params: Any) -> bool:

@@ -9,7 +9,7 @@ gradients as often.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import jax
@@ -114,7 +114,7 @@ class Pipeline:
 
     def _executor(self, params: Params, tokens: jax.Array, targets: jax.Array) -> Executor:
         """Inside the map: one stage's program."""
-        inside = shardings_inside(self.shardings, {self.axis, *self.data})
+        run = self.runtime_on(inside := shardings_inside(self.shardings, {self.axis, *self.data}))
         axes = {p.path: p.axes for p in self.case.parameters()}
 
         def place(name: str, array: jax.Array) -> jax.Array:
@@ -124,12 +124,18 @@ class Pipeline:
             spec = ParamSpec(name, array.shape, axes[name][-array.ndim :])
             return jax.lax.with_sharding_constraint(array, inside.optimizer_state(spec))
 
-        run = replace(self.runtime_on(inside), remat="full")
+        table = tick_table(schedule_of(self.case.plan), self.layout)
+        stage = StageModel(
+            model=self.model,
+            run=run,
+            z_loss=self.z_loss,
+            split=table.pair_slots > 0,
+            data=self.data,
+            groups=_groups(inside),
+        )
         return Executor(
-            stage=StageModel(
-                model=self.model, run=run, z_loss=self.z_loss, data=self.data, groups=_groups(inside)
-            ),
-            table=tick_table(schedule_of(self.case.plan), self.layout),
+            stage=stage,
+            table=table,
             axis=self.axis,
             chunk_slots=self.layout.chunk_slots,
             layers={path: a.squeeze(0) for path, a in params.items() if path.startswith(LAYERS)},

@@ -1,8 +1,9 @@
 """What a stage of a pipeline computes: embedding, one layer forward and backward, head and loss.
 
-The backward of a layer is written out: `jax.vjp` of the layer alone, from the layer's input. Where a schedule
-splits it, `input_gradient` finds the gradient of the input and, for every product, its two factors; the
-weights' gradients are products of these, which `kernel_gradients` does later.
+The backward of a layer is written out: `jax.vjp` of the layer alone, from what its forward kept, which the
+plan's remat policy decides (`residuals.py`). Where a schedule splits it, it finds the gradient of the input
+and, for every product, its two factors; the weights' gradients are products of these, which
+`kernel_gradients` does later.
 
 Where there are experts, the sums that their load-balance loss needs travel with the activation from layer to
 layer, and their gradient comes back with its gradient: the loss of a microbatch is a product of means over
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +25,8 @@ from shardlab.model.experts import Load, balance_term
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime, checkpointed
 from shardlab.model.transformer import Params, Transformer, to_params, with_params
+from shardlab.parallel import residuals
+from shardlab.parallel.residuals import Residuals
 from shardlab.spec.params import LogicalAxes
 
 LAYERS = "layers/"
@@ -52,6 +56,7 @@ class _Product(NamedTuple):
     axes: LogicalAxes
     source: int
     num_inputs: int
+    input: jax.ShapeDtypeStruct
     output: jax.ShapeDtypeStruct
 
 
@@ -59,13 +64,15 @@ class _Product(NamedTuple):
 class StageModel:
     """The parts of a model, as functions of their parameters. outer: those that belong to no layer.
 
-    data: mesh axes along which devices run this on tokens of their own. groups: over how many devices the
-    rest splits the batch and the sequence of a microbatch.
+    split: whether kernels' gradients are found later, by `kernel_gradients`. data: mesh axes along which
+    devices run this on tokens of their own. groups: over how many devices the rest splits the batch and the
+    sequence of a microbatch.
     """
 
     model: Transformer
     run: Runtime
     z_loss: float
+    split: bool = False
     data: tuple[str, ...] = ()
     groups: tuple[int, int] = (1, 1)
 
@@ -87,39 +94,24 @@ class StageModel:
             assigned, probability = stream.balance[:, None] / config.layers
             return loss + balance_term(Load(assigned, probability, assigned), config, self.data)
 
-    def layer(self, params: Params, stream: Stream) -> Stream:
-        """One layer; params by path relative to the layer."""
-        return self._layer(self.run, params, stream)
+    def forward(self, params: Params, stream: Stream) -> tuple[Stream, Residuals]:
+        """One layer, and what its backward needs; params by path relative to the layer."""
+        return residuals.forward(self._differentiation(params), stream)
 
-    def forward(self, params: Params, stream: Stream) -> Stream:
-        """`layer`, traced as the forward half of a differentiation, which is how its operations are named."""
-        return jax.vjp(self._recomputing(self.layer), params, stream)[0]
-
-    def backward(self, params: Params, stream: Stream, cotangent: Stream) -> tuple[Params, Stream]:
-        """Gradients of the layer's parameters and of its input, from the input and the output's gradient."""
-        return jax.vjp(self._recomputing(self.layer), params, stream)[1](cotangent)
+    def backward(self, params: Params, kept: Residuals, cotangent: Stream) -> tuple[Params, Stream, Factors]:
+        """From what `forward` kept and the output's gradient: gradients of the parameters, of the input, and
+        no factors. Where it is split: gradients of norms, biases and experts, and the factors of kernels'."""
+        pull = residuals.restored(self._differentiation(params), cotangent, kept)
+        if not self.split:
+            return (*pull(cotangent), Factors((), ()))
+        gradients, inputs, cotangents, dx = pull(cotangent)
+        return gradients, dx, Factors(tuple(inputs), tuple(cotangents))
 
     def products(self, params: Params, x: Stream) -> tuple[_Product, ...]:
         """The products of a layer, in order; shapes only."""
         recorder = _Recorder(params)
         jax.eval_shape(lambda: self._layer(replace(self.run, project=recorder.look), params, x))
         return tuple(recorder.products)
-
-    def input_gradient(self, params: Params, x: Stream, cotangent: Stream) -> tuple[Params, Stream, Factors]:
-        """Gradients of norms, biases and experts, of the input, and the factors of the kernels' gradients."""
-        products = self.products(params, x)
-        kernels = {product.path: params[product.path] for product in products}
-        rest = {path: array for path, array in params.items() if path not in kernels}
-        taps = [jnp.zeros(p.output.shape, p.output.dtype) for p in products]
-
-        def tapped(rest: Params, taps: list[jax.Array], x: Stream) -> tuple[Stream, Any]:
-            recorder = _Recorder(kernels, taps)
-            y = self._layer(replace(self.run, project=recorder.add_tap), {**kernels, **rest}, x)
-            return y, tuple(recorder.inputs)
-
-        _, pull, inputs = jax.vjp(self._recomputing(tapped), rest, taps, x, has_aux=True)
-        small, cotangents, dx = pull(cotangent)
-        return small, dx, Factors(inputs, tuple(cotangents))
 
     def kernel_gradients(self, params: Params, x: Stream, factors: Factors) -> Params:
         """Gradients of the kernels: one product each, nothing is computed again."""
@@ -133,6 +125,31 @@ class StageModel:
             with jax.named_scope(product.path.removesuffix("/kernel")):
                 (found[product.path],) = jax.vjp(apply, params[product.path])[1](cotangent)
         return found
+
+    def _differentiation(self, params: Params) -> Callable[[Stream], tuple[Stream, Any]]:
+        """input -> (output, its pullback): to parameters and input, or, where it is split, to all parameters
+        but the kernels of products, to the inputs and the results of these, and to the input."""
+        if not self.split:
+            function = self._recomputing(partial(self._layer, self.run))
+            return lambda stream: jax.vjp(function, params, stream)
+
+        def differentiate(stream: Stream) -> tuple[Stream, Any]:
+            products = self.products(params, stream)
+            kernels = {product.path: params[product.path] for product in products}
+            rest = {path: array for path, array in params.items() if path not in kernels}
+            inputs = {product.source: product.input for product in products}
+            blanks, taps = (
+                [jnp.zeros(like.shape, like.dtype) for like in shapes]
+                for shapes in (inputs.values(), (product.output for product in products))
+            )
+
+            def tapped(rest: Params, blanks: list[jax.Array], taps: list[jax.Array], x: Stream) -> Stream:
+                recorder = _Recorder(kernels, blanks, taps)
+                return self._layer(replace(self.run, project=recorder.tap), {**kernels, **rest}, x)
+
+            return jax.vjp(self._recomputing(tapped), rest, blanks, taps, stream)
+
+        return differentiate
 
     def _whole(self, outer: Params) -> Transformer:
         """The model with these arrays; its layers stay abstract."""
@@ -148,15 +165,30 @@ class StageModel:
         return Stream(x_BxLxE, stream.balance + run.constrain(spread, BALANCE))
 
     def _recomputing(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Under the plan's remat policy; between a forward and its backward only the input is kept anyway."""
+        """Under the plan's remat policy."""
         return checkpointed(function, self.run.remat, in_scan=True)
+
+
+@jax.custom_vjp
+def _noted(x: jax.Array, blank: jax.Array) -> jax.Array:
+    """x, of which the pullback gives x itself as the gradient of `blank`: found again as the remat policy
+    finds it, where an auxiliary output would be kept."""
+    del blank
+    return x
+
+
+_noted.defvjp(lambda x, _: (x, x), lambda x, cotangent: (cotangent, x))
 
 
 @dataclass(slots=True)
 class _Recorder:
-    """Stands for `Runtime.project` and notes what is multiplied; kernels are known by identity."""
+    """Stands for `Runtime.project` and notes what is multiplied; kernels are known by identity.
+
+    blanks: zeros like the distinct inputs, taps: zeros like the results.
+    """
 
     params: Params
+    blanks: list[jax.Array] = field(default_factory=list)
     taps: list[jax.Array] = field(default_factory=list)
     inputs: list[jax.Array] = field(default_factory=list)
     products: list[_Product] = field(default_factory=list)
@@ -165,18 +197,26 @@ class _Recorder:
         self, kernel: jax.Array, axes: LogicalAxes, x: jax.Array, num_inputs: int, run: Runtime
     ) -> jax.Array:
         """The product, noted."""
-        y = _plain(run).project(kernel, axes, x, num_inputs, run)
-        path = next(path for path, array in self.params.items() if array is kernel)
-        output = jax.ShapeDtypeStruct(y.shape, y.dtype)
-        self.products.append(_Product(path, axes, self._source(x), num_inputs, output))
-        return y
+        return self._product(self._source(x), kernel, axes, x, num_inputs, run)
 
-    def add_tap(
+    def tap(
         self, kernel: jax.Array, axes: LogicalAxes, x: jax.Array, num_inputs: int, run: Runtime
     ) -> jax.Array:
-        """The product plus a zero, whose gradient is the product's."""
-        y = self.look(kernel, axes, x, num_inputs, run)
+        """The product plus a zero, whose gradient is the product's; its input noted where it is new."""
+        known, source = len(self.inputs), self._source(x)
+        if source == known:
+            x = _noted(x, self.blanks[source])
+        y = self._product(source, kernel, axes, x, num_inputs, run)
         return y + self.taps[len(self.products) - 1]
+
+    def _product(
+        self, source: int, kernel: jax.Array, axes: LogicalAxes, x: jax.Array, num_inputs: int, run: Runtime
+    ) -> jax.Array:
+        y = _plain(run).project(kernel, axes, x, num_inputs, run)
+        path = next(path for path, array in self.params.items() if array is kernel)
+        input, output = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, y))
+        self.products.append(_Product(path, axes, source, num_inputs, input, output))
+        return y
 
     def _source(self, x: jax.Array) -> int:
         """Which of the distinct inputs this is."""

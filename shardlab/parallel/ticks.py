@@ -1,8 +1,9 @@
 """The executor of pipeline schedules: one loop over ticks, one branch per kind of work item.
 
 Every schedule runs here; what differs is the table (spec/tick_table.py). Forward and backward are both
-written out, so a stage keeps what the table says and nothing else: differentiating the loop would keep every
-tick's activations, which is GPipe's memory whatever the schedule.
+written out, so a stage keeps what its layers keep (the plan's remat policy) of the microbatches in flight,
+and nothing else: differentiating the loop would keep every tick's activations, which is GPipe's memory
+whatever the schedule.
 
 Stages with fewer layers are branches of their own with a loop of their own length: a masked slot would cost
 a layer's time, and a loop whose length depends on the device cannot be counted in the compiled program.
@@ -15,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from shardlab.model.transformer import Params
+from shardlab.parallel.residuals import Residuals
 from shardlab.parallel.stage import LAYERS, Factors, StageModel, Stream
 from shardlab.spec.tick_table import Branch, Column, Edges, TickTable, Transfer
 
@@ -29,33 +31,29 @@ Buffer = TypeVar("Buffer")  # an array, or a tuple of arrays with the same leadi
 
 
 class Inbox(NamedTuple):
-    """What a stage keeps until its backward: written between ticks, only read by the branches.
+    """What a stage gets, until it uses it: written between ticks, only read by the branches.
 
-    A buffer that branches write as well would be copied whole in each of them. stash: the inputs of a
-    chunk's layers [slots, layers, …]. cotangents: of a chunk's output [slots, …].
+    A buffer that branches write as well would be copied whole in each of them. inputs: of chunks' first
+    layers [slots, …]. cotangents: of a chunk's output [slots, …].
     """
 
-    stash: Stream
+    inputs: Stream
     cotangents: Stream
 
 
 class Sums(NamedTuple):
-    """What branches add to. gradients: f32, by path. loss: f32 scalar.
+    """What branches alone write. gradients: f32, by path. loss: f32 scalar.
 
-    pairs: factors of kernels' gradients [slots, layers, …], empty unless backwards are split.
+    stash: what layers keep from forward to backward [slots, layers, …]. pairs: factors of kernels' gradients
+    [slots, layers, …], empty unless backwards are split. A loop that reads one of them hands it on as well
+    (behind a barrier, or JAX would take it out of the loop again): a branch that returned what its loop only
+    read would be given a copy of the whole.
     """
 
     gradients: Params
     loss: jax.Array
+    stash: Residuals
     pairs: Factors
-
-
-class Made(NamedTuple):
-    """What a tick makes beside sums. out: an activation or a cotangent; inputs [layers, …]: of the layers
-    that went forward."""
-
-    out: Stream
-    inputs: Stream
 
 
 class Arrived(NamedTuple):
@@ -77,9 +75,9 @@ class Cell(NamedTuple):
     stash: jax.Array
     cotangent: jax.Array
     pair: jax.Array
-    receive_stash: jax.Array
+    input: jax.Array
+    receive_input: jax.Array
     receive_cotangent: jax.Array
-    keep_stash: jax.Array
     keep_cotangent: jax.Array
 
 
@@ -110,38 +108,38 @@ class Executor:
             cell = Cell(*(_lookup(getattr(self.table, name), tick, stage) for name in Cell._fields))
             inbox = _received(inbox, arrived, cell)
             branches = [self._branch(branch, cell, inbox) for branch in self.table.branches]
-            sums, made = jax.lax.switch(cell.branch, branches, sums)
-            return (_kept(inbox, made, cell), sums, self._exchange(made.out, tick)), None
+            sums, out = jax.lax.switch(cell.branch, branches, sums)
+            inbox = inbox._replace(cotangents=_keep(inbox.cotangents, out, cell.keep_cotangent))
+            return (inbox, sums, self._exchange(out, tick)), None
 
         ticks = jnp.arange(len(self.table.branch), dtype=jnp.int32)
         (_, sums, _), _ = jax.lax.scan(tick, self._start(), ticks)
         return sums.loss, sums.gradients
 
-    def _branch(self, branch: Branch, cell: Cell, inbox: Inbox) -> Callable[[Sums], tuple[Sums, Made]]:
-        backward = self._input_gradient if self.table.pair_slots else self._backward
-        work = {"idle": self._idle, "F": self._forward, "B": backward, "W": self._weights}
+    def _branch(self, branch: Branch, cell: Cell, inbox: Inbox) -> Callable[[Sums], tuple[Sums, Stream]]:
+        """The work of a tick: what it makes is an activation or a cotangent, or zeros."""
+        work = {"idle": self._idle, "F": self._forward, "B": self._backward, "W": self._weights}
         return lambda sums: work[branch.kind](branch, cell, inbox, sums)
 
-    def _idle(self, _: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Made]:
-        return sums, _made(inbox)
+    def _idle(self, _: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Stream]:
+        return sums, _nothing(inbox)
 
-    def _forward(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Made]:
+    def _forward(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Stream]:
         """The layers of a chunk; the last chunk goes on to the loss, and makes its gradient."""
         if branch.first:
             x = jax.vjp(self.stage.embed, self.outer, self.tokens[cell.microbatch])[0]
         else:
-            x = _read(inbox.stash, cell.stash, jnp.int32(0))
+            x = _read(inbox.inputs, cell.input)
 
-        def layer(x: Stream, i: jax.Array) -> tuple[Stream, Stream]:
-            return self.stage.forward(self._layer(cell, i), x), x
+        def layer(carry: tuple[Stream, Residuals], i: jax.Array) -> tuple[tuple[Stream, Residuals], None]:
+            x, stash = carry
+            x, kept = self.stage.forward(self._layer(self._slot(cell) + i), x)
+            return (x, _write(stash, kept, cell.stash, i)), None
 
         with jax.named_scope("layers"):
-            x, inputs = jax.lax.scan(layer, x, _count(branch))
-        unused = self.chunk_slots - branch.layers
-        inputs = jax.tree.map(lambda a: jnp.pad(a, ((0, unused), *((0, 0),) * (a.ndim - 1))), inputs)
-        if branch.last:
-            sums, x = self._loss(cell, sums, x)
-        return sums, Made(x, inputs)
+            (x, stash), _ = jax.lax.scan(layer, (x, sums.stash), _count(branch))
+        sums = sums._replace(stash=stash)
+        return self._loss(cell, sums, x) if branch.last else (sums, x)
 
     def _loss(self, cell: Cell, sums: Sums, x: Stream) -> tuple[Sums, Stream]:
         """Head and loss of one microbatch, and the gradient of x."""
@@ -152,58 +150,46 @@ class Executor:
         gradients = self._added(sums.gradients, found)
         return sums._replace(gradients=gradients, loss=sums.loss + loss * share), cotangent
 
-    def _backward(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Made]:
-        """The layers of a chunk from the last to the first, each from its stashed input."""
+    def _backward(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Stream]:
+        """The layers of a chunk from the last to the first, each from what it kept. Where the backward is
+        split, the kernels' gradients stay undone: their factors are kept."""
 
-        def layer(carry: tuple[Params, Stream], i: jax.Array) -> tuple[tuple[Params, Stream], None]:
-            gradients, cotangent = carry
-            x = _read(inbox.stash, cell.stash, i)
-            found, cotangent = self.stage.backward(self._layer(cell, i), x, cotangent)
-            return (self._added(gradients, found, cell, i), cotangent), None
+        def layer(carry: tuple[Sums, Stream, jax.Array], i: jax.Array) -> tuple[Any, None]:
+            sums, cotangent, slot = carry
+            kept = _read(sums.stash, cell.stash, i)
+            found, cotangent, factors = self.stage.backward(self._layer(slot), kept, cotangent)
+            sums = sums._replace(
+                gradients=self._added(sums.gradients, found, slot),
+                stash=jax.lax.optimization_barrier(sums.stash),
+                pairs=_write(sums.pairs, factors, cell.pair, i),
+            )
+            return (sums, cotangent, slot - 1), None
 
-        start = (sums.gradients, _read(inbox.cotangents, cell.cotangent))
+        start = (sums, _read(inbox.cotangents, cell.cotangent), self._slot(cell) + branch.layers - 1)
         with jax.named_scope("layers"):
-            (gradients, cotangent), _ = jax.lax.scan(layer, start, _count(branch), reverse=True)
-        return self._embedding(branch, cell, inbox, sums._replace(gradients=gradients), cotangent)
-
-    def _input_gradient(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Made]:
-        """As `_backward`, but the kernels' gradients stay undone: their factors are kept."""
-        Loop = tuple[Params, Factors, Stream]
-
-        def layer(carry: Loop, i: jax.Array) -> tuple[Loop, None]:
-            gradients, pairs, cotangent = carry
-            x = _read(inbox.stash, cell.stash, i)
-            found, cotangent, factors = self.stage.input_gradient(self._layer(cell, i), x, cotangent)
-            pairs = _write(pairs, factors, cell.pair, i)
-            return (self._added(gradients, found, cell, i), pairs, cotangent), None
-
-        start = (sums.gradients, sums.pairs, _read(inbox.cotangents, cell.cotangent))
-        with jax.named_scope("layers"):
-            (gradients, pairs, cotangent), _ = jax.lax.scan(layer, start, _count(branch), reverse=True)
-        sums = sums._replace(gradients=gradients, pairs=pairs)
-        return self._embedding(branch, cell, inbox, sums, cotangent)
-
-    def _weights(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Made]:
-        """The kernels' gradients of a chunk."""
-
-        def layer(gradients: Params, i: jax.Array) -> tuple[Params, None]:
-            factors = _read(sums.pairs, cell.pair, i)
-            found = self.stage.kernel_gradients(self._layer(cell, i), _first(inbox.cotangents), factors)
-            return self._added(gradients, found, cell, i), None
-
-        with jax.named_scope("layers"):
-            gradients, _ = jax.lax.scan(layer, sums.gradients, _count(branch))
-        return sums._replace(gradients=gradients), _made(inbox)
-
-    def _embedding(
-        self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums, cotangent: Stream
-    ) -> tuple[Sums, Made]:
-        """The first chunk ends its backward in the embedding."""
-        if branch.first:
+            (sums, cotangent, _), _ = jax.lax.scan(layer, start, _count(branch), reverse=True)
+        if branch.first:  # which ends in the embedding
             tokens = self.tokens[cell.microbatch]
             (found,) = jax.vjp(lambda outer: self.stage.embed(outer, tokens), self.outer)[1](cotangent)
-            sums = sums._replace(gradients=self._added(sums.gradients, found))
-        return sums, _made(inbox, cotangent)
+            sums, cotangent = sums._replace(gradients=self._added(sums.gradients, found)), _nothing(inbox)
+        return sums, cotangent
+
+    def _weights(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Stream]:
+        """The kernels' gradients of a chunk."""
+
+        def layer(carry: tuple[Sums, jax.Array], i: jax.Array) -> tuple[Any, None]:
+            sums, slot = carry
+            factors = _read(sums.pairs, cell.pair, i)
+            found = self.stage.kernel_gradients(self._layer(slot), _first(inbox.cotangents), factors)
+            sums = sums._replace(
+                gradients=self._added(sums.gradients, found, slot),
+                pairs=jax.lax.optimization_barrier(sums.pairs),
+            )
+            return (sums, slot + 1), None
+
+        with jax.named_scope("layers"):
+            (sums, _), _ = jax.lax.scan(layer, (sums, self._slot(cell)), _count(branch))
+        return sums, _nothing(inbox)
 
     def _exchange(self, out: Stream, tick: jax.Array) -> Arrived:
         """Pass what this tick made to the neighbours."""
@@ -213,44 +199,46 @@ class Executor:
                 return moves[0](out)
             return jax.lax.switch(jnp.asarray(self.table.transfer, jnp.int32)[tick], moves, out)
 
-    def _layer(self, cell: Cell, i: jax.Array) -> Params:
-        """The parameters of layer i of the item's chunk, by path relative to the layer."""
-        slot = cell.chunk * self.chunk_slots + i
+    def _slot(self, cell: Cell) -> jax.Array:
+        """Of the first layer of the item's chunk."""
+        return cell.chunk * self.chunk_slots
+
+    def _layer(self, slot: jax.Array) -> Params:
+        """A layer's parameters, by path relative to the layer."""
         return {path.removeprefix(LAYERS): _read(array, slot) for path, array in self.layers.items()}
 
-    def _added(
-        self, gradients: Params, found: Params, cell: Cell | None = None, i: jax.Array | None = None
-    ) -> Params:
-        """The sums with these gradients: of layer i of the item's chunk, or of parameters of no layer."""
-        if cell is None or i is None:
-            sums = {path: gradients[path] + array for path, array in found.items()}
-        else:
-            slot = cell.chunk * self.chunk_slots + i
-            sums = {
-                LAYERS + path: _write(
-                    gradients[LAYERS + path], _read(gradients[LAYERS + path], slot) + array, slot
-                )
-                for path, array in found.items()
-            }
+    def _added(self, gradients: Params, found: Params, slot: jax.Array | None = None) -> Params:
+        """The sums with these gradients: of the layer in this slot, or of parameters of no layer."""
+        if slot is None:
+            return {**gradients, **{path: gradients[path] + array for path, array in found.items()}}
+        sums = {
+            LAYERS + path: _write(
+                gradients[LAYERS + path], _read(gradients[LAYERS + path], slot) + array, slot
+            )
+            for path, array in found.items()
+        }
         return {**gradients, **sums}
 
     def _start(self) -> Carry:
         """All buffers, zero, where they live."""
         x = jax.eval_shape(self.stage.embed, self.outer, self.tokens[0])
         layer = {path.removeprefix(LAYERS): array[0] for path, array in self.layers.items()}
-        pairs = Factors((), ())
-        if self.table.pair_slots:
-            pairs = jax.eval_shape(self.stage.input_gradient, layer, x, x)[2]
-        slots, stack = self.table, (self.table.pair_slots, self.chunk_slots)
-        inbox = Inbox(
-            self._zeros(x, slots.stash_slots, self.chunk_slots), self._zeros(x, slots.cotangent_slots)
-        )
+        kept = jax.eval_shape(self.stage.forward, layer, x)[1]
+        pairs = jax.eval_shape(self.stage.backward, layer, kept, x)[2]
         gradients = {
-            path: self.place(path, jnp.zeros_like(a)) for path, a in {**self.layers, **self.outer}.items()
+            path: self.place(path, jnp.zeros(a.shape, jnp.float32))
+            for path, a in {**self.layers, **self.outer}.items()
         }
-        pairs = jax.tree.map(lambda leaf: jnp.zeros((*stack, *leaf.shape), leaf.dtype), pairs)
+        inbox = Inbox(self._zeros(x, self.table.input_slots), self._zeros(x, self.table.cotangent_slots))
         nothing = self._zeros(x)
-        return inbox, Sums(gradients, jnp.zeros((), jnp.float32), pairs), Arrived(nothing, nothing)
+        stash, pairs = self._stack(kept, self.table.stash_slots), self._stack(pairs, self.table.pair_slots)
+        sums = Sums(gradients, jnp.zeros((), jnp.float32), stash, pairs)
+        return inbox, sums, Arrived(nothing, nothing)
+
+    def _stack(self, like: Buffer, slots: int) -> Buffer:
+        """A buffer of what each layer of a chunk keeps."""
+        leading = (slots, self.chunk_slots)
+        return jax.tree.map(lambda leaf: jnp.zeros((*leading, *leaf.shape), leaf.dtype), like)
 
     def _zeros(self, like: Stream, *leading: int) -> Stream:
         """A buffer of streams, where it lives."""
@@ -261,12 +249,9 @@ class Executor:
         return Stream(*(zeros(name, leaf) for name, leaf in zip(Stream._fields, like, strict=True)))
 
 
-def _made(inbox: Inbox, out: Stream | None = None) -> Made:
-    """What a tick makes that goes through no layer forward."""
-    nothing, inputs = (
-        jax.tree.map(jnp.zeros_like, _first(buffer)) for buffer in (inbox.cotangents, inbox.stash)
-    )
-    return Made(nothing if out is None else out, inputs)
+def _nothing(inbox: Inbox) -> Stream:
+    """What a tick makes that gives its neighbours nothing."""
+    return jax.tree.map(jnp.zeros_like, _first(inbox.cotangents))
 
 
 def _first(buffer: Buffer) -> Buffer:
@@ -276,16 +261,8 @@ def _first(buffer: Buffer) -> Buffer:
 def _received(inbox: Inbox, arrived: Arrived, cell: Cell) -> Inbox:
     """The inbox with what has arrived, where the table says."""
     return Inbox(
-        stash=_keep(inbox.stash, arrived.stream, cell.receive_stash, jnp.int32(0)),
+        inputs=_keep(inbox.inputs, arrived.stream, cell.receive_input),
         cotangents=_keep(inbox.cotangents, arrived.cotangent, cell.receive_cotangent),
-    )
-
-
-def _kept(inbox: Inbox, made: Made, cell: Cell) -> Inbox:
-    """The inbox with the inputs of the layers that went forward, and with the gradient of the loss."""
-    return Inbox(
-        stash=_keep(inbox.stash, made.inputs, cell.keep_stash),
-        cotangents=_keep(inbox.cotangents, made.out, cell.keep_cotangent),
     )
 
 
@@ -303,7 +280,8 @@ def _read(buffer: Buffer, *index: jax.Array) -> Buffer:
     def read(array: jax.Array) -> jax.Array:
         sizes = (1,) * len(index) + array.shape[len(index) :]
         start = (*index, *(jnp.int32(0),) * (array.ndim - len(index)))
-        return jax.lax.dynamic_slice(array, start, sizes).reshape(array.shape[len(index) :])
+        found = jax.lax.dynamic_slice(array, start, sizes, allow_negative_indices=False)
+        return found.reshape(array.shape[len(index) :])
 
     return jax.tree.map(read, buffer)
 
@@ -314,16 +292,16 @@ def _write(buffer: Buffer, value: Buffer, *index: jax.Array) -> Buffer:
     def write(array: jax.Array, entry: jax.Array) -> jax.Array:
         start = (*index, *(jnp.int32(0),) * entry.ndim)
         entry = entry.astype(array.dtype).reshape((1,) * len(index) + entry.shape)
-        return jax.lax.dynamic_update_slice(array, entry, start)
+        return jax.lax.dynamic_update_slice(array, entry, start, allow_negative_indices=False)
 
     return jax.tree.map(write, buffer, value)
 
 
-def _keep(buffer: Buffer, value: Buffer, slot: jax.Array, *index: jax.Array) -> Buffer:
+def _keep(buffer: Buffer, value: Buffer, slot: jax.Array) -> Buffer:
     """`_write`, unless the slot is -1: then nothing has arrived."""
-    at = (jnp.maximum(slot, 0), *index)
-    kept = jax.tree.map(lambda new, old: jnp.where(slot >= 0, new, old), value, _read(buffer, *at))
-    return _write(buffer, kept, *at)
+    at = jnp.maximum(slot, 0)
+    kept = jax.tree.map(lambda new, old: jnp.where(slot >= 0, new, old), value, _read(buffer, at))
+    return _write(buffer, kept, at)
 
 
 def _moved(out: Stream, axis: str, transfer: Transfer) -> Arrived:

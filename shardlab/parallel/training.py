@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from shardlab.model.attention import CausalAttention
 from shardlab.model.quantise import quantised_project
-from shardlab.model.runtime import Project, project
+from shardlab.model.runtime import ATTENDED, Project, project
 from shardlab.parallel.lora import adapted_project
 from shardlab.spec.case import Case
 
@@ -25,7 +26,7 @@ def training_attention(case: Case, attention: CausalAttention) -> CausalAttentio
 
 
 def run_again(attention: CausalAttention) -> CausalAttention:
-    """Attention of which queries, keys and values are kept, and nothing else.
+    """Attention of which queries, keys, values and the result are kept, and nothing else.
 
     A `jax.checkpoint` would do nothing: inside another one, the layer's, its own policy is not asked.
     """
@@ -35,7 +36,7 @@ def run_again(attention: CausalAttention) -> CausalAttention:
         return attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD)
 
     def forward(*qkv: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        return attention(*qkv), qkv
+        return checkpoint_name(attention(*qkv), ATTENDED), qkv
 
     def backward(qkv: tuple[jax.Array, ...], d_out_BxLxHxD: jax.Array) -> tuple[jax.Array, ...]:
         # The barrier keeps XLA from taking the forward pass's scores where layers are unrolled.

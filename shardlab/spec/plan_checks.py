@@ -254,9 +254,9 @@ def _pipeline_method_problems(method: Method) -> list[tuple[KeyPath, str, str]]:
                 "say microbatches alone",
             )
         )
-    if method.remat != "full":
-        what = f"{quoted(method.remat)} with a pipeline, which keeps the inputs of layers and nothing else"
-        problems.append((("method", "remat"), what, 'use "full"'))
+    if method.remat == "offload":
+        what = f"{quoted(method.remat)} with a pipeline, whose stages keep things in the device's memory"
+        problems.append((("method", "remat"), what, 'use "full", "selective" or "matmuls"'))
     if method.products != "bf16" and method.pipeline == "zb-h1":
         what = f"{quoted(method.products)}: ZB-H1 splits each backward product in two, in bf16"
         problems.append((("method", "products"), what, 'use "bf16", or pipeline = "1f1b"'))

@@ -48,10 +48,11 @@ NOTHING = Transfer((), ())
 class TickTable:
     """Columns [tick][stage] of small integers, and how deep each buffer is (*_slots).
 
-    branch: index into `branches`. microbatch, chunk: of the item. stash: slot of the chunk's layer inputs.
-    cotangent: slot of the gradient of the chunk's output. pair: slot of what a split backward leaves to W.
-    receive_*: where what has arrived goes before the tick's work, keep_*: where what the tick made goes
-    after it, -1 for nowhere. transfer: for each tick an index into `transfers`.
+    branch: index into `branches`. microbatch, chunk: of the item. input: slot of the chunk's input until it
+    goes forward. stash: slot of what its layers keep until its backward. cotangent: slot of the gradient of
+    its output. pair: slot of what a split backward leaves to W. receive_*: where what has arrived goes before
+    the tick's work, keep_cotangent: where the gradient of the loss goes after it, -1 for nowhere. transfer:
+    for each tick an index into `transfers`.
     """
 
     branches: tuple[Branch, ...]
@@ -59,14 +60,15 @@ class TickTable:
     branch: Column
     microbatch: Column
     chunk: Column
+    input: Column
     stash: Column
     cotangent: Column
     pair: Column
-    receive_stash: Column
+    receive_input: Column
     receive_cotangent: Column
-    keep_stash: Column
     keep_cotangent: Column
     transfer: tuple[int, ...]
+    input_slots: int
     stash_slots: int
     cotangent_slots: int
     pair_slots: int
@@ -89,9 +91,12 @@ class _Slots:
 
 
 _COLUMNS = (
-    "branch", "microbatch", "chunk", "stash", "cotangent", "pair", "receive_stash", "receive_cotangent",
-    "keep_stash", "keep_cotangent",
+    "branch", "microbatch", "chunk", "input", "stash", "cotangent", "pair", "receive_input",
+    "receive_cotangent", "keep_cotangent",
 )  # fmt: skip
+
+
+_BUFFERS = ("input", "stash", "cotangent", "pair")
 
 
 class _Builder:
@@ -100,9 +105,7 @@ class _Builder:
     def __init__(self, schedule: Schedule, layout: StageLayout) -> None:
         self.schedule, self.layout = schedule, layout
         self.split = any(work.kind == "W" for _, _, work in schedule.items())
-        self.buffers = {
-            name: [_Slots() for _ in range(schedule.stages)] for name in ("stash", "cotangent", "pair")
-        }
+        self.buffers = {name: [_Slots() for _ in range(schedule.stages)] for name in _BUFFERS}
         self.columns = {
             name: [
                 [NONE if name.startswith(("receive", "keep")) else 0] * schedule.stages for _ in schedule.rows
@@ -115,10 +118,12 @@ class _Builder:
         """What a stage does: slots taken by what it makes, given back by what it uses up."""
         key, link = (work.microbatch, work.chunk), work.chunk * self.schedule.stages + stage
         first, last = link == 0, link == self.schedule.links - 1
-        stash, cotangent, pair = (self.buffers[name][stage] for name in ("stash", "cotangent", "pair"))
+        input, stash, cotangent, pair = (self.buffers[name][stage] for name in _BUFFERS)
         cell = {"microbatch": work.microbatch, "chunk": work.chunk}
         if work.kind == "F":
-            cell["stash"] = cell["keep_stash"] = stash.take(key) if first else stash.held[key]
+            cell["stash"] = stash.take(key)
+            if not first:
+                cell["input"] = input.give_back(key)
             if last:
                 cell["keep_cotangent"] = cotangent.take(key)
             branch = Branch("F", first, last, self.layout.counts[link])
@@ -144,7 +149,7 @@ class _Builder:
             target = work.chunk * p + stage + (1 if work.kind == "F" else -1)
             if not 0 <= target < links:
                 continue
-            name = "stash" if work.kind == "F" else "cotangent"
+            name = "input" if work.kind == "F" else "cotangent"
             slot = self.buffers[name][target % p].take((work.microbatch, target // p))
             self.columns[f"receive_{name}"][tick + 1][target % p] = slot
             edges[work.kind].append((stage, target % p))
@@ -167,6 +172,7 @@ def tick_table(schedule: Schedule, layout: StageLayout) -> TickTable:
         transfers=transfers,
         **{name: tuple(map(tuple, rows)) for name, rows in builder.columns.items()},
         transfer=tuple(_least(s, transfers) for s in sent),
+        input_slots=max(depth["input"], 1),
         stash_slots=depth["stash"],
         cotangent_slots=depth["cotangent"],
         pair_slots=depth["pair"],

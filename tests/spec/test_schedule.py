@@ -104,7 +104,7 @@ def test_the_table_moves_every_value_to_where_it_is_read(case: tuple[str, int, i
     run_on_names(make_schedule(name, p, m, v), layout, tick_table(make_schedule(name, p, m, v), layout))
 
 
-Name = tuple[str, int, int]  # (x: a link's input, kept: its layers' inputs, g: of its output; i; link)
+Name = tuple[str, int, int]  # (x: a link's input, kept: by its layers, g: of its output; i; link)
 
 
 class NamedStage:
@@ -112,6 +112,7 @@ class NamedStage:
 
     def __init__(self, stage: int, links: int, table: TickTable) -> None:
         self.stage, self.links, self.table = stage, links, table
+        self.inputs: dict[int, Name] = {}
         self.stash: dict[int, Name] = {}
         self.cotangents: dict[int, Name] = {}
         self.pairs: dict[int, Name] = {}
@@ -121,7 +122,7 @@ class NamedStage:
 
     def receive(self, tick: int, x: Name | None, cotangent: Name | None) -> None:
         for kept, column, value in (
-            (self.stash, "receive_stash", x),
+            (self.inputs, "receive_input", x),
             (self.cotangents, "receive_cotangent", cotangent),
         ):
             if (slot := self.at(column, tick)) != NONE:
@@ -145,8 +146,8 @@ class NamedStage:
 
     def forward(self, tick: int, i: int, link: int) -> Name:
         if link > 0:
-            assert self.stash[self.at("stash", tick)] == ("x", i, link)
-        self.stash[self.at("keep_stash", tick)] = ("kept", i, link)
+            assert self.inputs[self.at("input", tick)] == ("x", i, link)
+        self.stash[self.at("stash", tick)] = ("kept", i, link)
         if link == self.links - 1:
             self.cotangents[self.at("keep_cotangent", tick)] = ("g", i, link)
         return "x", i, link + 1
@@ -181,6 +182,7 @@ def run_on_names(schedule: Schedule, layout: StageLayout, table: TickTable) -> N
         arrived = passed(table.transfers[table.transfer[tick]], made)
     for stage in stages:
         assert not stage.pairs
+        assert len(stage.inputs) <= table.input_slots
         assert len(stage.stash) <= table.stash_slots
 
 
