@@ -71,6 +71,7 @@ Each plan is compiled with its [check] and compared with PLAN.baseline.json and 
 examples:
   shardlab check meshes/cpu8-fsdp.toml --update    write the baseline, then commit it
   shardlab check                                   every plan of meshes/; exit 1 when one is broken
+  shardlab check --since origin/main --python old/bin/python --markdown
 """
 
 
@@ -217,6 +218,16 @@ def _add_check(verb: argparse.ArgumentParser) -> None:
         "--tolerance", type=_percentage, metavar="PCT", default="1", help="how much worse passes (default: 1)"
     )
     _add_step(verb)
+    verb.add_argument(
+        "--since", metavar="REV", help="also say which budgets and baselines moved since this git revision"
+    )
+    verb.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a Python with another jax: tells a new compiler's part of a change from yours; may be repeated",
+    )
     _add_jobs(verb)
     _add_cache(verb)
     _add_format(verb)

@@ -283,25 +283,34 @@ def _diff_revisions(args: argparse.Namespace, question: Question) -> int:
 
 def run_check(args: argparse.Namespace) -> int:
     """`shardlab check`: exit 1 when a plan is worse than its baseline, above its budget, or cannot be."""
-    from shardlab.lab.check import check_plans
+    from shardlab.compile.interpreter import Interpreter
+    from shardlab.lab.check import check_plans, plans_to_check
+    from shardlab.lab.compilers import Compilers
+    from shardlab.lab.limits import limits_since
     from shardlab.review.check import check_json
 
+    plans = plans_to_check(args.meshes)
+    limits = limits_since(args.since, plans) if args.since else ()
     with _cache(args) as cache:
         checks = check_plans(
-            args.meshes,
+            plans,
             update=args.update,
             tolerance=args.tolerance,
             step=args.step,
             progress=sys.stderr,
             jobs=args.jobs,
             steps=cache.steps(),
+            compilers=Compilers(pythons=[*map(Interpreter, args.python)], steps_of=cache.steps_in),
         )
+    if args.since and args.update:  # baselines are others now
+        limits = limits_since(args.since, plans)
     if args.json:
-        print_json(check_json(checks, args.tolerance) | {"programs": cache.counts.to_json()})
+        document = check_json(checks, args.tolerance) | {"programs": cache.counts.to_json()}
+        print_json(document | ({"limits": list(limits)} if args.since else {}))
     else:
         from shardlab.report.check import check_page
 
-        print_page(check_page(checks, args.tolerance), args.markdown)
+        print_page(check_page(checks, args.tolerance, limits), args.markdown)
     return 1 if any(check.broken for check in checks) else 0
 
 

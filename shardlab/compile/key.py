@@ -16,7 +16,7 @@ from typing import Any
 
 from shardlab.compile.environment import split_flags
 from shardlab.compile.step_sources import installed_digest, sources_digest
-from shardlab.compile.versions import digest_of, source_digest, versions
+from shardlab.compile.versions import compiler_versions, digest_of, source_digest, versions
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.data_files import load_gpu_target
 from shardlab.hardware.machine import Machine
@@ -28,7 +28,6 @@ from shardlab.spec.step import AnyCase, StepCase
 _PLAN_LABELS = {"name", "path", "description", "on", "check", "flags", "axes"}
 # Of the versions, what is no part of the program: the sources are hashed, and Python only runs them.
 _RUNNERS = ("python", "shardlab")
-_BUILDERS = ("flax", "optax")  # what they build is in the lowered program
 
 # `"name"` or `"name"(#loc3)` is one, `"file.py":12:4` is a place, `callsite(…)` are Python's frames.
 _LOCATION = re.compile(r'^(#loc\d*) = loc\((?:"(?P<name>(?:[^"\\]|\\.)*)")?(?P<column>:?)')
@@ -62,8 +61,8 @@ def program_key(
 
 def target_key(machine: Machine, flags: Sequence[str], versions_here: Mapping[str, str]) -> str:
     """What decides the program beside what is lowered: target, flags that are passed, compiler versions."""
-    left = _without(versions_here, (*_RUNNERS, *_BUILDERS))
-    return _hash({"target": _target_facts(machine), "flags": list(flags), "versions": left})
+    compilers = compiler_versions(versions_here)
+    return _hash({"target": _target_facts(machine), "flags": list(flags), "versions": compilers})
 
 
 def lowered_key(target: str, device_ids: Sequence[int], text: str) -> str:

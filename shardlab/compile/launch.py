@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 from shardlab import program as programs
 from shardlab.compile.doctor import require_target
 from shardlab.compile.environment import child_environment, split_flags
+from shardlab.compile.interpreter import HERE, PACKAGE_PARENT, Interpreter
 from shardlab.compile.key import target_key
 from shardlab.compile.logs import flag_name, last_words, rejected_flags, warnings
 from shardlab.compile.request import (
@@ -28,7 +28,6 @@ from shardlab.compile.request import (
     PROTO_FILE,
     Request,
 )
-from shardlab.compile.versions import versions
 from shardlab.errors import CompileFailed, Infeasible, Problem, ShardlabError, TargetMissing, UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.machine import Machine
@@ -36,7 +35,6 @@ from shardlab.program import Flags, Program
 from shardlab.spec.step import AnyCase
 from shardlab.store import Store
 
-_PACKAGE_PARENT = Path(__file__).parents[2]
 _MAX_LOG_CHARACTERS = 64 << 20
 _RUNNING: set[subprocess.Popen[bytes]] = set()
 
@@ -59,11 +57,13 @@ def compile_case(
     timeout_s: float | None = None,
     find_largest_batch: bool = True,
     store: Store | None = None,
+    python: Interpreter = HERE,
 ) -> Program:
     """Compile a case ahead of time in a child process.
 
     proto_to: also write the optimised module there as a serialised HloModuleProto. store: where programs are
     kept by what they lower to; one that is there is not compiled again (its `compile_s` is None).
+    python: of the environment whose jax compiles.
 
     A TPU program that does not fit comes back with `refusal` set, and with `find_largest_batch` the largest
     global batch that does compile. A flag that the compiler does not know is recorded as rejected, and the
@@ -71,7 +71,8 @@ def compile_case(
     CompileFailed; none leaves a file.
     """
     machine = load_machine(case.machine)
-    require_target(machine)
+    if python == HERE:  # what another one lacks, its child says
+        require_target(machine)
     passed, rejected = split_flags(case.plan.flags, machine.family)
     while True:
         with tempfile.TemporaryDirectory(prefix="shardlab-compile-") as name:
@@ -82,9 +83,9 @@ def compile_case(
                 want_proto=proto_to is not None,
                 find_largest_batch=find_largest_batch,
                 store=store.folder if store is not None and proto_to is None else None,
-                target_key=target_key(machine, passed, versions(machine.family)),
+                target_key=target_key(machine, passed, python.versions(machine.family)),
             )
-            ending = run_child(request, machine, passed, timeout_s)
+            ending = run_child(request, machine, passed, timeout_s, python)
             program = _read_program(folder)
             newly_rejected = _match_rejected(passed, ending.log) if program is None else ()
             if newly_rejected:
@@ -111,15 +112,21 @@ def _keep_lowered(store: Store, folder: Path, program: Program) -> None:
         store.keep(LOWERED + (folder / KEY_FILE).read_text(encoding="ascii"), program)
 
 
-def run_child(request: Request, machine: Machine, flags: tuple[str, ...], timeout_s: float | None) -> Ending:
+def run_child(
+    request: Request,
+    machine: Machine,
+    flags: tuple[str, ...],
+    timeout_s: float | None,
+    python: Interpreter = HERE,
+) -> Ending:
     """Run one compile child to its end, in a session of its own; kill all of it on a time-out or an
     interrupt.
     """
     environment = child_environment(machine, flags, os.environ)
-    paths = (str(_PACKAGE_PARENT), environment.get("PYTHONPATH", ""))
+    paths = (str(PACKAGE_PARENT), environment.get("PYTHONPATH", ""))
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     # -P: a file called jax.py in the working directory must not become the jax that compiles.
-    command = [sys.executable, "-P", "-m", "shardlab.compile.child"]
+    command = [python.executable, "-P", "-m", "shardlab.compile.child"]
     log_path = request.folder / "log"
     with log_path.open("wb") as log:
         child = subprocess.Popen(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -42,6 +42,15 @@ def _versions(family: str) -> dict[str, str]:
         if version is not None:
             found[package] = version
     return found
+
+
+# What runs and builds, not what compiles: its effect is in the lowered program.
+_NO_COMPILERS = ("python", "shardlab", "flax", "optax")
+
+
+def compiler_versions(found: Mapping[str, str]) -> dict[str, str]:
+    """Of `versions`, those that decide what becomes of a lowered program."""
+    return {package: version for package, version in found.items() if package not in _NO_COMPILERS}
 
 
 def installed(package: str) -> str | None:

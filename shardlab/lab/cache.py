@@ -8,16 +8,17 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from shardlab.compile import compile_case, program_key
+from shardlab.compile.interpreter import HERE, Interpreter
 from shardlab.compile.key import relabelled
 from shardlab.errors import Problem, UserError
 from shardlab.lab.run import Steps
 from shardlab.program import Program
-from shardlab.spec.step import AnyCase
+from shardlab.spec.step import AnyCase, StepCase
 from shardlab.store import Store, to_standard_error
 
 VARIABLE = "SHARDLAB_CACHE"
@@ -45,12 +46,14 @@ class Counts:
 class Cache:
     """Compiles cases behind two keys, and counts.
 
-    store: None keeps nothing. sources: files of the user's that build the step, for the first key.
+    store: None keeps nothing. sources: files of the user's that build the step, for the first key. python: of
+    the environment that compiles.
     """
 
     store: Store | None = None
     sources: Sequence[Path] = ()
     compile_with: Compile = compile_case
+    python: Interpreter = HERE
     counts: Counts = field(default_factory=Counts)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _running: int = 0
@@ -58,20 +61,33 @@ class Cache:
     def steps(self, *, find_largest_batch: bool = True) -> Steps:
         """For `run_cases`."""
         return Steps(
-            key=partial(program_key, sources=self.sources),
+            key=self.key,
             compile=partial(self.compile, find_largest_batch=find_largest_batch),
         )
+
+    def steps_in(self, python: Interpreter) -> Steps:
+        """For `run_cases` with another environment's compiler; counted with the others."""
+        compile_there = partial(self.compile_with, python=python)
+        there = replace(self, python=python, compile_with=compile_there)
+        return Steps(key=there.key, compile=partial(there.compile, find_largest_batch=False))
+
+    def key(self, case: AnyCase) -> str:
+        """The first key of a case."""
+        family = case.load_machine().family
+        return program_key(case, self.sources, self.python.versions(family))
 
     def compile(self, case: AnyCase, *, find_largest_batch: bool = True) -> Program:
         """As `compile_case`. A program that is not compiled now has no `compile_s`."""
         store = None if case.load_machine().family == "attached" else self.store  # its environment counts too
-        key = _CASE + program_key(case, self.sources)
+        if self.python != HERE and isinstance(case, StepCase):
+            store = None  # what is installed there may be in the user's step, and is not in its key
+        key = _CASE + self.key(case)
         found = store.find(key) if store is not None else None
         if found is None and store is not None and not find_largest_batch:
             found = store.find(key + _REFUSED)
         if found is not None:
             self._count("unchanged")
-            return relabelled(found, case)
+            return relabelled(found, case, self.python.versions(case.load_machine().family))
         with self._one_more():
             program = self.compile_with(case, find_largest_batch=find_largest_batch, store=store)
         self._count("compiled" if program.compile_s is not None else "lowered")

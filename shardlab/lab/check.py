@@ -12,6 +12,7 @@ from shardlab.case_report import CaseReport, figures_of_case
 from shardlab.errors import Problem, UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.lab.cases import Question, load_plans
+from shardlab.lab.compilers import Compilers, Old, with_old_compilers
 from shardlab.lab.review import compile_plans
 from shardlab.lab.run import Steps
 from shardlab.program import Program, write_atomically
@@ -33,26 +34,30 @@ def check_plans(
     progress: TextIO,
     jobs: int | None = None,
     steps: Steps | None = None,
+    compilers: Compilers | None = None,
 ) -> tuple[PlanCheck, ...]:
     """A check per plan, in order. paths: mesh files; those of `meshes/` when there are none. step: the user's
-    own step function for all of them, in place of what each names.
+    own step function for all of them, in place of what each names. compilers: other environments, for plans
+    whose baseline was made with another compiler.
 
     update: write baselines, of all plans or of none. Every mistake that can be known is raised as UserError
     before anything is compiled: no plan, no baseline, a wrong budget; a plan that cannot be compiled is one
     after.
     """
-    paths = paths or sorted(str(path) for path in Path(FOLDER).glob("*.toml") if path.name != BUDGETS)
-    if not paths:
-        raise UserError(Problem(FOLDER, "no plan to check", "name mesh files: shardlab check MESH..."))
+    paths = plans_to_check(paths)
     if step is None:
         _check_models(paths)
     baselines, budgets = _read_all(paths, update)
     steps = replace(steps or Steps(), report=_figures)
     reports = compile_plans(paths, Question(step=step), progress=progress, jobs=jobs, steps=steps)
+    by_path = dict(zip(paths, reports, strict=True))
+    olds = with_old_compilers(
+        by_path, baselines, compilers or Compilers(), steps, progress=progress, jobs=jobs
+    )
     checks: list[PlanCheck] = []
     texts: dict[Path, str] = {}
     problems: list[Problem] = []
-    for path, report in zip(paths, reports, strict=True):
+    for path, report in by_path.items():
         try:
             side = side_of_report(report)
             if side.analysis is None:
@@ -63,7 +68,9 @@ def check_plans(
             _refuse_nothing(path, side, now, was)
             found = check_figures(Path(path).stem, path, now, was, budgets[path], tolerance)
             texts[baseline_path(path)] = write_text(now)
-            checks.append(replace(found, written=update))
+            old = olds.get(path, Old())
+            notes = (*found.notes, *filter(None, (old.note,)))
+            checks.append(replace(found, written=update, old_compiler=old.figures, notes=notes))
         except UserError as error:
             problems += error.problems
     if problems:
@@ -72,6 +79,14 @@ def check_plans(
         for file, text in texts.items():
             write_atomically(file, text.encode())
     return tuple(checks)
+
+
+def plans_to_check(paths: Sequence[str]) -> Sequence[str]:
+    """The mesh files named, else those of `meshes/`. Raises UserError where there are none."""
+    paths = paths or sorted(str(path) for path in Path(FOLDER).glob("*.toml") if path.name != BUDGETS)
+    if not paths:
+        raise UserError(Problem(FOLDER, "no plan to check", "name mesh files: shardlab check MESH..."))
+    return paths
 
 
 def _figures(case: AnyCase, program: Program) -> CaseReport:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from shardlab.errors import UserError
+from shardlab.lab import git
 from shardlab.lab.git import Tree
 from shardlab.review.baseline import Baseline, baseline_path, read_baseline
 from shardlab.review.change import moved_budgets, raised_baseline
 from shardlab.review.check import BUDGETS, Budget, read_budgets
+
+
+def limits_since(revision: str, paths: Sequence[str]) -> tuple[str, ...]:
+    """`moved_limits` of mesh files between a revision and the working tree. Raises UserError as `git.opened`
+    does."""
+    here = Path()
+    root = git.repository_root(here)
+    with git.opened(root, revision, None) as trees:
+        plans = git.relative_paths(root, paths, here, trees)
+        return tuple(moved_limits(trees, plans))
 
 
 def moved_limits(trees: Sequence[Tree], plans: Sequence[str]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class PlanCheck:
     """A plan's figures against its baseline (`lines`, none without one) and its budget (`over`).
 
     why_not: why it has no figures (infeasible, does not fit), "" when it has. written: by --update.
+    old_compiler: this code's figures with the baseline's compiler, where that was another and is at hand.
     """
 
     plan: str
@@ -42,6 +43,7 @@ class PlanCheck:
     why_not: str = ""
     written: bool = False
     notes: tuple[str, ...] = ()
+    old_compiler: Mapping[str, Figure] = field(default_factory=dict)
 
     @property
     def broken(self) -> bool:
@@ -152,6 +154,16 @@ def _notes(baseline: Baseline, now: Baseline) -> Iterator[str]:
         yield f"versions changed since the baseline: {changed}"
 
 
+def whose_change(line: Line, old_compiler: Mapping[str, Figure]) -> tuple[Fraction, Fraction] | None:
+    """(the compiler's, the code's) part of what a figure changed by, as shares of the baseline; None where
+    that is not known."""
+    between = old_compiler.get(line.name, 0 if line.name.startswith(("wire_bytes.", "traffic.")) else None)
+    if not old_compiler or not line.before or line.after is None or between is None:
+        return None
+    before = Fraction(line.before)
+    return (Fraction(line.after) - Fraction(between)) / before, (Fraction(between) - before) / before
+
+
 def no_figures(plan: str, side: Side, path: str) -> PlanCheck:
     """A plan that had a baseline, and now is infeasible or does not fit."""
     return PlanCheck(plan=plan, path=path, why_not=side.why_not)
@@ -168,12 +180,14 @@ def check_json(checks: tuple[PlanCheck, ...], tolerance: Fraction) -> dict[str, 
 
 
 def _check_json(check: PlanCheck) -> dict[str, Any]:
+    old = check.old_compiler
     document: dict[str, Any] = {"plan": check.plan, "path": check.path, "broken": check.broken}
     if check.why_not:
         return document | {"why_not": check.why_not}
     return document | {
         "figures": {
             line.name: {"baseline": line.before, "now": line.after, "outcome": line.outcome}
+            | ({"old_compiler": old[line.name]} if line.name in old else {})
             for line in check.lines
         },
         "over_budget": {one.name: {"budget": one.budget, "now": one.figure} for one in check.over},

@@ -176,6 +176,28 @@ def test_limits_that_the_change_moved_are_said(
     assert "- budget for wire\\_bytes.fsdp of a raised from 10 GB to 12 GB" in capsys.readouterr().out
 
 
+def test_check_says_which_limits_moved_since_a_revision(
+    repo: Callable[..., Path], compiler: Compiler, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budgets = "meshes/budgets.toml"
+    folder = repo({"meshes/a.toml": PLAN_8, budgets: '[a]\n"memory.peak" = "10 GB"\n'})
+    assert run("check", "--update") == 0
+    commit(folder, {})
+    (folder / budgets).write_text('[a]\n"memory.peak" = "12 GB"\n')
+    (folder / "meshes" / "a.toml").write_text(PLAN_16)
+    capsys.readouterr()
+    assert run("check", "--since", "HEAD", "--update", "--json") == 0
+    raised, written_again = json.loads(capsys.readouterr().out)["limits"]
+    assert raised == "budget for memory.peak of a raised from 10 GB to 12 GB in this change"
+    assert written_again.startswith("baseline of a raised in this change: wire_bytes.total from 32 B to 64 B")
+    assert run("check", "--since", "HEAD") == 0
+    assert "note budget for memory.peak of a raised from 10 GB to 12 GB" in capsys.readouterr().out
+    compiler.compiled.clear()
+    (said,) = mistakes(capsys, "check", "--since", "nope")
+    assert "nope: is no revision that git knows here" in said
+    assert compiler.compiled == []
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
