@@ -73,6 +73,15 @@ examples:
   shardlab check                                   every plan of meshes/; exit 1 when one is broken
   shardlab check --since origin/main --python old/bin/python --markdown
 """
+RECORD_EXAMPLES = """\
+COMMAND runs as it is, with JAX from 0.4.26 on, in whichever environment its Python has. What ran, and how
+often, goes to a folder, which analyze reads again. Where shardlab is not installed, its file record.py does
+the same by itself: python record.py --out DIR -- COMMAND
+
+examples:
+  shardlab record -- python train.py --steps=20
+  shardlab record --steps 20 --on h100:1x8 -- python train.py --steps=20
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_diff(_verb(verbs, "diff", "what a change does to a step", DIFF_EXAMPLES))
     _add_check(_verb(verbs, "check", "plans against their committed baselines and budgets", CHECK_EXAMPLES))
+    _add_record(_verb(verbs, "record", "what a JAX trainer runs, with no change to it", RECORD_EXAMPLES))
     doctor = _verb(verbs, "doctor", "which targets this machine can compile for", "")
     doctor.add_argument("--deep", action="store_true", help="prove each target with a tiny compile")
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
@@ -134,6 +144,22 @@ def _verb(
 
 def _add_analyze(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("paths", nargs="+", metavar="PATH", help="HLO dump, dump folder, saved program, or -")
+    _add_reading(verb)
+
+
+def _add_record(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="after --")
+    verb.add_argument("--out", metavar="DIR", default="recorded", help="folder to write (default: recorded)")
+    _add_reading(verb)
+
+
+def _add_reading(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--steps",
+        type=_positive,
+        metavar="N",
+        help="of a recording: how many steps ran (default: as many as its most frequent program)",
+    )
     mesh = verb.add_mutually_exclusive_group()
     mesh.add_argument("--axes", metavar="A=N,B=M", help="mesh axes, major to minor")
     mesh.add_argument("--mesh", metavar="FILE", help="take the axes from this mesh file")

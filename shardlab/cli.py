@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from shardlab.lab.cache import Cache
     from shardlab.lab.cases import Question
     from shardlab.order import Orders
+    from shardlab.program import Program
 
 INTERRUPTED = 130
 
@@ -98,6 +99,22 @@ def _print_analysis(
 
 def run_analyze(args: argparse.Namespace) -> int:
     """`shardlab analyze`: exit 1 only with --strict and a ledger that is not empty."""
+    from shardlab.lab.recorded import with_steps
+
+    return _analyze(args, with_steps(args.paths, args.steps))
+
+
+def run_record(args: argparse.Namespace) -> int:
+    """`shardlab record`: the analysis of what the command ran; exit 2 when the command failed."""
+    from shardlab.lab.recorded import record_command
+
+    output = sys.stderr if args.json else None  # the document is alone on standard output
+    program, status = record_command(args.command, args.out, args.steps, output=output, progress=sys.stderr)
+    code = _analyze(args, [program])
+    return 2 if status else code
+
+
+def _analyze(args: argparse.Namespace, sources: Sequence[str | Program]) -> int:
     from shardlab.analysis import attribute, merge
 
     check_html(args.html)
@@ -107,7 +124,7 @@ def run_analyze(args: argparse.Namespace) -> int:
 
         machine = load_machine(args.on)
     axes = _axes_of_mesh(args.mesh) if args.mesh else parse_axes(args.axes)
-    parts = attribute(args.paths, axes, parse_device_ids(args.device_ids), machine)
+    parts = attribute(sources, axes, parse_device_ids(args.device_ids), machine)
     kept = tuple(parts) if args.order or args.audit or args.html else ()
     orders = findings = None
     if args.order:
@@ -365,5 +382,6 @@ VERBS = {
     "search": run_search,
     "diff": run_diff,
     "check": run_check,
+    "record": run_record,
     "doctor": run_doctor,
 }

@@ -16,14 +16,15 @@ PACKAGE = Path(__file__).parents[1] / "shardlab"
 
 # Top to bottom: a module imports only what stands above it (or beside it, in its own package).
 ORDER = (
-    "errors", "units", "text", "hardware", "spec", "program", "store", "model", "parallel", "compile", "hlo",
-    "attribute", "cost", "analysis", "order", "audit", "prediction", "case_report", "case_document",
-    "agreement", "capacity", "compare", "review", "report", "lab", "testing", "arguments", "output", "cli",
-    "__main__",
+    "errors", "units", "text", "hardware", "spec", "program", "recording", "record", "store", "model",
+    "parallel", "compile", "hlo", "attribute", "cost", "analysis", "order", "audit", "prediction",
+    "case_report", "case_document", "agreement", "capacity", "compare", "review", "report", "lab", "testing",
+    "arguments", "output", "cli", "__main__",
 )  # fmt: skip
 WITHOUT_JAX = (
-    "hardware", "spec", "program", "store", "hlo", "attribute", "cost", "analysis", "order", "audit",
-    "prediction", "case_report", "case_document", "agreement", "capacity", "compare", "review", "report",
+    "hardware", "spec", "program", "recording", "record", "store", "hlo", "attribute", "cost", "analysis",
+    "order", "audit", "prediction", "case_report", "case_document", "agreement", "capacity", "compare",
+    "review", "report",
 )  # fmt: skip
 WITHOUT_PYDANTIC = ("hlo", "attribute", "cost", "analysis", "order", "audit", "hardware")
 # `__init__` re-exports the Python interface, lazily; any module may read it for the version alone.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shardlab import program as programs
+from shardlab import recording
 from shardlab.errors import ParseError, Problem, UserError
 from shardlab.hlo.module import Module
 from shardlab.hlo.proto import parse_proto
@@ -162,7 +163,11 @@ def _inflate(
 
 
 def _read_folder(folder: Path) -> list[Source]:
-    """The last after-optimisation module of each name in an `xla_dump_to` folder; text rather than proto."""
+    """The last after-optimisation module of each name in an `xla_dump_to` folder, text rather than proto; or
+    what was recorded."""
+    if recording.is_recording(folder):
+        program = recording.read_recording(folder)
+        return [Source(name=str(folder), modules=parse(program.hlo_text, program.name), program=program)]
     best: dict[str, tuple[int, bool, Path]] = {}
     for path in sorted(folder.iterdir()):
         match = _DUMP.fullmatch(path.name)

@@ -37,6 +37,9 @@ def analysis_page(analysis: Analysis, top: int = TOP, findings: Sequence[Finding
         ("backend", f"{backends}, {devices} devices"),
         ("mesh", mesh_text(analysis.mesh)),
     ]
+    if any(module.runs_per_step != 1 for module in analysis.modules):
+        runs = ", ".join(f"{module.runs_per_step} × {module.name}" for module in analysis.modules)
+        facts.append(("a step", runs))
     facts += [("machine", analysis.machine)] if analysis.machine else []
     facts.append(("sent", f"{format_bytes(analysis.totals.wire_bytes)} per device and step"))
     time = communication(analysis)
