@@ -12,6 +12,7 @@ from shardlab.hardware.catalog import load_machine
 from shardlab.prediction import predict
 from shardlab.program import Program
 from shardlab.units import format_bytes
+from validation.data_ways import with_data_ways
 from validation.efficiency import at_efficiency
 from validation.row import Row
 from validation.substitution import with_counts
@@ -45,6 +46,8 @@ def analysed(row: Row, program: Program) -> Analysed | str:
     try:
         program = program if row.counts is None else with_counts(program, row.counts)
         (part,) = attribute(program, machine=load_machine(row.case.machine))
+        if row.counts is not None and row.counts.data is not None:
+            part = with_data_ways(part, row.counts.data, load_machine(row.counts.machine))
         return Analysed(row=row, part=part, cost=step_cost(part.module, program.backend))
     except (ShardlabError, ValueError) as error:
         return f"not analysed: {error}"

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from shardlab.cost.compute_time import UNFUSED
 from shardlab.spec.models import MODELS, ModelConfig
+from validation.data_ways import SHARED_DATA
 from validation.row import Row, plan_text, read_table, with_case
 from validation.substitution import SHARED_LAYERS, SHARED_MICROBATCHES, Counts
 
@@ -145,7 +146,7 @@ def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
 def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:
     """GPTs on up to eight A100, eager Megatron: 1F1B, full recomputation, gradients reduced at the end.
 
-    Rows that differ only in their layers and microbatches share a program.
+    Rows that differ only in their layers, microbatches and ways of data parallelism share a program.
     """
     for line in read_table("vtrain_single_node"):
         gpus, batch, micro = (int(line[k]) for k in ("num_gpus", "global_batch_seqs", "micro_batch_seqs"))
@@ -153,6 +154,8 @@ def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:
         width, layers = int(line["hidden_size"]), int(line["num_layers"])
         count = batch // (data * micro)
         split = f"TP {tensor} DP {data} PP {stages}"
+        # Eight GPUs at most: those that are full without data parallelism have none.
+        shared = SHARED_DATA if tensor * stages < 8 else 1
         method: dict[str, str | int] = {"remat": "full", "attention": attention}
         if stages > 1:
             method |= {"pipeline": "1f1b", "microbatches": SHARED_MICROBATCHES}
@@ -165,16 +168,22 @@ def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:
             measured_step_s=float(line["iteration_time_ms"]) / 1e3,
             group=(f"{gpus} GPUs", f"batch {batch}", f"{layers} layers of {width}"),
             attention_kernel=UNFUSED,
-            counts=Counts(layers=layers // stages, microbatches=count, stages=stages),
+            counts=Counts(
+                layers=layers // stages,
+                microbatches=count,
+                stages=stages,
+                data=data if shared > 1 else None,
+                machine=f"a100:1x{gpus}",
+            ),
         )  # fmt: skip
         text = plan_text(
-            f"a100:1x{gpus}",
-            {"data": data, "stage": stages, "tensor": tensor},
+            f"a100:1x{shared * stages * tensor}",
+            {"data": shared, "stage": stages, "tensor": tensor},
             batch=("data",),
             method=method,
         )
         model = _vtrain_model(width, SHARED_LAYERS * stages)
-        yield with_case(row, text, model, data * micro * SHARED_MICROBATCHES, 1_024)
+        yield with_case(row, text, model, shared * micro * SHARED_MICROBATCHES, 1_024)
 
 
 def _vtrain_model(width: int, layers: int) -> ModelConfig:

@@ -27,11 +27,14 @@ _TABLE = re.compile(r"(= s32\[)([0-9,]+)(\]\S* constant\()(\{[^()]*\})(\))")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What a row has of each. layers: on one stage. stages: 1 without a pipeline."""
+    """What a row has of each. layers: on one stage. stages: 1 without a pipeline. data: ways of data
+    parallelism (`data_ways.py`), None where the program has its own. machine: the row's own."""
 
     layers: int
     microbatches: int
     stages: int = 1
+    data: int | None = None
+    machine: str = ""
 
 
 def with_counts(program: Program, counts: Counts) -> Program:

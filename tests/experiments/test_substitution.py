@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from validation.data_ways import with_data_ways
 from validation.row import plan_text
 from validation.substitution import SHARED_LAYERS, SHARED_MICROBATCHES, Counts, with_counts
 
@@ -88,6 +89,60 @@ def test_what_is_no_shared_program_is_an_error() -> None:
         with_counts(program(STACK), Counts(layers=6, microbatches=4, stages=2))
 
 
+SUM = "add {\n  a = f32[] parameter(0)\n  b = f32[] parameter(1)\n  ROOT s = f32[] add(a, b)\n}\n"
+
+
+def reduced(ways: int, *, gathers: bool = False) -> Program:
+    """One collective along data, of `ways`, and one along tensor, of two: 4 MiB each."""
+    over_data = [[t + 2 * d for d in range(ways)] for t in (0, 1)]
+    over_tensor = [[2 * d, 2 * d + 1] for d in range(ways)]
+    data, tensor = (
+        str(groups).replace(" ", "").replace("[", "{").replace("]", "}")
+        for groups in (over_data, over_tensor)
+    )
+    first = (
+        f"all-gather(g), channel_id=1, replica_groups={data}, dimensions={{0}}, use_global_device_ids=true"
+        if gathers
+        else f"all-reduce(g), channel_id=1, replica_groups={data}, use_global_device_ids=true, to_apply=add"
+    )
+    lines = [
+        f"HloModule step, is_scheduled=true, num_partitions={2 * ways}\n\n{SUM}\nENTRY main {{",
+        "  g = f32[1048576]{0} parameter(0)",
+        "  x = f32[1048576]{0} parameter(1)",
+        f"  d = f32[{1048576 * (ways if gathers else 1)}]{{0}} {first}",
+        f"  ROOT t = f32[1048576]{{0}} all-reduce(x), channel_id=2, replica_groups={tensor}, "
+        "use_global_device_ids=true, to_apply=add",
+        "}",
+    ]
+    return Program(
+        name="step",
+        backend="gpu",
+        hlo_text="\n".join(lines) + "\n",
+        num_devices=2 * ways,
+        mesh={"data": ways, "tensor": 2},
+    )
+
+
+@pytest.mark.parametrize(("ways", "wire"), [(1, 0), (2, 4 << 20), (4, 6 << 20)])
+def test_gradients_are_reduced_over_the_rows_own_devices(ways: int, wire: int) -> None:
+    """2 (n - 1) / n of 4 MiB, in the time that a program of its own would take; nothing for one device."""
+    machine = load_machine(f"a100:1x{2 * ways}")
+    (part,) = attribute(reduced(2), machine=load_machine("a100:1x4"))
+    data, tensor = with_data_ways(part, ways, machine).analysis.collectives
+    assert data.wire_bytes == wire
+    assert tensor == part.analysis.collectives[1]
+    (own,) = attribute(reduced(ways), machine=machine)
+    assert data.time_s == (own.analysis.collectives[0].time_s if ways > 1 else 0.0)
+
+
+def test_what_cannot_be_priced_for_other_ways_is_an_error() -> None:
+    (part,) = attribute(reduced(2, gathers=True), machine=load_machine("a100:1x4"))
+    with pytest.raises(ValueError, match="all-gather along data"):
+        with_data_ways(part, 4, load_machine("a100:1x8"))
+    with pytest.raises(ValueError, match="8 devices on a100:1x4"):
+        with_data_ways(part, 4, load_machine("a100:1x4"))
+
+
 def table_of(stages: int, microbatches: int) -> TickTable:
     layout = StageLayout(stages=stages, virtual=1, counts=split_layers(SHARED_LAYERS * stages, stages))
     return tick_table(make_schedule("1f1b", stages, microbatches), layout)
@@ -127,18 +182,21 @@ def test_ticks_are_those_of_the_rows_own_schedule(stages: int, microbatches: int
 
 
 def small_case(layers: int, microbatches: int, *, stages: int) -> Case:
-    """Tensor parallel 2, and stages or data parallel 2: a GPT of width 256."""
+    """Tensor parallel over what stages leave of four devices: a GPT of width 1,024.
+
+    Without data parallelism: how XLA combines the reductions of gradients depends on their bytes, and so on
+    the number of layers (vTrain's 12 layers, TP 2 DP 4: 0.1 %).
+    """
     method: dict[str, str | int] = {"remat": "full"}
     method |= (
         {"pipeline": "1f1b", "microbatches": microbatches} if stages > 1 else {"accumulate": microbatches}
     )
-    data = 1 if stages > 1 else 2
-    text = plan_text(MACHINE, {"data": data, "stage": stages, "tensor": 2}, batch=("data",), method=method)
+    text = plan_text(MACHINE, {"stage": stages, "tensor": 4 // stages}, method=method)
     model = replace(
-        MODELS["megatron-22b"], name="small", layers=layers * stages, embed=256, heads=4, kv_heads=4,
-        head_dim=64, mlp=1_024, vocab=1_024, context=512,
+        MODELS["megatron-22b"], name="small", layers=layers * stages, embed=1_024, heads=16, kv_heads=16,
+        head_dim=64, mlp=4_096, vocab=51_200, context=512,
     )  # fmt: skip
-    return make_case(plan_from_text(text, "small"), model, batch=data * microbatches, seq=512)
+    return make_case(plan_from_text(text, "small"), model, batch=microbatches, seq=512)
 
 
 @pytest.mark.full

@@ -124,25 +124,25 @@ def vtrain() -> list[Row]:
     return list(vtrain_single_node())
 
 
-def test_rows_that_differ_in_layers_and_microbatches_share_a_program(vtrain: list[Row]) -> None:
+def test_rows_that_differ_in_layers_microbatches_and_data_ways_share_a_program(vtrain: list[Row]) -> None:
     assert len(vtrain) == 1_440
     assert [row.row for row in vtrain if row.case is None] == []
     programs: dict[str, set[tuple[str, ...]]] = {}
     for row, line in zip(vtrain, read_table("vtrain_single_node"), strict=True):
         assert row.case is not None and row.counts is not None
-        stages, counts = int(line["pipeline_parallel"]), row.counts
-        split = int(line["data_parallel"]) * int(line["micro_batch_seqs"])
-        assert row.case.batch == split * SHARED_MICROBATCHES
+        stages, data, counts = int(line["pipeline_parallel"]), int(line["data_parallel"]), row.counts
+        shared = row.case.plan.axes.get("data", 1)
+        assert data == shared if counts.data is None else (data, 2) == (counts.data, shared)
+        assert row.case.batch == shared * int(line["micro_batch_seqs"]) * SHARED_MICROBATCHES
         assert row.case.model.layers == SHARED_LAYERS * stages
-        assert counts.microbatches * split == int(line["global_batch_seqs"])
+        assert counts.microbatches * data * int(line["micro_batch_seqs"]) == int(line["global_batch_seqs"])
         assert (counts.layers * stages, counts.stages) == (int(line["num_layers"]), stages)
-        same = (
-            "hidden_size", "tensor_parallel", "data_parallel", "pipeline_parallel", "micro_batch_seqs",
-        )  # fmt: skip
+        assert load_machine(counts.machine).num_devices == int(line["num_gpus"])
+        same = ("hidden_size", "tensor_parallel", "pipeline_parallel", "micro_batch_seqs")
         programs.setdefault(program_key(row.case), set()).add(tuple(line[key] for key in same))
     assert [len(found) for found in programs.values() if len(found) != 1] == []
-    # 18 ways to split up to eight GPUs, two widths, four microbatch sizes.
-    assert len(programs) == 18 * 2 * 4
+    # Nine ways to split a model over up to eight GPUs, two widths, four microbatch sizes.
+    assert len(programs) == 9 * 2 * 4
 
 
 def test_figure_1_is_its_formula() -> None:
