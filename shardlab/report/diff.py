@@ -65,8 +65,10 @@ def _side_text(side: Side) -> str:
     case = side.case
     if not case:
         return f"{side.name}: {side.why_not}" if side.absent else side.name
-    what = f"{case.get('model')}, {case.get('workload')}, batch {case.get('batch')} × {case.get('seq')}"
-    return f"{side.name}: {what} on {case.get('machine')}"
+    sizes = (("batch {}", case.get("batch")), ("sequence {}", case.get("seq")))
+    asked = (case.get("step") or case.get("model"), case.get("workload"))
+    what = [str(one) for one in asked if one] + [text.format(size) for text, size in sizes if size]
+    return f"{side.name}: {', '.join(what)} on {case.get('machine')}"
 
 
 def _mesh_fact(found: Diff) -> tuple[tuple[str, str], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -108,3 +109,16 @@ def test_the_worst_that_names_and_notes_can_be_still_fits() -> None:
 def test_notes_that_both_reports_have_are_said_once() -> None:
     page = diff_page(diff(report(notes=("shared", "old")), report(notes=("shared", "new"))))
     assert page.notes == ("shared", "base: old", "head: new")
+
+
+def test_a_side_says_what_was_compiled() -> None:
+    """A step function has no model, and may have asked for no batch: what is not known is not written."""
+    base, head = made_of([]), made_of([])
+    found = diff(base, head)
+    said = {"step": "train.step:make_step", "workload": "train", "machine": "h100:8x8", "batch": 64}
+    (fact,) = (
+        value
+        for name, value in diff_page(replace(found, base=replace(found.base, case=said))).facts
+        if name == "base"
+    )
+    assert fact.endswith(": train.step:make_step, train, batch 64 on h100:8x8")
