@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shardlab.errors import Infeasible, UserError
+from shardlab.hardware.catalog import MAX_DEVICES
 from shardlab.spec.case import make_case
 from shardlab.spec.models import MODELS
 from shardlab.spec.names import strategy_names
@@ -79,6 +80,7 @@ def inline(value: Any) -> str:
     return json.dumps(value).replace("\x7f", "\\u007f")
 
 
+@example({"axes": {"data": MAX_DEVICES + 1}})
 @given(plans)
 def test_a_plan_or_a_user_error(table: dict[str, Any]) -> None:
     try:
@@ -93,6 +95,10 @@ def test_a_plan_or_a_user_error(table: dict[str, Any]) -> None:
         case = make_case(plan, plan.check.model or "tiny", f"cpu:{plan.num_devices}")
     except Infeasible as error:
         assert error.nearest
+        return
+    except UserError as error:  # no machine has so many devices
+        assert plan.num_devices > MAX_DEVICES
+        assert "number of devices" in str(error)
         return
     assert case.batch % plan.method.accumulate == 0
 
