@@ -64,7 +64,8 @@ class Row:
     gloo_header_bytes: of gloo's own headers, predicted, which the measured bytes contain. site_error: the
     largest |measured / (predicted + headers) - 1| over all sites. loopback: of that site, between its own
     devices. startup_bytes: sent before the first step. idle_bytes_per_s: sent while nothing is computed.
-    frame_bytes: what crossed the link, headers and acknowledgements included.
+    frame_bytes: what crossed the link, headers and acknowledgements included. measured_cpu_s: of all
+    processes.
     """
 
     plan: str
@@ -82,6 +83,7 @@ class Row:
     frame_bytes: int
     startup_bytes: int
     idle_bytes_per_s: int
+    measured_cpu_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +158,7 @@ class Measured:
     step_s: float
     startup_bytes: int
     idle_bytes_per_s: float
+    cpu_s: float
     losses: tuple[float, ...]
 
 
@@ -206,13 +209,14 @@ def wait(processes: Sequence[subprocess.Popen[str]], folder: Path) -> None:
 
 def read_measured(rows_of_sites: Sequence[list[dict[str, Any]]], *, warm: int, steps: int) -> Measured:
     """Differences of counters over the steps that count."""
-    out, inside, frames, durations = [], [], [], []
+    out, inside, frames, durations, busy = [], [], [], [], []
     for rows in rows_of_sites:
         at = {row["step"]: row for row in rows}
         first, last = at[warm], at[warm + steps]
         out.append(payload(first, last, "eth0") / steps)
         inside.append(payload(first, last, "lo") / steps)
         frames.append((last["eth0"][2] - first["eth0"][2]) / steps)
+        busy.append((last["cpu_s"] - first["cpu_s"]) / steps)
         times = [at[step]["time_s"] for step in range(warm, warm + steps + 1)]
         durations.append(median(b - a for a, b in pairwise(times)))
     one = {row["step"]: row for row in rows_of_sites[0]}
@@ -224,6 +228,7 @@ def read_measured(rows_of_sites: Sequence[list[dict[str, Any]]], *, warm: int, s
         step_s=max(durations),
         startup_bytes=max(payload(rows[0], rows[1], "eth0") for rows in rows_of_sites),
         idle_bytes_per_s=payload(one[warm + steps], one[-2], "eth0") / idle_s,
+        cpu_s=sum(busy),
         losses=tuple(row["loss"] for row in rows_of_sites[0] if row["loss"] is not None),
     )
 
@@ -361,6 +366,7 @@ def beside(plan: str, sites: int, devices: int, rate: float, predicted: Predicte
         frame_bytes=round(measured.frame_bytes[most]),
         startup_bytes=measured.startup_bytes - round(measured.out_bytes[most]),
         idle_bytes_per_s=round(measured.idle_bytes_per_s),
+        measured_cpu_s=round(measured.cpu_s, 4),
     )
 
 
@@ -372,7 +378,8 @@ def say(row: Row) -> None:
         f"{row.measured_wire_bytes:,} bytes of {row.predicted_wire_bytes:,} and {row.gloo_header_bytes:,} of "
         f"headers (sites off {row.site_error:.2%} at most), loopback {row.measured_loopback_bytes:,} of "
         f"{row.predicted_loopback_bytes:,}; {row.measured_step_s:.3f} s of {row.predicted_step_s:.3f} "
-        f"({share:.2f}); start-up {row.startup_bytes:,}, idle {row.idle_bytes_per_s:,}/s",
+        f"({share:.2f}), {row.measured_cpu_s:.2f} s of cores; start-up {row.startup_bytes:,}, idle "
+        f"{row.idle_bytes_per_s:,}/s",
         flush=True,
     )
 

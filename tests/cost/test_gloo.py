@@ -94,7 +94,7 @@ def test_one_ring_crosses_sites_once_and_side_by_side_groups_share_the_link() ->
 @pytest.mark.parametrize(
     ("kind", "payload_bytes", "turns"),
     [
-        pytest.param("all-reduce", 10_000_000, 1, id="all-reduce posts what it receives first"),
+        pytest.param("all-reduce", 10_000_000, 1.125, id="all-reduce posts what it receives first"),
         pytest.param("all-gather", 20_000_000, 1.5, id="all-gather sends halves"),
         pytest.param("reduce-scatter", 20_000_000, 2, id="reduce-scatter"),
         pytest.param("all-to-all", 20_000_000, 2, id="all-to-all"),

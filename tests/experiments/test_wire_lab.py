@@ -65,13 +65,20 @@ def test_counters_become_bytes_per_step() -> None:
 
     def reading(step: int, sent: int, packets: int, loss: float | None = 1.0) -> dict[str, object]:
         eth0 = [0, 0, sent + HEADER_BYTES * packets, packets]
-        return {"step": step, "time_s": float(step), "loss": loss, "eth0": eth0, "lo": [0, 0, 0, 0]}
+        return {
+            "step": step,
+            "time_s": float(step),
+            "cpu_s": 0.5 * step,
+            "loss": loss,
+            "eth0": eth0,
+            "lo": [0, 0, 0, 0],
+        }
 
     rows = [reading(-1, 0, 0, None), reading(1, 700, 9), reading(2, 1700, 10), reading(3, 4700, 20)]
     rows.append(reading(-2, 4800, 21, None) | {"time_s": 8.0})
     found = read_measured([rows], warm=1, steps=2)
     assert found.out_bytes == (2000,)
-    assert found.step_s == 1.0
+    assert (found.step_s, found.cpu_s) == (1.0, 0.5)
     assert found.startup_bytes == 700
     assert found.idle_bytes_per_s == 20
     assert payload(rows[1], rows[2], "eth0") == 1000
