@@ -1,4 +1,5 @@
-"""Causal attention kernels, per device: the reference, cuDNN's (GPU) and Pallas splash attention (TPU).
+"""Causal attention kernels, per device: the reference, Megatron's of 2022 (unfused), cuDNN's (GPU) and Pallas
+splash attention (TPU).
 
 Shapes: q_BxLxHxD, k_BxSxKxD, v_BxSxKxD with H a multiple of K (grouped queries: query head h reads KV head h
 // (H/K)). Values may have a head size of their own (latent attention), which the result then has.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import jax
@@ -51,7 +53,13 @@ def reference_attention(
 ) -> jax.Array:
     """Causal attention in plain XLA: any backend, memory quadratic in L. window, chunk: as in
     `spec.locality.Locality`."""
-    position_L = jnp.arange(q_BxLxHxD.shape[1])
+    visible_LxL = _visible(q_BxLxHxD.shape[1], window, chunk)
+    return masked_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, visible_LxL)
+
+
+def _visible(length: int, window: int, chunk: int) -> jax.Array:
+    """Which keys a query sees: bool [L, L]."""
+    position_L = jnp.arange(length)
     behind_LxL = position_L[:, None] - position_L[None, :]
     visible_LxL = behind_LxL >= 0
     if window:
@@ -59,7 +67,48 @@ def reference_attention(
     if chunk:
         chunk_L = position_L // chunk
         visible_LxL = visible_LxL & (chunk_L[:, None] == chunk_L[None, :])
-    return masked_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, visible_LxL)
+    return visible_LxL
+
+
+def unfused_attention(
+    q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.Array, *, window: int = 0, chunk: int = 0
+) -> jax.Array:
+    """The reference with scores and probabilities of the inputs' type in memory, and a softmax that reads and
+    writes these: as Megatron-LM ran it before fused attention (arXiv:2205.05198, figure 3; its
+    `masked_softmax_fusion`), without dropout, and TransformerEngine's `UnfusedDotProductAttention`.
+
+    In 16 bits scores are rounded before the softmax; in f32 it is the reference but for the order of sums.
+    """
+    B, L, H, D = q_BxLxHxD.shape
+    K = k_BxLxKxD.shape[2]
+    q_BxLxKxGxD = q_BxLxHxD.reshape(B, L, K, H // K, D)
+    scores_BxKxGxLxS = jnp.einsum("blkgd,bskd->bkgls", q_BxLxKxGxD, k_BxLxKxD)
+    weights_BxKxGxLxS = _masked_softmax(scores_BxKxGxLxS, _visible(L, window, chunk), D**-0.5)
+    out_BxLxKxGxD = jnp.einsum("bkgls,bskd->blkgd", weights_BxKxGxLxS, v_BxLxKxD)
+    return out_BxLxKxGxD.reshape(B, L, H, -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _masked_softmax(scores: jax.Array, mask_LxS: jax.Array, scale: float) -> jax.Array:
+    """Over the last dimension, computed in f32, of the scores' type. Its gradient is found from its result,
+    which is all that is kept."""
+    visible = mask_LxS.reshape((1,) * (scores.ndim - 2) + mask_LxS.shape)
+    scaled = jnp.where(visible, scores.astype(jnp.float32) * scale, MASKED)
+    return jax.nn.softmax(scaled, axis=-1).astype(scores.dtype)
+
+
+def _softmax_forward(scores: jax.Array, mask_LxS: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    weights = _masked_softmax(scores, mask_LxS, scale)
+    return weights, weights
+
+
+def _softmax_backward(scale: float, weights: jax.Array, d_weights: jax.Array) -> tuple[jax.Array, None]:
+    p, dp = weights.astype(jnp.float32), d_weights.astype(jnp.float32)
+    d_scores = scale * p * (dp - jnp.sum(p * dp, axis=-1, keepdims=True))
+    return d_scores.astype(weights.dtype), None
+
+
+_masked_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def cudnn_attention(

@@ -19,6 +19,7 @@ from shardlab.model.attention import (
     in_chunks,
     reference_attention,
     splash_attention,
+    unfused_attention,
 )
 from shardlab.parallel.context import context_attention
 from shardlab.parallel.shardings import Shardings
@@ -29,7 +30,9 @@ from shardlab.spec.locality import Locality
 from shardlab.spec.plan import Plan
 from shardlab.spec.sharding import num_ways
 
-Kernel = Literal["reference", "blockwise", "cudnn", "splash"]
+Kernel = Literal["reference", "unfused", "blockwise", "cudnn", "splash"]
+
+PLAIN = ("reference", "unfused")  # plain XLA on whole arrays, on every target
 
 HOPPER = 9  # major compute capability
 
@@ -38,6 +41,7 @@ EVERYWHERE = Locality()
 FUSED_FOR = {"gpu": "cudnn", "tpu": "splash", "cpu": "reference"}
 PER_DEVICE: Mapping[str, Callable[..., jax.Array]] = {
     "reference": reference_attention,
+    "unfused": unfused_attention,
     "blockwise": blockwise_attention,
     "cudnn": cudnn_attention,
     "splash": splash_attention,
@@ -68,7 +72,7 @@ def _unsuited(kernel: str, case: Case, target: str) -> str | None:
         return None
     if case.plan.method.context not in ("none", "ulysses"):
         return f"context = {case.plan.method.context!r} merges blocks of keys by itself"
-    if kernel == "reference":
+    if kernel in PLAIN:
         return None
     if kernel not in ("blockwise", FUSED_FOR[target]):
         return f"{kernel} does not run on {target}"
@@ -125,10 +129,10 @@ def mesh_attention(kernel: Kernel, shardings: Shardings, local: Locality = EVERY
     queries = ("batch", "seq", "heads", None)
     whole = ("batch", None, "heads", None)
 
-    def reference(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         k, v = (shardings.constrain(a, whole) for a in (k, v))
         q = shardings.constrain(q, queries)
-        return reference_attention(q, k, v, window=local.window, chunk=local.chunk)
+        return PER_DEVICE[kernel](q, k, v, window=local.window, chunk=local.chunk)
 
     def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q_spec: PartitionSpec = shardings.activation(q.shape, whole).spec
@@ -142,7 +146,7 @@ def mesh_attention(kernel: Kernel, shardings: Shardings, local: Locality = EVERY
             check_vma=False,
         )(q, k, v)
 
-    return reference if kernel == "reference" else fused
+    return plain if kernel in PLAIN else fused
 
 
 def per_device(kernel: Kernel, local: Locality) -> CausalAttention:

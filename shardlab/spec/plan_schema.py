@@ -31,7 +31,7 @@ class Method(BaseModel):
     lora: int | None = None
     lora_alpha: int | None = None
     lora_targets: list[str] = ["query", "value"]
-    attention: Literal["auto", "reference", "blockwise", "cudnn", "splash"] = "auto"
+    attention: Literal["auto", "reference", "unfused", "blockwise", "cudnn", "splash"] = "auto"
     chunk: int = 1
     weights: Literal["bf16", "int8", "fp8"] = "bf16"
 

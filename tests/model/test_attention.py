@@ -2,6 +2,7 @@
 each target."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from shardlab.model.attention import (
     reference_attention,
     splash_attention,
     splash_tile,
+    unfused_attention,
 )
 
 
@@ -47,6 +49,32 @@ def test_a_window_is_as_jax_has_it(window: int) -> None:
         *qkv, is_causal=True, local_window_size=(window - 1, 0), implementation="xla"
     )
     np.testing.assert_allclose(reference_attention(*qkv, window=window), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("local", [{}, {"window": 5}, {"chunk": 6}], ids=str)
+def test_unfused_is_the_reference_but_for_rounded_scores(
+    local: dict[str, int], dtype: jnp.dtype, tolerance: float
+) -> None:
+    """Of the largest output and gradient, against the reference in f32."""
+    qkv = random_qkv(16, 4, 2, 8, dtype)
+
+    def of(kernel: Callable[..., jax.Array], *qkv: jax.Array) -> list[jax.Array]:
+        attention = partial(kernel, **local)
+        return [attention(*qkv), *gradients(attention)(*qkv)]
+
+    truth = of(reference_attention, *(a.astype(jnp.float32) for a in qkv))
+    for ours, exact in zip(of(unfused_attention, *qkv), truth, strict=True):
+        assert ours.dtype == dtype
+        assert jnp.abs(ours.astype(jnp.float32) - exact).max() <= tolerance * jnp.abs(exact).max()
+
+
+def test_unfused_keeps_no_f32_scores() -> None:
+    """From forward to backward: probabilities in 16 bits, and what went in."""
+    qkv = random_qkv(16, 4, 2, 8, jnp.bfloat16)
+    kept = jax.tree.leaves(jax.vjp(unfused_attention, *qkv)[1])
+    scores = [leaf for leaf in kept if leaf.shape[-2:] == (16, 16)]
+    assert [leaf.dtype for leaf in scores] == [jnp.bfloat16]
 
 
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2)], ids=["multi-head", "grouped"])

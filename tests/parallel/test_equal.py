@@ -72,6 +72,12 @@ def rows() -> list[Row]:
         Row(asked(F8, remat="offload"), "FSDP", "matrix"),
         Row(asked(FT, "seq", remat="offload"), "FSDP, tensor parallel, sequence parallel (Megatron)"),
         Row(asked(F8, attention="blockwise"), "FSDP", model=GROUPED),
+        Row(
+            asked(FT, "seq", attention="unfused", remat="selective"),
+            "FSDP, tensor parallel, sequence parallel (Megatron)",
+            "matrix",
+            GROUPED,
+        ),
         Row(asked(DF, attention="blockwise"), "HSDP", model=PATTERN),
         Row(
             asked(FT, "seq", remat="selective"),

@@ -29,6 +29,12 @@ def test_kernel_of_a_target(target: str, seq: int, head_dim: int, kernel: str, n
     assert (note in notes[0]) if note else notes == ()
 
 
+@pytest.mark.parametrize("target", ["cpu", "gpu", "tpu"])
+def test_unfused_attention_runs_anywhere(target: str) -> None:
+    asked = plan({"data": 2, "seq": 4}, {}, {"batch": ("data",), "seq": ("seq",)}, attention="unfused")
+    assert choose_kernel(case_of(asked, SUITED, seq=100), target) == ("unfused", ())
+
+
 def test_a_split_sequence_needs_the_reference() -> None:
     split = plan({"data": 2, "seq": 4}, {}, {"batch": ("data",), "seq": ("seq",)})
     chosen, notes = choose_kernel(case_of(split, SUITED, seq=128), "gpu")
