@@ -26,9 +26,9 @@ Shape = tuple[int, ...]
 Sizes = Mapping[str, int] | Mapping[str | None, int]
 
 
-def parameter(value: jax.Array, axes: LogicalAxes) -> nnx.Param[jax.Array]:
-    """A parameter with its logical axes."""
-    return nnx.Param(value, logical_axes=axes)
+def parameter(value: jax.Array, axes: LogicalAxes, *, in_f32: bool = False) -> nnx.Param[jax.Array]:
+    """A parameter with its logical axes. in_f32: used as a `full_weight`; others in the compute type."""
+    return nnx.Param(value, logical_axes=axes, in_f32=in_f32)
 
 
 class Projection(nnx.Module):
@@ -100,11 +100,11 @@ class Norm(nnx.Module):
         """latent: the width of a latent vector to normalise instead, by RMSNorm."""
         self.epsilon = config.norm_epsilon
         if latent:
-            self.scale = parameter(jnp.ones((*stack, latent)), (None,))
+            self.scale = parameter(jnp.ones((*stack, latent)), (None,), in_f32=True)
             return
-        self.scale = parameter(jnp.ones((*stack, config.embed)), ("embed",))
+        self.scale = parameter(jnp.ones((*stack, config.embed)), ("embed",), in_f32=True)
         if config.norm == "layernorm":
-            self.bias = parameter(jnp.zeros((*stack, config.embed)), ("embed",))
+            self.bias = parameter(jnp.zeros((*stack, config.embed)), ("embed",), in_f32=True)
 
     def __call__(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
         """Returns the normalised array, same shape and type."""
@@ -224,9 +224,10 @@ class ExpertRouter(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Shape = ()) -> None:
         shape = (*stack, config.embed, config.num_experts)
-        self.kernel = parameter(jax.random.normal(rngs.params(), shape) * config.embed**-0.5, ("embed", None))
+        kernel_ExX = jax.random.normal(rngs.params(), shape) * config.embed**-0.5
+        self.kernel = parameter(kernel_ExX, ("embed", None), in_f32=True)
         if config.router_bias:
-            self.bias = parameter(jnp.zeros((*stack, config.num_experts)), (None,))
+            self.bias = parameter(jnp.zeros((*stack, config.num_experts)), (None,), in_f32=True)
 
     def __call__(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
         """The product alone, in f32 (Switch, section 2.4): logits_BxLxX."""

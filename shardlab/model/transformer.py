@@ -237,6 +237,18 @@ def to_params(model: Transformer) -> Params:
     return {"/".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
+def as_used(model: Transformer, params: Params, run: Runtime) -> Params:
+    """The parameters cast to what they are used in: f32 for norms and routers, else the compute type."""
+    in_f32 = {
+        "/".join(map(str, path)): variable.in_f32
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+    return {
+        path: array.astype(jnp.float32 if in_f32[path] else run.compute_dtype)
+        for path, array in params.items()
+    }
+
+
 def init_params(config: ModelConfig, key: jax.Array, *, scan_layers: bool = True) -> Params:
     """Fresh f32 parameters. Pure: jit it with out_shardings to create them where they live."""
     return to_params(Transformer(config, rngs=nnx.Rngs(params=key), scan_layers=scan_layers))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from shardlab.model.runtime import Runtime
-from shardlab.model.transformer import Params, Transformer
+from shardlab.model.transformer import Params, Transformer, as_used
 from shardlab.parallel.reduction import reduced, shardings_inside
 from shardlab.parallel.shardings import Shardings, microbatches
 from shardlab.parallel.stage import BALANCE, LAYERS, STREAM, StageModel
@@ -114,7 +114,9 @@ class Pipeline:
 
     def _executor(self, params: Params, tokens: jax.Array, targets: jax.Array) -> Executor:
         """Inside the map: one stage's program."""
-        run = self.runtime_on(inside := shardings_inside(self.shardings, {self.axis, *self.data}))
+        inside = shardings_inside(self.shardings, {self.axis, *self.data})
+        run = self.runtime_on(inside)
+        params = as_used(self.model, params, run)
         axes = {p.path: p.axes for p in self.case.parameters()}
 
         def place(name: str, array: jax.Array) -> jax.Array:

@@ -83,7 +83,8 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Executor:
-    """One stage's program. layers: the stage's stacked layer parameters [slots, …] by path; outer: the rest.
+    """One stage's program. layers: the stage's stacked layer parameters [slots, …] by path; outer: the rest;
+    both in the type that they are used in, cast once for all microbatches.
 
     tokens, targets: [microbatches, B, L]. chunk_slots: layer slots of a chunk. axis: the mesh axis of the
     stages. place: pins a part of the stream ("x") or a gradient (by path) to where the plan wants it.
@@ -155,7 +156,8 @@ class Executor:
         split, the kernels' gradients stay undone: their factors are kept."""
 
         def layer(carry: tuple[Sums, Stream, jax.Array], i: jax.Array) -> tuple[Any, None]:
-            sums, cotangent, slot = carry
+            sums, cotangent, at = carry
+            slot = jax.lax.optimization_barrier(at)
             kept = _read(sums.stash, cell.stash, i)
             found, cotangent, factors = self.stage.backward(self._layer(slot), kept, cotangent)
             sums = sums._replace(
@@ -163,7 +165,7 @@ class Executor:
                 stash=jax.lax.optimization_barrier(sums.stash),
                 pairs=_write(sums.pairs, factors, cell.pair, i),
             )
-            return (sums, cotangent, slot - 1), None
+            return (sums, cotangent, at - 1), None
 
         start = (sums, _read(inbox.cotangents, cell.cotangent), self._slot(cell) + branch.layers - 1)
         with jax.named_scope("layers"):
@@ -211,12 +213,7 @@ class Executor:
         """The sums with these gradients: of the layer in this slot, or of parameters of no layer."""
         if slot is None:
             return {**gradients, **{path: gradients[path] + array for path, array in found.items()}}
-        sums = {
-            LAYERS + path: _write(
-                gradients[LAYERS + path], _read(gradients[LAYERS + path], slot) + array, slot
-            )
-            for path, array in found.items()
-        }
+        sums = {LAYERS + path: _add(gradients[LAYERS + path], array, slot) for path, array in found.items()}
         return {**gradients, **sums}
 
     def _start(self) -> Carry:
@@ -295,6 +292,18 @@ def _write(buffer: Buffer, value: Buffer, *index: jax.Array) -> Buffer:
         return jax.lax.dynamic_update_slice(array, entry, start, allow_negative_indices=False)
 
     return jax.tree.map(write, buffer, value)
+
+
+def _add(sums: jax.Array, array: jax.Array, index: jax.Array) -> jax.Array:
+    """sums with sums[index] + array, in the sums' type: in place.
+
+    XLA reads, adds and writes in one fusion only if nothing is between what it reads and the sum, not even a
+    reshape (`ShouldFuseInPlaceOp`); else it copies the slice out first.
+    """
+    start = (index, *(jnp.int32(0),) * array.ndim)
+    old = jax.lax.dynamic_slice(sums, start, (1, *array.shape), allow_negative_indices=False)
+    new = old + array.astype(sums.dtype)[None]
+    return jax.lax.dynamic_update_slice(sums, new, start, allow_negative_indices=False)
 
 
 def _keep(buffer: Buffer, value: Buffer, slot: jax.Array) -> Buffer:

@@ -12,7 +12,7 @@ import pytest
 from shardlab.model.cache import Slots
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
-from shardlab.model.transformer import Params, abstract_model, to_params, with_params
+from shardlab.model.transformer import Params, abstract_model, as_used, to_params, with_params
 from shardlab.spec.models import ModelConfig
 from shardlab.spec.params import parameter_table
 
@@ -37,6 +37,7 @@ GPT2 = replace(
     tied_embeddings=True,
     bias=True,
 )
+EXPERTS = replace(LLAMA, name="small-experts", num_experts=4, experts_per_token=2)
 BOTH = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda config: config.name)
 F32 = Runtime(compute_dtype=jnp.float32)
 
@@ -216,3 +217,15 @@ def test_cross_entropy_of_known_logits(z_loss: float) -> None:
     expected = (np.log(4) + np.log(4 / 3)) / 2 + z_loss * np.log(4) ** 2
     loss = cross_entropy(logits, jnp.array([[0, 1]]), z_loss=z_loss)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2, EXPERTS], ids=lambda config: config.name)
+def test_parameters_cast_beforehand_give_the_same_bits(config: ModelConfig) -> None:
+    """In 16 bits: norms and routers are used in f32, and casting them would show."""
+    params, run = random_params(config), Runtime(compute_dtype=jnp.bfloat16)
+    model, tokens = abstract_model(config), random_tokens(config)
+    cast = as_used(model, params, run)
+    in_f32 = {path for path, array in cast.items() if array.dtype == jnp.float32}
+    assert in_f32 == {path for path in params if "norm/" in path or "router/" in path}
+    logits, again = (with_params(model, held)(tokens, run) for held in (params, cast))
+    np.testing.assert_array_equal(logits, again)
