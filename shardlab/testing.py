@@ -6,7 +6,8 @@
         assert_collectives(forward, x, weights, mesh=mesh, expect={("all-gather", "fsdp"): 2})
 
 Each takes a function with its arguments (arrays or `jax.ShapeDtypeStruct` with shardings), which is compiled
-for the devices of the mesh and not run; or a saved Program or an Analysis alone. On
+for the devices of the mesh and not run; or, alone, a saved Program, an Analysis, or what a `make_step`
+returned (`shardlab.StepProgram`), whose programs count as often as a step runs them. On
 `--xla_force_host_platform_device_count` devices the bytes are those of the emulated compiler: bf16 in f32,
 gradients all-reduced. A failure is an AssertionError that lists the collectives with their source lines.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from shardlab.review.baseline import against, baseline_of, read_baseline, write_
 from shardlab.review.flows import amounts_of
 from shardlab.review.records import NOTHING, Side, plus
 from shardlab.review.sides import side_of
+from shardlab.spec.step import StepProgram, step_programs
 from shardlab.units import format_bytes, parse_bytes
 
 UPDATE = "SHARDLAB_UPDATE_BASELINES"
@@ -136,17 +139,30 @@ def assert_matches_baseline(
 
 def _side(fn: Any, args: tuple[Any, ...], mesh: Any) -> Side:
     """What is known of a function, Program or Analysis. Raises AssertionError when it does not fit."""
-    if isinstance(fn, Analysis | Program):
+    if isinstance(fn, Analysis | Program | StepProgram | Mapping | tuple | list):
         if args:
             raise TypeError(f"a {type(fn).__name__} takes no arguments")
-        program: Any = fn
+        program: Any = fn if isinstance(fn, Analysis | Program) else _step(fn, mesh)
     else:
         from shardlab.compile import compile_step  # jax is loaded here, not before
 
         program = compile_step(fn, *args, mesh=mesh)
-    if isinstance(program, Program) and program.refusal is not None:
-        raise AssertionError(f"the compiler refused it: {program.refusal.text}")
+    if isinstance(program, Program):
+        for one in program.programs:
+            if one.refusal is not None:
+                raise AssertionError(f"the compiler refused it: {one.refusal.text}")
     return side_of(program)
+
+
+def _step(returned: Any, mesh: Any) -> Program:
+    """What a `make_step` returned, compiled."""
+    from shardlab.compile import compile_step
+
+    first, *others = (
+        replace(compile_step(one.fn, *one.args, mesh=mesh, name=one.name), runs_per_step=one.runs_per_step)
+        for one in step_programs(returned, "make_step")
+    )
+    return replace(first, then=tuple(others))
 
 
 def _moving(side: Side) -> list[CollectiveRow]:

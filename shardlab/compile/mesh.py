@@ -11,8 +11,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from shardlab.compile.target import Target
+from shardlab.compile.target import Target, open_target
 from shardlab.errors import Problem, UserError
+from shardlab.hardware.catalog import load_machine
 
 Order = Literal["make_mesh", "row-major"] | tuple[int, ...]
 
@@ -35,6 +36,23 @@ def fill_mesh(
     device_ids = tuple(index_of[device.id] for device in grid.flat)
     mesh = Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(shape))
     return mesh, device_ids, notes
+
+
+def mesh_on(machine: str, axes: Mapping[str, int], order: Order = "make_mesh") -> Mesh:
+    """The mesh in this process; of emulated devices the first so many.
+
+    Raises UserError where the process has fewer, and as `open_target`.
+    """
+    found = load_machine(machine)
+    if found.family != "cpu":
+        return fill_mesh(axes, order, open_target(found))[0]
+    devices = tuple(jax.devices("cpu"))
+    if len(devices) < found.num_devices:
+        flag = f"--xla_force_host_platform_device_count={found.num_devices}"
+        fix = f"set XLA_FLAGS={flag} and JAX_PLATFORMS=cpu before jax is used (in conftest.py)"
+        raise UserError(Problem(machine, f"this process has {len(devices)} emulated devices", fix))
+    target = Target(family="cpu", platform="cpu", devices=devices[: found.num_devices])
+    return fill_mesh(axes, order, target)[0]
 
 
 def _check(shape: Sequence[int], order: Order, num_devices: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from shardlab.compare import SCHEMA as COMPARISON
 from shardlab.compare import refusal_reason
 from shardlab.cost.instructions import step_cost
 from shardlab.cost.memory import MemoryFit, memory_report, peak_bytes, reserved_bytes
+from shardlab.cost.together import flops_together
 from shardlab.errors import Problem, UserError
 from shardlab.hardware.machine import Machine
-from shardlab.prediction import predict
+from shardlab.prediction import predict, predictions_together
 from shardlab.program import Memory, Program
 from shardlab.review.records import Side
 
@@ -73,30 +74,36 @@ def _side_of_hlo(source: Any, name: str, axes: Mapping[str, int] | None, machine
     parts = tuple(attribute(source, axes, None, machine))
     analysis = merge([part.per_step for part in parts])
     costs = [step_cost(part.module, part.analysis.modules[0].backend) for part in parts]
-    totals = [cost.flops.total for cost in costs]
+    work = flops_together([(cost.flops, part.runs_per_step) for part, cost in zip(parts, costs, strict=True)])
     known: dict[str, Any] = {
         "name": name or (_module_names(analysis) if not isinstance(source, str | Path) else _short(source)),
         "analysis": analysis,
-        "flops": None if None in totals else sum(filter(None, totals)),
-        "notes": tuple(
-            f"FLOPs of {one.what} are not counted" for cost in costs for one in cost.flops.unknown
-        ),
+        "flops": work.total,
+        "notes": tuple(f"FLOPs of {one.what} are not counted" for one in work.unknown),
     }
-    if len(parts) > 1:
-        return Side(**known)
-    part, cost = parts[0], costs[0]
-    predicted = predict(part, cost, machine) if machine is not None else None
-    known["step_time_s"] = predicted.timeline.step_time_s if predicted is not None else None
-    return _with_memory(_memory(part, machine), **known)
-
-
-def _memory(part: Attributed, machine: Machine | None) -> MemoryFit | None:
-    """Of a saved program: a dump does not say."""
-    if part.program is None or part.program.memory is None:
-        return None
+    if len(parts) > 1 and any(part.program is None for part in parts):
+        return Side(**known)  # dumps side by side: whether they are one step nobody says
+    predicted = None
     if machine is not None:
-        return memory_report(part.program.memory, None, machine)
-    return _unjudged(part.program.memory)
+        predicted = predictions_together(
+            [
+                (part.module.name, part.runs_per_step, predict(part, cost, machine))
+                for part, cost in zip(parts, costs, strict=True)
+            ]
+        )
+    known["step_time_s"] = predicted.timeline.step_time_s if predicted is not None else None
+    return _with_memory(_memory(parts, machine), **known)
+
+
+def _memory(parts: Sequence[Attributed], machine: Machine | None) -> MemoryFit | None:
+    """Of a saved step that program's which needs most; None where one does not say, as a dump does not."""
+    found = []
+    for part in parts:
+        if part.program is None or part.program.memory is None:
+            return None
+        memory = part.program.memory
+        found.append(memory_report(memory, None, machine) if machine is not None else _unjudged(memory))
+    return max(found, key=lambda fit: fit.needed_bytes or 0)
 
 
 def _unjudged(memory: Memory) -> MemoryFit:

@@ -63,6 +63,28 @@ def test_several_modules_are_one_side_and_have_no_step_time() -> None:
     assert side.analysis.totals.wire_bytes == (32, 32)
 
 
+DOT = """\
+HloModule m, is_scheduled=true, num_partitions=2
+
+ENTRY main {
+  a = f32[4,8]{1,0} parameter(0)
+  b = f32[8,2]{1,0} parameter(1)
+  ROOT d = f32[4,2]{1,0} dot(a, b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+def test_the_programs_of_a_saved_step_count_as_often_as_they_run() -> None:
+    """16 products of 2 · 4 · 8 · 2 FLOPs and two; the memory of the one that needs most."""
+    small, large = (Memory(argument_bytes=size, temp_bytes=0) for size in (10, 30))
+    one = Program(name="one", backend="cpu", hlo_text=DOT, num_devices=2, memory=small, runs_per_step=16)
+    step = replace(one, then=(replace(one, name="other", memory=large, runs_per_step=2),))
+    side = side_of(step)
+    assert (side.flops, side.memory_bytes) == (18 * 128, 30)
+    unknown = replace(step, then=(replace(one, memory=None),))
+    assert side_of(unknown).memory_bytes is None
+
+
 def test_what_is_neither_is_a_mistake_that_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text('{"schema": "shardlab.report/1", "memory": 3}')
