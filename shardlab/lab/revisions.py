@@ -245,10 +245,12 @@ def _cases(tree: Tree, job: Job, question: Question) -> Cases | UserError:
 
 def _as_named(tree: Tree, job: Job, answer: Answer) -> Answer:
     """With the revision's name where the tree happens to be on disk."""
-    if isinstance(answer, Side):
-        return replace(answer, name=f"{tree.name}:{job[0]}")
-    name = "" if tree.commit is None else f"{tree.name}:"
     place = f"{tree.folder}/"
+    if isinstance(answer, Side):  # a machine file beside the plan has its place in the case
+        machine = answer.case.get("machine")
+        case = dict(answer.case) | ({"machine": str(machine).replace(place, "")} if machine else {})
+        return replace(answer, name=f"{tree.name}:{job[0]}", case=case)
+    name = "" if tree.commit is None else f"{tree.name}:"
     texts = ([one.where, one.what, one.fix] for one in answer.problems)
     return UserError(*(Problem(*(text.replace(place, name) for text in three)) for three in texts))
 

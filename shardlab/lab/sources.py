@@ -71,7 +71,7 @@ def _explain(folder: Path, job: Job, question: Question, cache: Path | None) -> 
             lines = done.stderr.strip().splitlines() or [f"explain exited with {done.returncode}"]
             lines = lines[-1:] if "Traceback" in done.stderr else [line for line in lines if line[:1] != "["]
             return UserError(*(_problem(folder, plan, line) for line in lines))
-        return _side(document, saved)
+        return _side(folder, document, saved)
 
 
 def _problem(folder: Path, plan: str, line: str) -> Problem:
@@ -82,7 +82,7 @@ def _problem(folder: Path, plan: str, line: str) -> Problem:
 
 def _flags(question: Question, machine: str) -> list[str]:
     named = {
-        "--on": machine or None,
+        "--on": _placed(Path.cwd(), machine) if machine else None,
         "--model": question.model,
         "--batch": question.batch,
         "--seq": question.seq,
@@ -90,6 +90,11 @@ def _flags(question: Question, machine: str) -> list[str]:
         "--step": question.step,
     }
     return [text for flag, value in named.items() if value is not None for text in (flag, str(value))]
+
+
+def _placed(folder: Path, machine: str) -> str:
+    """A machine as written in a folder; the path of a machine file whole."""
+    return str(folder / machine) if machine.partition(":")[0].endswith(".toml") else machine
 
 
 def _environment(folder: Path, cache: Path | None) -> dict[str, str]:
@@ -101,10 +106,10 @@ def _environment(folder: Path, cache: Path | None) -> dict[str, str]:
     }
 
 
-def _side(document: dict[str, Any], saved: Path) -> Side:
+def _side(folder: Path, document: dict[str, Any], saved: Path) -> Side:
     """The program as this shardlab reads it; without one, what the document says."""
     if not saved.exists():
         return side_of(document)
     case = document["case"]
-    side = side_of(load(saved), machine=load_machine(case["machine"]))
+    side = side_of(load(saved), machine=load_machine(_placed(folder, case["machine"])))
     return replace(side, case=case, notes=tuple(document.get("notes", ())))

@@ -12,6 +12,7 @@ import pytest
 from command_line import HLO, PLAN, mistakes, run
 from lab.repositories import commit, repository
 
+import shardlab
 from shardlab.compile.versions import BUILDERS
 from shardlab.errors import CompileFailed
 from shardlab.lab.cache import Cache
@@ -20,6 +21,7 @@ from shardlab.program import Memory, Program, to_bytes
 from shardlab.spec.case import Case
 from shardlab.spec.step import AnyCase
 
+DATA = Path(shardlab.__file__).parent / "hardware" / "data"
 CHECK = '[check]\nmodel = "tiny"\nbatch = 2\nseq = 8\n'
 PLAN_8 = PLAN + CHECK
 PLAN_16 = PLAN_8.replace("seq = 8", "seq = 16")
@@ -134,6 +136,25 @@ def test_what_a_plan_names_is_part_of_it(repo: Callable[..., Path], compiler: Co
     )  # fmt: skip
     assert set(verdicts(told("v0..v1"))) == {("meshes/a.toml", "cpu:2"), ("meshes/base.toml", "cpu:2")}
     assert set(verdicts(told("v1..v2"))) == {("meshes/f.toml", "cpu:2")}
+
+
+def test_a_machine_file_beside_the_plan_is_the_same_machine_in_both(
+    repo: Callable[..., Path], compiler: Compiler, told: Told
+) -> None:
+    """Slower links: the same program takes longer, on a machine that is called the same in both trees."""
+    machine = (DATA / "machines" / "dgx-h100.toml").read_text()
+    assert '"nvlink4"' in machine
+    plan = PLAN_8.replace("cpu:2", "mine.toml:1x2")
+    repo(
+        {"meshes/a.toml": plan, "meshes/mine.toml": machine},
+        {"meshes/mine.toml": machine.replace('"nvlink4"', '"nvlink3"')},
+    )
+    found = told("v0..v1")
+    assert verdicts(found) == {("meshes/a.toml", "meshes/mine.toml:1x2"): "worse"}
+    (one,) = found["diffs"]
+    assert one["totals"]["base"]["wire_bytes"] == one["totals"]["head"]["wire_bytes"]
+    assert one["totals"]["base"]["time_s"] < one["totals"]["head"]["time_s"]
+    assert [note for note in one["notes"] if note.startswith("machine")] == []
 
 
 def test_the_working_tree_is_a_head_too(repo: Callable[..., Path], compiler: Compiler, told: Told) -> None:
