@@ -27,6 +27,7 @@ examples:
   shardlab analyze step.program --on h100:64x8 --json
   shardlab analyze step.program --on h100:64x8 --order
   shardlab analyze step.program --audit
+  shardlab analyze step.program --mesh plan.toml --why all-gather-start.3
   XLA_FLAGS=--xla_dump_to=dump python train.py; shardlab analyze dump --mesh plan.toml --strict
 """
 EXPLAIN_EXAMPLES = """\
@@ -169,6 +170,7 @@ def _add_reading(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--on", metavar="MACHINE", help="price the traffic on this machine, such as h100:64x8")
     _add_order(verb)
     verb.add_argument("--audit", action="store_true", help="list what could be saved, and how")
+    _add_why(verb)
     verb.add_argument("--strict", action="store_true", help="exit 1 when something was not counted exactly")
     _add_format(verb)
     _add_html(verb)
@@ -182,6 +184,7 @@ def _add_explain(verb: argparse.ArgumentParser) -> None:
     _add_workload(verb)
     _add_step(verb)
     _add_order(verb)
+    _add_why(verb)
     _add_cache(verb)
     _add_format(verb)
     _add_html(verb)
@@ -303,6 +306,10 @@ def _add_format(verb: argparse.ArgumentParser) -> None:
     formats = verb.add_mutually_exclusive_group()
     formats.add_argument("--json", action="store_true", help="print one JSON document")
     formats.add_argument("--markdown", action="store_true", help="print Markdown")
+
+
+def _add_why(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--why", metavar="NAME", help="why one collective is there, by its name in the table")
 
 
 def _add_html(verb: argparse.ArgumentParser) -> None:

@@ -24,20 +24,20 @@ from shardlab.output import (
     check_writable,
     columns,
     one_line_each,
+    print_analysis,
     print_json,
     print_page,
+    print_reasons,
     write_html,
     write_program,
     write_trace,
 )
 
 if TYPE_CHECKING:
-    from shardlab.analysis import Analysis
-    from shardlab.audit import Finding
     from shardlab.lab.cache import Cache
     from shardlab.lab.cases import Question
-    from shardlab.order import Orders
     from shardlab.program import Program
+    from shardlab.spec.plan import Plan
 
 INTERRUPTED = 130
 
@@ -68,35 +68,6 @@ def _never_fail_to_print() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _print_analysis(
-    args: argparse.Namespace,
-    analysis: Analysis,
-    findings: Sequence[Finding] | None,
-    orders: Orders | None,
-) -> None:
-    """What was asked for beside the analysis goes with it; what was not is not even imported."""
-    if args.json:
-        document = analysis.to_json()
-        if findings is not None:
-            from shardlab.audit import finding_json
-
-            document |= {"audit": [finding_json(one) for one in findings]}
-        if orders is not None:
-            from shardlab.order import orders_member
-
-            document |= orders_member(orders)
-        print_json(document)
-        return
-    from shardlab.report.breakdown import analysis_page
-
-    page = analysis_page(analysis, findings=findings)
-    if orders is not None:
-        from shardlab.report.order import with_orders
-
-        page = with_orders(page, orders)
-    print_page(page, args.markdown)
-
-
 def run_analyze(args: argparse.Namespace) -> int:
     """`shardlab analyze`: exit 1 only with --strict and a ledger that is not empty."""
     from shardlab.lab.recorded import with_steps
@@ -123,10 +94,11 @@ def _analyze(args: argparse.Namespace, sources: Sequence[str | Program]) -> int:
         from shardlab.hardware.catalog import load_machine
 
         machine = load_machine(args.on)
-    axes = _axes_of_mesh(args.mesh) if args.mesh else parse_axes(args.axes)
+    plan = _plan(args.mesh)
+    axes = dict(plan.axes) if plan is not None else parse_axes(args.axes)
     parts = attribute(sources, axes, parse_device_ids(args.device_ids), machine)
-    kept = tuple(parts) if args.order or args.audit or args.html else ()
-    orders = findings = None
+    kept = tuple(parts) if args.order or args.audit or args.html or args.why else ()
+    orders = findings = reasons = None
     if args.order:
         from shardlab.order import best_orders
 
@@ -135,19 +107,23 @@ def _analyze(args: argparse.Namespace, sources: Sequence[str | Program]) -> int:
         from shardlab.audit import audit_parts
 
         findings = audit_parts(kept, machine)
+    if args.why:
+        from shardlab.why import why
+
+        reasons = why(kept, args.why, plan=plan, machine=machine)
     analysis = merge([part.per_step for part in kept or parts])
     if args.html:
         from shardlab.report.html.case import analysis_report
 
         write_html(analysis_report(analysis, findings, orders), args.html)
-    _print_analysis(args, analysis, findings if args.audit else None, orders)
+    print_analysis(args, analysis, findings if args.audit else None, orders, reasons)
     return 1 if args.strict and analysis.ledger else 0
 
 
 def run_explain(args: argparse.Namespace) -> int:
     """`shardlab explain`: one case. Infeasible or too large is an answer; not compiled is exit 2."""
     from shardlab.case_document import to_json
-    from shardlab.lab.study import explain_plan, orders_of
+    from shardlab.lab.study import explain_plan, orders_of, why_of
     from shardlab.order import orders_member
 
     for path in filter(None, (args.hlo, args.save, args.trace)):
@@ -160,12 +136,19 @@ def run_explain(args: argparse.Namespace) -> int:
     if args.trace:
         write_trace(report, args.trace)
     orders = orders_of(report) if args.order else None
+    reasons = why_of(report, args.why) if args.why else None
+    if args.why and reasons is None:
+        print(f"--why: {args.why} is not explained, there is no compiled program", file=sys.stderr)
     if args.html:
         from shardlab.report.html.case import case_report
 
         write_html(case_report(report, orders), args.html)
     if args.json:
-        print_json(to_json(report, instructions=True) | orders_member(orders))
+        from shardlab.why import why_json
+
+        print_json(to_json(report, instructions=True) | orders_member(orders) | why_json(reasons))
+    elif reasons is not None:
+        print_reasons(reasons, args.markdown)
     else:
         from shardlab.report.explain import explain_page
         from shardlab.report.order import with_orders
@@ -345,10 +328,12 @@ def run_doctor(args: argparse.Namespace) -> int:
     return 0
 
 
-def _axes_of_mesh(path: str) -> dict[str, int]:
+def _plan(path: str | None) -> Plan | None:
+    if path is None:
+        return None
     from shardlab.spec.plan import load_plan
 
-    return dict(load_plan(path).axes)
+    return load_plan(path)
 
 
 @contextmanager

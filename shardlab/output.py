@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardlab.errors import Problem, ShardlabError, UserError
 
 if TYPE_CHECKING:
+    from shardlab.analysis import Analysis
+    from shardlab.audit import Finding
     from shardlab.case_report import CaseReport
+    from shardlab.order import Orders
     from shardlab.program import Program
     from shardlab.report.html.parts import Report
     from shardlab.report.page import Page
+    from shardlab.why import Why
 
 
 def check_writable(path: str) -> None:
@@ -113,3 +119,48 @@ def one_line_each(error: ShardlabError) -> str:
 
     mistakes = error.problems if isinstance(error, UserError) else (error,)
     return "\n".join(visible(" ".join(str(mistake).split())) for mistake in mistakes)
+
+
+def print_analysis(
+    args: argparse.Namespace,
+    analysis: Analysis,
+    findings: Sequence[Finding] | None,
+    orders: Orders | None,
+    reasons: Sequence[Why] | None,
+) -> None:
+    """What was asked for beside the analysis goes with it; what was not is not even imported."""
+    if args.json:
+        document = analysis.to_json()
+        if findings is not None:
+            from shardlab.audit import finding_json
+
+            document |= {"audit": [finding_json(one) for one in findings]}
+        if orders is not None:
+            from shardlab.order import orders_member
+
+            document |= orders_member(orders)
+        if reasons is not None:
+            from shardlab.why import why_json
+
+            document |= why_json(reasons)
+        print_json(document)
+        return
+    if reasons is not None:
+        print_reasons(reasons, args.markdown)
+        return
+    from shardlab.report.breakdown import analysis_page
+
+    page = analysis_page(analysis, findings=findings)
+    if orders is not None:
+        from shardlab.report.order import with_orders
+
+        page = with_orders(page, orders)
+    print_page(page, args.markdown)
+
+
+def print_reasons(reasons: Sequence[Why], markdown: bool) -> None:
+    """Only these: who asks why does not ask for the whole page."""
+    from shardlab.report.why import why_pages
+
+    for page in why_pages(reasons):
+        print_page(page, markdown)

@@ -17,13 +17,13 @@ PACKAGE = Path(__file__).parents[1] / "shardlab"
 # Top to bottom: a module imports only what stands above it (or beside it, in its own package).
 ORDER = (
     "errors", "units", "text", "hardware", "spec", "program", "recording", "record", "store", "model",
-    "parallel", "compile", "hlo", "attribute", "cost", "analysis", "order", "audit", "prediction",
+    "parallel", "compile", "hlo", "attribute", "cost", "analysis", "order", "audit", "why", "prediction",
     "case_report", "case_document", "agreement", "capacity", "compare", "review", "report", "lab", "testing",
     "pytest_plugin", "arguments", "output", "cli", "__main__",
 )  # fmt: skip
 WITHOUT_JAX = (
     "hardware", "spec", "program", "recording", "record", "store", "hlo", "attribute", "cost", "analysis",
-    "order", "audit", "prediction", "case_report", "case_document", "agreement", "capacity", "compare",
+    "order", "audit", "why", "prediction", "case_report", "case_document", "agreement", "capacity", "compare",
     "review", "report",
 )  # fmt: skip
 WITHOUT_PYDANTIC = ("hlo", "attribute", "cost", "analysis", "order", "audit", "hardware")

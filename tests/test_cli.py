@@ -118,13 +118,13 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_compile(
 
 
 @pytest.mark.parametrize("verb", ["analyze", "explain", "compare", "doctor"])
-def test_help_has_no_flag_that_is_not_built(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_the_flags_of_the_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0
     text = capsys.readouterr().out
     assert f"usage: shardlab {verb}" in text
-    for flag in ("--why",):
-        assert flag not in text
-    assert ("--order" in text) == (verb in ("analyze", "explain"))
+    for flag in ("--order", "--why"):
+        assert (flag in text) == (verb in ("analyze", "explain"))
+    assert ("--html" in text) == (verb != "doctor")
 
 
 def test_help_lists_the_verbs_that_are_built(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TextIO
 
+from shardlab.analysis import attribute
 from shardlab.case_report import CaseReport
 from shardlab.compare import Comparison, rank
 from shardlab.errors import CompileFailed
@@ -13,6 +14,8 @@ from shardlab.lab.cases import Question, comparison_cases, load_plans
 from shardlab.lab.progress import progress_on
 from shardlab.lab.run import Steps, run_cases
 from shardlab.order import OWN, Orders, orders
+from shardlab.spec.case import Case
+from shardlab.why import Why, why
 
 
 def compare_plans(
@@ -52,6 +55,16 @@ def orders_of(report: CaseReport) -> Orders | None:
     refused = any(note.startswith("make_mesh refuses") for note in report.program.notes)
     own_name = asked if isinstance(asked, str) and not refused else OWN
     return orders(report.program, load_machine(report.case.machine), own_name=own_name)
+
+
+def why_of(report: CaseReport, name: str) -> tuple[Why, ...] | None:
+    """Why a collective of a case is there; None without an analysis. Raises UserError for an unknown name."""
+    if report.program is None or report.analysis is None:
+        return None
+    case, machine = report.case, load_machine(report.case.machine)
+    model = case.model if isinstance(case, Case) else None
+    parts = tuple(attribute(report.program, machine=machine))
+    return why(parts, name, plan=case.plan, model=model, machine=machine)
 
 
 class NothingCompiled(CompileFailed):
