@@ -9,10 +9,11 @@ Which tests hold which strategy's bytes to a closed form (c: CPU, g: GPU, t: TPU
   parallelism of large models: test_literature_volumes.py g t.
 - context parallelism, all-gather, ring, Ulysses and ring x Ulysses: test_context_volumes.py c g t.
 - pipelines, GPipe, 1F1B, interleaved and ZB-H1: test_pipeline_volumes.py c g t (published_schedules.py has
-  the schedules), beside ZeRO-1 c g, beside tensor parallelism g.
+  the schedules), beside ZeRO-1 c g t, beside tensor parallelism g.
 - context parallelism and experts inside a pipeline: test_meeting_volumes.py c g t.
 - experts: parallel/test_experts.py, capacity c g t; dropless c, and g t as upper bounds.
 - serving: parallel/test_serving_volumes.py, decoding c g t, context parallel prefill c.
+- fp8 products under FSDP, and a TPU's scatters through windows: test_training_volumes.py g t.
 - what may not appear: test_forbidden.py, one table, c g t.
 """
 

@@ -17,6 +17,7 @@ from emulated import GROUPED, PLANS, SMALL, PROMPT_BxL, asked, case_of, inferenc
 from shardlab.cost.flops import model_flops
 from shardlab.errors import Infeasible
 from shardlab.model.attention import in_chunks, reference_attention, splash_attention
+from shardlab.model.cache import first_seen
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import abstract_model, with_params
 from shardlab.parallel.kernels import choose_kernel
@@ -99,7 +100,8 @@ def test_chunks_as_sequences_of_their_own(length: int, window: int, chunk: int) 
         pytest.param(32, 1, id="diagonals", marks=pytest.mark.full),
         pytest.param(32, 3, id="less-than-a-tile", marks=pytest.mark.full),
         pytest.param(32, 16, id="whole-tiles", marks=pytest.mark.full),
-        pytest.param(32, 21, id="two-far-edges"),
+        # The last query of a tile sees all but the first key of the tile two before it.
+        pytest.param(32, 23, id="two-far-edges"),
     ],
 )
 def test_blockwise_windows(length: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +114,17 @@ def test_blockwise_windows(length: int, window: int, monkeypatch: pytest.MonkeyP
 def test_splash_windows(window: int) -> None:
     """Three tiles of 128, of which the last does not meet the first."""
     check_kernel(partial(splash_attention, window=window, interpret=True), 384, 2, 64, window, 0)
+
+
+@pytest.mark.parametrize(("length", "window", "chunk"), EACH)
+def test_the_first_that_is_seen(length: int, window: int, chunk: int) -> None:
+    """By a token that is decoded; every third layer sees all."""
+    model = replace(SMALL, window=window, attention_chunk=chunk, global_every=3)
+    position_BxL = jnp.arange(length)[None]
+    for layer, far in enumerate([False, False, True]):
+        (found_L,) = np.asarray(first_seen(model, position_BxL, jnp.asarray(layer)))
+        expected = np.zeros(length, int) if far else seen(length, window, chunk).argmax(axis=1)
+        np.testing.assert_array_equal(found_L, expected)
 
 
 @pytest.mark.parametrize("every", [0, 3], ids=["all-layers", "every-third-sees-all"])
