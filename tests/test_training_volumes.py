@@ -6,6 +6,7 @@ measures.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
@@ -114,14 +115,17 @@ def test_fp8_products_gather_one_byte_per_weight(machine: str) -> None:
 @pytest.mark.tpu
 def test_gradients_are_scattered_through_windows() -> None:
     """XLA:TPU computes a gradient shard by shard, while the sums go around the ring both ways: n / 4 trips of
-    four permutes, and one that brings the two sums together (XLA, spmd/dot_handler.cc, bidirectional windowed
-    einsum). So (n + 1) / n of all bytes, where a reduce-scatter sends (n - 1) / n."""
+    four permutes, which realize a scatter, and one that brings the two sums together (XLA,
+    spmd/dot_handler.cc, bidirectional windowed einsum). Of a shard each: (n + 1) / n of the gradients, where
+    a reduce-scatter sends (n - 1) / n."""
     rows = analyze(compiled("v5e:2x4", 'products = "fp8"')).collectives
     windows = [row for row in rows if row.kind == "collective-permute" and row.layer.startswith("layers")]
-    assert {row.realizes for row in windows} == {"reduce-scatter"}
     assert all(row.executions[0] == row.executions[1] and row.axes == ("fsdp",) for row in windows)
-    sent = sum((row.wire_bytes * row.executions[0] for row in windows), Fraction(0))
-    assert sent == Fraction(SHARDS + 1, SHARDS) * LAYERS * kernels() * BF16_BYTES
+    sent: Counter[str | None] = Counter()
+    for row in windows:
+        sent[row.realizes] += row.wire_bytes * row.executions[0]  # type: ignore[assignment]
+    gradients = LAYERS * kernels() * BF16_BYTES
+    assert sent == {"reduce-scatter": gradients, None: Fraction(gradients, SHARDS)}
     assert not [row for row in rows if row.kind == "reduce-scatter" and row.layer.startswith("layers")]
 
 
