@@ -85,6 +85,18 @@ examples:
 """
 
 
+DOCTOR_EXAMPLES = """\
+examples:
+  shardlab doctor
+  shardlab doctor --deep      prove each target with a tiny compile
+"""
+COMPLETION_EXAMPLES = """\
+examples:
+  eval "$(shardlab completion bash)"                          in ~/.bashrc
+  shardlab completion zsh > ~/.zsh/completions/_shardlab      a folder of $fpath
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line on standard error, exit code 2."""
 
@@ -124,9 +136,11 @@ def parser() -> argparse.ArgumentParser:
     _add_diff(_verb(verbs, "diff", "what a change does to a step", DIFF_EXAMPLES))
     _add_check(_verb(verbs, "check", "plans against their committed baselines and budgets", CHECK_EXAMPLES))
     _add_record(_verb(verbs, "record", "what a JAX trainer runs, with no change to it", RECORD_EXAMPLES))
-    doctor = _verb(verbs, "doctor", "which targets this machine can compile for", "")
+    doctor = _verb(verbs, "doctor", "which targets this machine can compile for", DOCTOR_EXAMPLES)
     doctor.add_argument("--deep", action="store_true", help="prove each target with a tiny compile")
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
+    completion = _verb(verbs, "completion", "a script that completes these flags", COMPLETION_EXAMPLES)
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="for which shell")
     return top
 
 

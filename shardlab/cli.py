@@ -359,6 +359,14 @@ def _question(args: argparse.Namespace, machines: tuple[str, ...]) -> Question:
     )
 
 
+def run_completion(args: argparse.Namespace) -> int:
+    """`shardlab completion`: the script on standard output, for the shell to source."""
+    from shardlab.completion import completion_script
+
+    sys.stdout.write(completion_script(parser(), args.shell))
+    return 0
+
+
 VERBS = {
     "analyze": run_analyze,
     "explain": run_explain,
@@ -369,4 +377,5 @@ VERBS = {
     "check": run_check,
     "record": run_record,
     "doctor": run_doctor,
+    "completion": run_completion,
 }

@@ -19,7 +19,7 @@ ORDER = (
     "errors", "units", "text", "hardware", "spec", "program", "recording", "record", "store", "model",
     "parallel", "compile", "hlo", "attribute", "cost", "analysis", "order", "audit", "why", "prediction",
     "case_report", "case_document", "agreement", "capacity", "compare", "review", "report", "lab", "testing",
-    "pytest_plugin", "arguments", "output", "cli", "__main__",
+    "pytest_plugin", "arguments", "completion", "output", "cli", "__main__",
 )  # fmt: skip
 WITHOUT_JAX = (
     "hardware", "spec", "program", "recording", "record", "store", "hlo", "attribute", "cost", "analysis",

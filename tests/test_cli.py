@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +17,10 @@ import pytest
 from case_reports import report
 from command_line import HLO, PLAN, mistakes, run, written
 
+from shardlab.arguments import parser, with_paths
 from shardlab.compare import rank
+from shardlab.report.page import Column, Page, Table, cell
+from shardlab.report.terminal import print_page
 
 
 @pytest.fixture
@@ -127,11 +132,75 @@ def test_help_has_the_flags_of_the_verb(verb: str, capsys: pytest.CaptureFixture
     assert ("--html" in text) == (verb != "doctor")
 
 
+VERBS = [
+    "analyze", "explain", "compare", "fit", "search", "diff", "check", "record", "doctor", "completion",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_has_examples_that_parse(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every line that begins with `shardlab VERB`, up to two blanks, a comment or another command."""
+    assert run(verb, "--help") == 0
+    _, _, examples = capsys.readouterr().out.partition("examples:\n")
+    commands = [line.strip() for line in examples.splitlines() if line.strip().startswith(f"shardlab {verb}")]
+    assert commands or f"shardlab {verb}" in examples
+    for command in commands:
+        words = shlex.split(re.split(r" {2,}| > |#", command)[0])
+        assert parser().parse_args(with_paths(words[1:])).verb == verb
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_every_verb_and_flag(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("completion", shell) == 0
+    script = capsys.readouterr().out
+    assert all(verb in script for verb in VERBS)
+    for flag in ("--html", "--why", "--device-ids", "--tolerance", "llama3-70b"):
+        assert flag.removeprefix("--") in script
+
+
+def test_bash_completes_a_flag_and_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In bash itself: what a TAB offers after `shardlab explain plan.toml --w` and `--model llama3-4`."""
+    assert run("completion", "bash") == 0
+    script = written(tmp_path / "completion.sh", capsys.readouterr().out)
+    ask = (
+        f'source {script}; offer() {{ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); '
+        '_shtab_shardlab; echo "${COMPREPLY[@]}"; }; '
+        "offer shardlab explain plan.toml --w; offer shardlab explain plan.toml --model llama3-4"
+    )
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["--workload --why", "llama3-405b"], done.stderr
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+    ids=["terminal", "no-color", "dumb"],
+)
+def test_colour_is_for_terminals_that_want_it(
+    environment: dict[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"TERM": "xterm-256color"} | environment).items():
+        monkeypatch.setenv(name, value)
+    page = Page(title="T", tables=(Table(title="x", columns=(Column("a"),), rows=((cell("bad", "bad"),),)),))
+    stream = Terminal()
+    print_page(page, stream, 80)
+    assert ("\x1b[31m" in stream.getvalue()) == coloured
+
+
 def test_help_lists_the_verbs_that_are_built(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     text = capsys.readouterr().out
-    for verb in ("analyze", "explain", "compare", "fit", "search", "diff", "check", "record", "doctor"):
-        assert f"  {verb} " in text
+    for verb in VERBS:
+        assert re.search(rf"^ +{verb}\s", text, re.MULTILINE)
 
 
 @pytest.mark.tpu

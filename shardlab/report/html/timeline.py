@@ -199,7 +199,7 @@ def _loop_chart(loop: _Loop, step_s: float, colours: Mapping[str, str]) -> Chart
     phase = f", {phases.most_common(1)[0][0]}" if phases else ""
     caption = (
         f"a turn takes {format_seconds(body.duration_s)}, {format_seconds(body.exposed_s)} of it exposed "
-        f"communication; ×{loop.turns:g} turns, {percent(loop.time_s / step_s)} of the step{left_out}"
+        f"communication; ×{_count(loop.turns)} turns, {percent(loop.time_s / step_s)} of the step{left_out}"
     )
     return Chart(
         title=f"One turn of the loop {name}{phase}",
@@ -209,6 +209,11 @@ def _loop_chart(loop: _Loop, step_s: float, colours: Mapping[str, str]) -> Chart
         legend=shown,
         caption=caption,
     )
+
+
+def _count(turns: float) -> str:
+    """Part turns where a table chooses the branch."""
+    return f"{turns:,.0f}" if turns.is_integer() else f"{turns:,.2f}"
 
 
 def _spans(body: Block) -> tuple[list[Span], str]:
