@@ -53,6 +53,7 @@ SEARCH_EXAMPLES = """\
 examples:
   shardlab search --model llama3-8b --on h100:1x8 --batch 32
   shardlab search --model llama3-70b --on v5p:4x4x4 --save best.toml
+  shardlab search --step train.steps:make_step --axes data,tensor --on h100:1x8
 """
 DIFF_EXAMPLES = """\
 BASE and HEAD are JSON of analyze or explain, saved programs, HLO dumps, or mesh files, which are compiled
@@ -230,6 +231,9 @@ def _add_search(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--on", required=True, metavar="MACHINE", help="such as h100:8x8, v5p:4x4x4")
     _add_workload(verb)
     _add_step(verb)
+    verb.add_argument(
+        "--axes", metavar="A,B", help="with --step: the mesh axes of every grid, major to minor"
+    )
     verb.add_argument("--save", metavar="FILE", help="write the mesh file of the best plan")
     _add_jobs(verb)
     _add_cache(verb)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardlab.arguments import parse_axes, parse_device_ids, parser, with_paths
-from shardlab.errors import ShardlabError
+from shardlab.errors import Problem, ShardlabError, UserError
 from shardlab.output import (
     check_html,
     check_writable,
@@ -205,14 +205,21 @@ def run_fit(args: argparse.Namespace) -> int:
 def run_search(args: argparse.Namespace) -> int:
     """`shardlab search`: the comparison of what was tried; the best plan as a mesh file with --save."""
     from shardlab.compare import comparison_json
+    from shardlab.lab.grids import search_grids
     from shardlab.lab.search import search_plans
     from shardlab.program import write_atomically
 
     if args.save:
         check_writable(args.save)
+    if args.axes and not args.step:
+        raise UserError(Problem("--axes", "is for --step", "a model's plans have the axes that they need"))
     with _cache(args) as cache:
-        question = _question(args, (args.on,))
-        found = search_plans(question, progress=sys.stderr, jobs=args.jobs, steps=cache.steps())
+        question, steps = _question(args, (args.on,)), cache.steps()
+        if args.step:
+            names = [name.strip() for name in args.axes.split(",")] if args.axes else []
+            found = search_grids(question, names, progress=sys.stderr, jobs=args.jobs, steps=steps)
+        else:
+            found = search_plans(question, progress=sys.stderr, jobs=args.jobs, steps=steps)
     best = next(iter((*found.comparison.ranked, *found.comparison.emulated)), None)
     if args.save and best is not None:
         write_atomically(Path(args.save), found.texts[best.case.plan.name].encode())
