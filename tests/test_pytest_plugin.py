@@ -33,6 +33,7 @@ def users(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     """A user's folder, with one mesh file."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # other plugins load what they like
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)  # other tests of this process set it
     (pytester.path / "plan.toml").write_text(PLAN)
     return pytester
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -51,6 +52,27 @@ END
 GRADIENTS = 2 * 16 * 16 * 4 * 2 * 3 // 4
 
 
+# Two processes of four devices: one f32 of each device's rows, summed over all eight.
+JOB = """
+import subprocess, sys
+import jax
+
+if len(sys.argv) == 2:
+    others = [subprocess.Popen([sys.executable, __file__, sys.argv[1], rank]) for rank in "01"]
+    sys.exit(max(one.wait() for one in others))
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
+import jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("hosts", "local"))
+rows = NamedSharding(mesh, P(("hosts", "local")))
+x = jax.make_array_from_callback((16, 8), rows, lambda index: np.ones((16, 8), np.float32)[index])
+total = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))
+for _ in range(3):
+    assert total(x).addressable_data(0) == 128
+"""
+
+
 @pytest.fixture
 def eight_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -96,6 +118,25 @@ def test_a_trainer_that_is_killed_leaves_its_counts(
     assert "the command exited with -9" in captured.err
     assert "it was killed: its counts may be a second old" in captured.out
     assert "4 × jit_accumulate, 1 × jit_update" in captured.out
+
+
+@pytest.mark.full
+def test_a_job_of_two_processes_is_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each writes its own file; what both ran is counted once: 2 · 7/8 of a f32."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    path, out = tmp_path / "job.py", tmp_path / "recorded"
+    path.write_text(JOB)
+    assert main(["record", "--out", str(out), "--json", "--", sys.executable, str(path), str(port)]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["totals"]["wire_bytes"] == [7, 7]
+    assert document["mesh"] == {"hosts": 2, "local": 4}
+    assert document["ledger"] == []
+    assert len(list(out.glob("recording-*.json"))) == 2
 
 
 def test_a_folder_that_is_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
