@@ -364,7 +364,7 @@ def beside(plan: str, sites: int, devices: int, rate: float, predicted: Predicte
         predicted_loopback_bytes=round(predicted.loopback_bytes[most]),
         measured_loopback_bytes=round(measured.loopback_bytes[most]),
         frame_bytes=round(measured.frame_bytes[most]),
-        startup_bytes=measured.startup_bytes - round(measured.out_bytes[most]),
+        startup_bytes=measured.startup_bytes,
         idle_bytes_per_s=round(measured.idle_bytes_per_s),
         measured_cpu_s=round(measured.cpu_s, 4),
     )

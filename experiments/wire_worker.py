@@ -1,7 +1,8 @@
 """One site of the wire lab: `train.py`, with the interface counters read before and after every step.
 
 Started by `wire_lab.py`; takes train.py's flags, and --counters=FILE for what it writes: one line of JSON per
-reading, step -1 before anything is joined, then every step, and -2 after --idle_seconds of doing nothing.
+reading, step -1 before anything is joined, 0 before the first step, then every step, and -2 after
+--idle_seconds of doing nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TextIO
 
 import train
 from absl import app, flags
+from metrics import Report
 from processes import asked_for, leave
 from windows import read_text
 
@@ -43,6 +45,12 @@ def note(file: TextIO, step: int, loss: float | None = None) -> None:
     file.flush()
 
 
+def counted(file: TextIO, done: int) -> AbstractContextManager[Report]:
+    """A reading now that everything is compiled and in its place, and one after every step."""
+    note(file, done)
+    return nullcontext(lambda record: note(file, record.step, record.loss))
+
+
 def main(argv: Sequence[str]) -> None:
     """Train, and write what the interfaces counted."""
     del argv
@@ -55,9 +63,7 @@ def main(argv: Sequence[str]) -> None:
             text = read_text(train.TEXT.value, int(train.MAX_TEXT_MB.value * 1e6))
             note(file, -1)
             train.prepare_environment(case, processes)
-            train.train(
-                case, text, lambda first: nullcontext(lambda record: note(file, record.step, record.loss))
-            )
+            train.train(case, text, lambda first: counted(file, first - 1))
             time.sleep(IDLE_SECONDS.value)
             note(file, -2)
         except ShardlabError as error:

@@ -74,14 +74,20 @@ def test_counters_become_bytes_per_step() -> None:
             "lo": [0, 0, 0, 0],
         }
 
-    rows = [reading(-1, 0, 0, None), reading(1, 700, 9), reading(2, 1700, 10), reading(3, 4700, 20)]
+    rows = [
+        reading(-1, 0, 0, None),
+        reading(0, 300, 5, None),
+        reading(1, 700, 9),
+        reading(2, 1700, 10),
+        reading(3, 4700, 20),
+    ]
     rows.append(reading(-2, 4800, 21, None) | {"time_s": 8.0})
     found = read_measured([rows], warm=1, steps=2)
     assert found.out_bytes == (2000,)
     assert (found.step_s, found.cpu_s) == (1.0, 0.5)
-    assert found.startup_bytes == 700
+    assert found.startup_bytes == 300
     assert found.idle_bytes_per_s == 20
-    assert payload(rows[1], rows[2], "eth0") == 1000
+    assert payload(rows[2], rows[3], "eth0") == 1000
 
 
 @pytest.fixture
@@ -123,17 +129,17 @@ def test_what_a_killed_run_leaves_is_removed() -> None:
 
 @pytest.mark.wire
 def test_measured_bytes_are_the_predicted_ones(tmp_path: Path) -> None:
-    """FSDP and experts over two sites: within 2 % of the interface counters, gloo's headers added."""
+    """FSDP and Ulysses over two sites: within 2 % of the interface counters, gloo's headers added."""
     table = tmp_path / "wire.csv"
     command = [
         sys.executable,
         str(ROOT / "experiments" / "wire_lab.py"),
-        "--plans=fsdp,expert",
+        "--plans=fsdp,ulysses",
         "--rates=1000",
     ]
     started_s = time.monotonic()
     done = subprocess.run(
-        [*command, "--nobulk", f"--csv={table}", "--count_steps=3"],
+        [*command, "--nobulk", f"--csv={table}", "--warm_steps=1", "--count_steps=2"],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
@@ -142,7 +148,7 @@ def test_measured_bytes_are_the_predicted_ones(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     with table.open(newline="") as file:
         rows = {row["plan"]: row for row in csv.DictReader(file)}
-    assert set(rows) == {"fsdp", "expert"}
+    assert set(rows) == {"fsdp", "ulysses"}
     for row in rows.values():
         assert float(row["site_error"]) < 0.02, row
         assert int(row["measured_wire_bytes"]) > 1_000_000
