@@ -48,10 +48,11 @@ def test_what_is_kept_is_found_under_each_of_its_keys(store: Store, said: list[s
     [
         lambda store: only(store.objects).write_bytes(b"half"),
         lambda store: only(store.objects).write_bytes(only(store.objects).read_bytes()[:-1] + b"\0"),
+        lambda store: only(store.objects).write_bytes(to_bytes(program("another"))),
         lambda store: (store.keys / "a").write_text("../../etc/passwd\n"),
         lambda store: (store.keys / "a").write_bytes(b"\xff\0"),
     ],
-    ids=["cut", "one byte", "another path", "no text"],
+    ids=["cut", "one byte", "another program", "another path", "no text"],
 )
 def test_a_damaged_entry_is_said_removed_and_made_again(store: Store, said: list[str], harm: object) -> None:
     store.keep("a", program("step"))

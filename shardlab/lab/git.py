@@ -208,7 +208,7 @@ def _write_out(root: Path, commit: str, folder: Path) -> None:
     folder.mkdir()
     index = {"GIT_INDEX_FILE": str(folder.with_suffix(".index"))}
     try:
-        _git(root, "read-tree", "--no-sparse-checkout", commit, environment=index)
+        _git(root, "read-tree", commit, environment=index)
         _git(root, "checkout-index", "-a", "-q", f"--prefix={folder}/", environment=index)
     except GitFailed as error:
         raise UserError(Problem(commit[:12], f"cannot be read: {error}", "see: git fsck")) from None

@@ -264,10 +264,13 @@ BROKEN = PLAN_8.replace('embed = ["fsdp"]', 'embed = ["fsdb"]')
 def test_mistakes_of_the_head_are_the_changes_and_those_of_the_base_an_answer(
     repo: Callable[..., Path], compiler: Compiler, told: Told, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    repo({"meshes/a.toml": PLAN_8}, {"meshes/a.toml": BROKEN})
+    repo(
+        {"meshes/a.toml": PLAN_8, "meshes/b.toml": PLAN_8},
+        {"meshes/a.toml": BROKEN, "meshes/b.toml": PLAN_16},
+    )
     (said,) = mistakes_after_progress(capsys, "diff", "v0..v1")
     assert said.startswith("v1:meshes/a.toml:6: params.embed: ")
-    (back,) = told("v1..v0")["diffs"]
+    back, _ = told("v1..v0")["diffs"]
     assert back["verdict"]["is"] == "better"
     assert "the base could not run (mistakes: v1:meshes/a.toml:6" in back["verdict"]["text"]
 
