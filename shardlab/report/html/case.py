@@ -220,9 +220,7 @@ def memory_chart(reports: Sequence[CaseReport], names: Mapping[int, str] | None 
             wide=wide,
             narrow=narrow,
             legend={name: colours[name] for name in colours if any(one.series == name for one in segments)},
-            caption=f"at the step's fullest moment; the red line is the {limits}"
-            if limits
-            else "at the step's fullest moment",
+            caption="; ".join(["at the step's fullest moment", *([f"in red: {limits}"] if limits else [])]),
         ),
     )
 
@@ -237,6 +235,7 @@ def _case_cards(report: CaseReport) -> tuple[Card, ...]:
     line = report.predicted.timeline if report.predicted is not None else None
     if line is not None and line.step_time_s is not None and report.predicted is not None:
         exposed_s = line.exposed_communication_s or 0.0
+        moving = format_seconds(line.communication_s)
         cards.append(
             Card(
                 label="step time",
@@ -248,7 +247,7 @@ def _case_cards(report: CaseReport) -> tuple[Card, ...]:
             Card(
                 label="exposed communication",
                 value=percent(exposed_s / line.step_time_s) if line.step_time_s else NONE,
-                detail=f"{format_seconds(exposed_s)} of {format_seconds(line.communication_s)}",
+                detail=f"{format_seconds(exposed_s)} of {moving} of communication",
             )
         )
     elif report.communication_s is not None:

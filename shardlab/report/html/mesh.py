@@ -46,6 +46,14 @@ class Ground:
         return math.ceil(self.shown / rows)
 
     @property
+    def meaning(self) -> str:
+        """What a block is."""
+        if not self.machine.torus:
+            return f"each block is a {self.noun} of {self.cells} devices"
+        each = "each block is a plane of the torus, x to the right and y downwards"
+        return f"{each}, z from block to block" if len(self.machine.torus) > 2 else each
+
+    @property
     def cells(self) -> int:
         """Devices of a block."""
         return self.across * self.down
@@ -228,7 +236,7 @@ def _axis_chart(axis: str, group: Sequence[int], whole: Ground) -> Chart:
         title=f"{axis} {len(group)}: {span}, over {tier}",
         alt=f"The first group of {axis} on {ground.machine.spec}: {span}.",
         wide=plan_of(boxes, ground.width, ground.height),
-        caption=f"each block is a {ground.noun} of {ground.cells} devices{part}; filled: the devices that "
+        caption=f"{ground.meaning}{part}; filled: the devices that "
         f"one group of {axis} joins, the first one marked apart",
     )
 
