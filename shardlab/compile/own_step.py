@@ -30,6 +30,7 @@ from shardlab.spec.step import ASKED, StepCase, StepProgram, step_programs
 _PACKAGE = Path(__file__).parents[1]
 _MESH_LINE = re.compile(r"sdy\.mesh @\S+ = .*")
 _COUNT = re.compile(r"\b(num_partitions|replica_count)=(\d+)")
+_PLACE = "put NamedSharding(mesh, …) on its arguments, or give jax.jit in_shardings"
 MAX_LISTED = 3
 
 
@@ -49,11 +50,15 @@ def compile_step_case(case: StepCase, mesh: Mesh, platform: str, template: Progr
         compiled.append(_compiled(one, case, mesh, platform, named))
         if compiled[-1].program.refusal is not None:
             return compiled[-1]
+    unsplit = frozenset.intersection(*(one.unsplit for one in compiled))
+    if unsplit and unsplit == _larger(mesh):
+        axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        raise UserError(Problem(case.step, f"nothing in it is split over the mesh, {axes}", _PLACE))
     first, others = compiled[0], compiled[1:]
     program = replace(
         first.program,
         then=tuple(other.program for other in others),
-        notes=(*template.notes, *_unused(case, given), *_unsplit(compiled)),
+        notes=(*template.notes, *_unused(case, given), *_unsplit(unsplit, mesh)),
         given={name: value for name, value in given.items() if isinstance(value, str | int)},
         compile_s=sum(one.program.compile_s or 0.0 for one in compiled),
     )
@@ -167,7 +172,7 @@ def _compiled(one: StepProgram, case: StepCase, mesh: Mesh, platform: str, templ
     if compiled.executable is None:
         return compiled
     unsplit = _unsplit_axes(lowered.as_text(), mesh)
-    _check_devices(one, case, mesh, compiled, all_unused=unsplit == _larger(mesh))
+    _check_devices(one, case, mesh, compiled)
     return replace(compiled, unsplit=unsplit)
 
 
@@ -183,19 +188,13 @@ def _unsplit_axes(text: str, mesh: Mesh) -> frozenset[str]:
     return frozenset(axis for axis in _larger(mesh) if f'"{axis}"' not in rest)
 
 
-def _check_devices(
-    one: StepProgram, case: StepCase, mesh: Mesh, compiled: Compiled, *, all_unused: bool
-) -> None:
+def _check_devices(one: StepProgram, case: StepCase, mesh: Mesh, compiled: Compiled) -> None:
     """The program is for the mesh that `make_step` was given: all of its devices, in its order."""
     head = compiled.program.hlo_text.partition("\n")[0]
     devices = math.prod(int(count) for _, count in _COUNT.findall(head))
-    if devices != mesh.size or (all_unused and mesh.size > 1):
-        axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        what = f"{one.name} runs on {devices} of {mesh.size} devices: nothing in it is split over {axes}"
-        if devices == mesh.size:
-            what = f"{one.name}: nothing in it is split over the mesh, {axes}"
-        fix = "put NamedSharding(mesh, …) on its arguments, or give jax.jit in_shardings"
-        raise UserError(Problem(case.step, what, fix))
+    if devices != mesh.size:
+        what = f"{one.name} runs on {devices} of {mesh.size} devices"
+        raise UserError(Problem(case.step, what, _PLACE if devices == 1 else "use the whole mesh"))
     own = [device.id for device in mesh.devices.flat]
     assert compiled.executable is not None
     for sharding in jax.tree.leaves(
@@ -209,13 +208,11 @@ def _check_devices(
             )
 
 
-def _unsplit(compiled: list[Compiled]) -> tuple[str, ...]:
+def _unsplit(axes: frozenset[str], mesh: Mesh) -> tuple[str, ...]:
     """Axes that no program of the step splits anything over."""
-    axes = frozenset.intersection(*(one.unsplit for one in compiled))
-    sizes = compiled[0].program.mesh or {}
     return tuple(
-        f"nothing is split over {axis} {sizes[axis]}: its devices repeat each other's work"
-        for axis in sizes
+        f"nothing is split over {axis} {size}: its devices repeat each other's work"
+        for axis, size in mesh.shape.items()
         if axis in axes
     )
 

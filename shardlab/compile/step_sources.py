@@ -12,13 +12,16 @@ from pathlib import Path
 
 from shardlab.errors import Problem, UserError
 
+_MAX_BYTES = 1 << 20  # of a file; data sets are no sources
+
 
 def step_sources(step: str, folder: str | Path) -> tuple[Path, ...]:
-    """The Python files of the step's top-level package, and of what these import from beside it.
+    """The files of the step's top-level package, and of what its Python files import from beside it.
 
     step: `package.module:make_step`; folder: where it is looked for before everything installed. Beside it is
     the folder that holds the top-level package: installed packages count by version (`installed_digest`).
-    Data files that the step reads are not among them. Raises UserError when there is no such package.
+    Of a package all files below 1 MiB count, configurations too; what a step reads from elsewhere does not.
+    Raises UserError when there is no such package.
     """
     top = step.partition(":")[0].partition(".")[0]
     home = _home(top, folder)
@@ -30,7 +33,7 @@ def step_sources(step: str, folder: str | Path) -> tuple[Path, ...]:
     while waiting:
         for path in _files(waiting.pop(), home):
             found[path] = None
-            new = set(_imported(path)) - seen
+            new = set(_imported(path)) - seen if path.suffix == ".py" else set()
             seen |= new
             waiting += sorted(new)
     return tuple(sorted(found))
@@ -67,11 +70,13 @@ def _places(spec: ModuleSpec) -> list[Path]:
 
 
 def _files(top: str, home: Path) -> Iterator[Path]:
-    """Python files of a top-level name that lies in `home`; none for what is installed elsewhere."""
+    """Files of a top-level name that lies in `home`; none for what is installed elsewhere."""
     if (home / f"{top}.py").is_file():
         yield home / f"{top}.py"
-    if (home / top).is_dir():
-        yield from sorted((home / top).rglob("*.py"))
+    for path in sorted((home / top).rglob("*")):
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(home).parts)
+        if not hidden and path.is_file() and path.stat().st_size <= _MAX_BYTES:
+            yield path
 
 
 def _imported(path: Path) -> Iterator[str]:

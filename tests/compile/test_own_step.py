@@ -11,9 +11,11 @@ import pytest
 from own_steps import HEAD, SUM, compiled, mesh_plan, write_step
 
 from shardlab.analysis import analyze
+from shardlab.compile.key import program_key
 from shardlab.compile.step_sources import sources_digest, step_sources
 from shardlab.errors import UserError
 from shardlab.program import from_bytes, to_bytes
+from shardlab.spec.step import make_step_case
 
 ALL_REDUCE_BYTES = 7  # 2 · 7/8 of one f32
 
@@ -88,6 +90,18 @@ def test_what_is_not_used_is_said(tmp_path: Path) -> None:
     )
 
 
+def test_one_program_of_a_step_may_be_the_same_everywhere(tmp_path: Path) -> None:
+    """As an update of parameters that every device holds."""
+    body = """\
+def make_step(mesh):
+    split, whole = (struct(mesh, 16, over="x"),), (struct(mesh, 16),)
+    return {"sum": (jax.jit(total), split), "update": (jax.jit(jnp.cumsum), whole)}
+"""
+    program = compiled(write_step(tmp_path, body), tmp_path)
+    assert [one.name for one in program.programs] == ["sum", "update"]
+    assert program.notes == ()
+
+
 def test_an_axis_that_only_a_constraint_uses_is_used(tmp_path: Path) -> None:
     body = """\
 def make_step(mesh):
@@ -128,16 +142,21 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "no mesh": (
         "def make_step(mesh):\n    return jax.jit(total), (jax.ShapeDtypeStruct((8,), jnp.float32),)",
-        "mine:make_step: total runs on 1 of 8 devices: nothing in it is split over x 8; put NamedSharding",
+        "mine:make_step: total runs on 1 of 8 devices; put NamedSharding(mesh, …) on its arguments",
     ),
     "a mesh that nothing is split over": (
         "def make_step(mesh):\n    return jax.jit(total), (struct(mesh, 8),)",
-        "mine:make_step: total: nothing in it is split over the mesh, x 8; put NamedSharding",
+        "mine:make_step: nothing in it is split over the mesh, x 8; put NamedSharding",
     ),
     "another mesh": (
         "from jax.sharding import Mesh\ndef make_step(mesh):\n"
         "    return jax.jit(total), (struct(Mesh(mesh.devices[::-1], 'x'), 8, over='x'),)",
         "mine:make_step: total uses a mesh whose devices are in another order",
+    ),
+    "half of the mesh": (
+        "from jax.sharding import Mesh\ndef make_step(mesh):\n"
+        "    return jax.jit(total), (struct(Mesh(mesh.devices[:4], 'x'), 8, over='x'),)",
+        "mine:make_step: total runs on 4 of 8 devices; use the whole mesh",
     ),
     "what nobody gave": (
         "def make_step(mesh, seq): ...",
@@ -211,22 +230,27 @@ def package(folder: Path) -> dict[str, str]:
         "beside/__init__.py": "",
         "beside/layers.py": "x = (\n",  # a mistake in it is not ours
         "beside2.py": "",
+        "pkg/config/large.yaml": "layers: 4\n",
         "unrelated.py": "import pkg",
     }
     for name, text in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text(text)
     return files
 
 
 def test_the_sources_of_a_step_are_its_package_and_what_lies_beside_it(tmp_path: Path) -> None:
     files = package(tmp_path)
+    for name in ("pkg/.hidden", "pkg/__pycache__/step.pyc", "pkg/weights.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * (1 << 20) + b"x")
     found = step_sources("pkg.step:make_step", tmp_path)
     assert {path.relative_to(tmp_path).as_posix() for path in found} == files.keys() - {"unrelated.py"}
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"), [("pkg/inner.py", True), ("beside2.py", True), ("unrelated.py", False)]
+    ("name", "changes"),
+    [("pkg/inner.py", True), ("beside2.py", True), ("pkg/config/large.yaml", True), ("unrelated.py", False)],
 )
 def test_the_digest_changes_with_them(tmp_path: Path, name: str, changes: bool) -> None:
     package(tmp_path)
@@ -242,6 +266,19 @@ def test_the_same_sources_elsewhere_are_the_same(tmp_path: Path) -> None:
         package(tmp_path / name)
         digests.append(sources_digest("pkg.step:make_step", tmp_path / name))
     assert digests[0] == digests[1]
+
+
+def test_what_is_cached_dies_with_the_sources_and_what_the_step_was_given(tmp_path: Path) -> None:
+    package(tmp_path)
+
+    def key(**given: Any) -> str:
+        return program_key(make_step_case(mesh_plan(), "pkg.step:make_step", folder=tmp_path, **given))
+
+    first = key(batch=8)
+    assert key(batch=8) == first
+    assert len({first, key(batch=9), key(batch=8, model="large"), key(batch=8, workload="decode")}) == 4
+    (tmp_path / "pkg" / "config" / "large.yaml").write_text("layers: 5\n")
+    assert key(batch=8) != first
 
 
 def test_sources_of_no_package(tmp_path: Path) -> None:
