@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from case_reports import analysis, collective, report
+from case_reports import analysis, case, collective, plan, report
 
-from shardlab.analysis import LedgerEntry
+from shardlab.analysis import LedgerEntry, ModuleFacts
 from shardlab.audit import Finding
 from shardlab.case_report import CaseReport
 
@@ -31,10 +31,17 @@ def hostile(text: str) -> CaseReport:
         op_name=text, dtypes=(text,), realizes=text, module=text,
     )  # fmt: skip
     entry = LedgerEntry(what=text, name=text, why=text)
+    facts = ModuleFacts(name=text, backend="gpu", num_devices=8, scheduled=True)
     found = replace(
-        analysis(row), mesh={text: 8}, ledger=(entry,), made_by={"versions": {text: text}, "flags": [text]}
+        analysis(row),
+        modules=(facts,),
+        mesh={text: 8},
+        ledger=(entry,),
+        made_by={"versions": {text: text}, "flags": [text]},
     )
     finding = Finding(
         rule=text, instruction=text, axes=(text,), wire_bytes=None, source=text, evidence=text, remedy=text
     )
-    return report(analysis=found, findings=(finding,), notes=(text,))
+    named = plan("p").model_copy(update={"name": text, "description": text})
+    asked = case().model_copy(update={"plan": named})
+    return report(case=asked, analysis=found, findings=(finding,), notes=(text,))

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +20,17 @@ from report_attacks import ATTACKS, SHOWN_CONTROL, hostile
 from saved_plans import LLAMA_70B, llama_70b
 
 from shardlab.case_report import CaseReport
+from shardlab.compare import rank
 from shardlab.report.html import write
 from shardlab.report.html.case import analysis_report, case_report
 from shardlab.report.html.charts import NARROW, Segment, Span, bars, lanes
+from shardlab.report.html.comparison import comparison_report
 from shardlab.report.html.draw import svg_of
+from shardlab.report.html.parts import Report
+from shardlab.report.html.review import change_report, diff_report
 from shardlab.report.html.write import html_of
+from shardlab.review import diff
+from shardlab.review.change import Change, PlanDiff
 
 
 class Elements(HTMLParser):
@@ -51,6 +58,31 @@ def test_names_make_no_element_and_no_attribute(text: str) -> None:
     assert tried.tags["script"] == 1
     assert {name for name, _ in tried.attributes} == {name for name, _ in plain.attributes}
     assert not [name for name, _ in tried.attributes if name.startswith("on")]
+
+
+@pytest.mark.parametrize("kind", ["analysis", "comparison", "diff", "change"])
+def test_names_make_no_element_in_the_other_reports(kind: str) -> None:
+    """All attacks in one name."""
+
+    def made(text: str) -> Report:
+        tried, plain = hostile(text), report()
+        assert tried.analysis is not None and plain.analysis is not None
+        if kind == "analysis":
+            return analysis_report(tried.analysis, tried.findings)
+        if kind == "comparison":
+            return comparison_report(rank([tried, plain], (text,)))
+        found = replace(diff(plain.analysis, tried.analysis), notes=(text,))
+        if kind == "diff":
+            return diff_report(found)
+        diffs = (PlanDiff(plan=text, machine=text, found=found),)
+        return change_report(Change(base=text, head=text, diffs=diffs, limits=(text,), notes=(text,)))
+
+    plain, tried = (Elements(html_of(made(text))) for text in ("name", f"name {' '.join(ATTACKS)}"))
+    drawn = {"line", "text", "g", "path", "rect"}  # a longer name leaves an axis room for fewer ticks
+    assert {tag: count for tag, count in tried.tags.items() if tag not in drawn} == {
+        tag: count for tag, count in plain.tags.items() if tag not in drawn
+    }
+    assert {name for name, _ in tried.attributes} == {name for name, _ in plain.attributes}
 
 
 def test_control_and_bidirectional_characters_are_spelled_out() -> None:
