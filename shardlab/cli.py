@@ -283,7 +283,10 @@ def _diff_revisions(args: argparse.Namespace, question: Question) -> int:
     elif args.markdown:
         sys.stdout.write(change_comment(change))
     else:
-        for page in change_pages(change):
+        first, *details = change_pages(change)
+        print_page(first, markdown=False)
+        for page in details:
+            print()
             print_page(page, markdown=False)
     return 0
 
