@@ -33,6 +33,7 @@ from shardlab.units import format_bytes, format_seconds
 _OWNERS = (
     "parameters", "optimizer", "gradients", "activations", "cache", "collectives", "temporaries", "inputs",
 )  # fmt: skip
+_GAPS = "padding and gaps"
 
 
 def case_report(report: CaseReport, orders: Orders | None = None) -> Report:
@@ -202,15 +203,16 @@ def memory_chart(reports: Sequence[CaseReport], names: Mapping[int, str] | None 
             dict(report.owners.by_owner) if report.owners is not None else {"reserved": memory.needed_bytes}
         )
         if report.owners is not None and report.owners.unexplained_bytes > 0:
-            owners["padding and gaps"] = report.owners.unexplained_bytes
+            owners[_GAPS] = report.owners.unexplained_bytes
         segments += [Segment(bar, owner, float(size), format_bytes(size)) for owner, size in owners.items()]
         totals[bar] = format_bytes(memory.needed_bytes)
         if memory.limit_bytes is not None:
             marks.append(Mark(bar, float(memory.limit_bytes), f"limit {format_bytes(memory.limit_bytes)}"))
     if not segments:
         return ()
-    known = [*_OWNERS, *(one.series for one in segments if one.series not in _OWNERS)]
+    known = [*_OWNERS, *(one.series for one in segments if one.series not in (*_OWNERS, _GAPS))]
     colours = {owner: f"var(--series-{number % 8 + 1})" for number, owner in enumerate(dict.fromkeys(known))}
+    colours[_GAPS] = "var(--cell)"
     wide, narrow = (bars(segments, colours, width, totals=totals, marks=marks) for width in (WIDE, NARROW))
     limits = ", ".join(dict.fromkeys(mark.text for mark in marks))
     return (
