@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import sites
-from absl import flags
 from sites import HEADER_BYTES, Sites, check_privileges, remove_leftovers
 from wire_lab import bulk, payload, read_measured
 from wire_plans import PLANS
@@ -88,13 +87,6 @@ def test_counters_become_bytes_per_step() -> None:
     assert found.startup_bytes == 300
     assert found.idle_bytes_per_s == 20
     assert payload(rows[2], rows[3], "eth0") == 1000
-
-
-@pytest.fixture
-def no_flags() -> None:
-    """absl's flags at their defaults."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["test"])
 
 
 @pytest.mark.wire
