@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from case_reports import case, report
 
+from shardlab import prediction
 from shardlab.analysis import attribute
 from shardlab.case_document import to_json
 from shardlab.case_report import CaseReport, report_case
@@ -17,6 +18,8 @@ from shardlab.cost.blocks import Block, PathEntry
 from shardlab.cost.instructions import step_cost
 from shardlab.cost.timeline import Timeline
 from shardlab.hardware.catalog import load_machine
+from shardlab.hardware.data_files import shipped
+from shardlab.hardware.measured import StepErrors, step_errors
 from shardlab.prediction import Prediction, predict, transfers
 from shardlab.program import Program
 from shardlab.report.comparison import RANKINGS, comparison_page
@@ -255,3 +258,17 @@ def test_a_fused_call_may_be_priced_as_another_kernel() -> None:
         assert predicted is not None
         times.append(predicted.timeline.step_time_s or 0.0)
     assert times[1] / times[0] == pytest.approx(600 / 370, rel=0.01)
+
+
+def test_a_prediction_says_how_far_off_published_steps_were_on_its_chip(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    errors = StepErrors(rows=32, mean_error_pct=8.4, worst_error_pct=-20.0, sources="s", date="2026-01-01")
+    monkeypatch.setattr(prediction, "step_errors", lambda: {"a100": errors})
+    known, unknown = (prediction.error_class(load_machine(name).chip) for name in ("a100:1x8", "h100:1x8"))
+    assert (known, unknown) == ("±8 % on this kind of machine, n = 32", "not validated")
+
+
+def test_error_classes_are_of_chips_that_are_shipped() -> None:
+    assert set(step_errors()) <= set(shipped("chips"))
+    assert all(found.rows >= 5 and found.mean_error_pct >= 0 for found in step_errors().values())

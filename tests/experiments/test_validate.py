@@ -223,7 +223,7 @@ def test_a_program_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest
     assert Programs(tmp_path, 0).find(row.case) is not None
     assert len(compiled) == 1
     monkeypatch.setattr(kept, "program_key", lambda case: "of other sources")
-    monkeypatch.setattr("shardlab.lab.cache.program_key", lambda case, sources: "of other sources")
+    monkeypatch.setattr("shardlab.lab.cache.program_key", lambda *_: "of other sources")
     assert Programs(tmp_path, 0).find(row.case) is None
 
 
