@@ -103,8 +103,7 @@ def _columns(shared: TickTable, own: TickTable) -> Mapping[tuple[int, ...], tupl
     transfers = [_least(transfer, shared.transfers) for transfer in own.transfers]
     found: dict[tuple[int, ...], tuple[int, ...]] = {}
     for name in (
-        "microbatch", "stash", "cotangent", "receive_stash", "receive_cotangent", "keep_stash",
-        "keep_cotangent",
+        "microbatch", "input", "stash", "cotangent", "receive_input", "receive_cotangent", "keep_cotangent",
     ):  # fmt: skip
         found[_flat(getattr(shared, name))] = _flat(getattr(own, name))
     found[_flat(shared.branch)] = tuple(branches[value] for value in _flat(own.branch))
