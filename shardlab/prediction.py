@@ -199,8 +199,11 @@ def kinds_joined(joined: Members, kinds: Sequence[int]) -> frozenset[tuple[int, 
 
 def stream_of(row: CollectiveRow, family: str) -> str:
     """The stream that a collective runs on. XLA:GPU has one for collectives and one for point-to-point
-    transfers (`AsyncStreamKind`); a TPU's links work side by side, those of one set of axes one by one.
+    transfers (`AsyncStreamKind`); XLA:CPU waits for each; a TPU's links work side by side, those of one set
+    of axes one by one.
     """
+    if family == "cpu":
+        return "collectives"
     if family == "gpu":
         return "p2p" if row.kind in _POINT_TO_POINT else "collectives"
     if row.tier == "dcn":

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from shardlab.analysis import analyze
 from shardlab.cost.gloo import gloo_collective, header_bytes, level_loads, uses_gloo
 from shardlab.cost.traffic import traffic_of
 from shardlab.hardware.catalog import load_machine
+from shardlab.prediction import stream_of
 
 MIB = 1 << 20
 LAB = Path(__file__).parents[2] / "experiments" / "lab.toml"
@@ -114,3 +116,18 @@ def test_two_ranks_take_turns(kind: str, payload_bytes: int, turns: float) -> No
     assert found.tiers == {"ethernet": 10_000_000}
     assert found.time_s == pytest.approx(0.8 * turns * 1514 / 1448, rel=0.02)
     assert found.algorithm["name"].startswith("gloo ")
+
+
+def test_cpu_hosts_have_one_stream_of_collectives_and_not_a_tpu_s() -> None:
+    found = analyze(
+        "HloModule m, num_partitions=2, is_scheduled=true\n\n"
+        "add {\n  a = f32[] parameter(0)\n  b = f32[] parameter(1)\n  ROOT c = f32[] add(a, b)\n}\n\n"
+        "ENTRY e {\n  x = f32[1000] parameter(0)\n"
+        "  ROOT r = f32[1000] all-reduce(x), channel_id=1, replica_groups={{0,1}}, "
+        "use_global_device_ids=true, to_apply=add\n}\n",
+        axes={"data": 2},
+        machine=load_machine(f"{LAB}:2x1"),
+    )
+    (row,) = found.collectives
+    assert (row.tier, row.algorithm) == ("ethernet", {"name": "gloo ring", "from": "model"})
+    assert [stream_of(row, family) for family in ("cpu", "tpu")] == ["collectives", "ici data"]
