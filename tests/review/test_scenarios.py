@@ -1,8 +1,9 @@
 """What a reviewer would be told: real programs before and after one change, with what it adds and removes by
-arithmetic; the comments of two of them are golden files."""
+arithmetic; the comments are golden files."""
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -48,11 +49,17 @@ def told(found: Diff) -> list[tuple[str, str, tuple[str, ...] | None, Fraction]]
 
 
 def check_golden(name: str, text: str) -> None:
+    """Compared without source lines, of which JAX 0.10 knows some that 0.12 does not; the file is of 0.12."""
     path = GOLDEN / name
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    expected = path.read_text(encoding="utf-8") if path.exists() else ""
+    if but_sources(expected) != but_sources(text):
         ACTUAL.mkdir(parents=True, exist_ok=True)
         (ACTUAL / name).write_text(text, encoding="utf-8")
-    assert path.read_text(encoding="utf-8") == text, f"compare {ACTUAL / name} with {path}"
+    assert but_sources(expected) == but_sources(text), f"compare {ACTUAL / name} with {path}"
+
+
+def but_sources(comment: str) -> str:
+    return re.sub(r"\| (–|`programs\.py:\d+`) \|$", "| … |", comment, flags=re.MULTILINE)
 
 
 def test_a_dropped_constraint_computes_everything_everywhere() -> None:
@@ -89,6 +96,7 @@ def test_a_new_layer_gathers_one_more_weight() -> None:
     assert found.changes[0].head[0].layer == "layer2"
     assert (found.base.flops, found.head.flops) == tuple(n * 2 * BATCH // 8 * WIDTH * WIDTH for n in (2, 3))
     assert verdict(found).text.startswith("Worse: bytes sent +14.3 kB (+50 %); ")
+    check_golden("new_layer.md", diff_comment(found))
 
 
 def test_another_remat_policy_gathers_again_and_computes_again() -> None:
@@ -101,6 +109,7 @@ def test_another_remat_policy_gathers_again_and_computes_again() -> None:
     assert {row.head[0].phase for row in found.changes} == {"backward"}
     product = 2 * BATCH // 8 * WIDTH * WIDTH
     assert (found.base.flops, found.head.flops) == (5 * product, 7 * product)
+    check_golden("remat_policy.md", diff_comment(found))
 
 
 def test_a_harmless_refactoring_shows_nothing() -> None:
@@ -110,12 +119,14 @@ def test_a_harmless_refactoring_shows_nothing() -> None:
     assert (
         verdict(found).text == "No change: 3 collectives send the same 43.0 kB"
     )  # 3 · 7/8 · 16,384 = 43,008
+    check_golden("harmless_refactoring.md", diff_comment(found))
 
 
 def test_a_mesh_axis_renamed_shows_nothing_but_the_name() -> None:
     found = diff(layers(2), layers(2, axis="shard"))
     assert found.changes == ()
     assert verdict(found).text.endswith("(mesh axis fsdp is now called shard)")
+    check_golden("renamed_axis.md", diff_comment(found))
 
 
 def test_twice_the_tensor_parallelism_sums_more_over_more_devices() -> None:
@@ -126,6 +137,7 @@ def test_twice_the_tensor_parallelism_sums_more_over_more_devices() -> None:
     assert told(found) == [("grew", "all-reduce", ("tensor",), after - before)]
     assert [row.base[0].group_sizes for row in found.changes] == [(4,)]
     assert [row.head[0].group_sizes for row in found.changes] == [(8,)]
+    check_golden("tensor_parallelism_doubled.md", diff_comment(found))
 
 
 def test_fsdp_over_the_slow_tier_says_so() -> None:
@@ -141,6 +153,7 @@ def test_fsdp_over_the_slow_tier_says_so() -> None:
     assert row.moved == ("axes", "tier")
     assert dict(row.before.traffic) == {"nvlink": (Fraction(3, 4) * weight,) * 2}
     assert dict(row.after.traffic) == {"infiniband": (Fraction(1, 2) * weight,) * 2}
+    check_golden("fsdp_over_the_slow_tier.md", diff_comment(found))
 
 
 def test_a_batch_no_longer_divisible_is_an_answer() -> None:
@@ -151,6 +164,7 @@ def test_a_batch_no_longer_divisible_is_an_answer() -> None:
     assert verdict(found).text.startswith(
         "Worse: the head cannot run: infeasible: 12 sequences over 8 devices"
     )
+    check_golden("batch_not_divisible.md", diff_comment(found))
 
 
 @pytest.mark.parametrize("version", ["0.4.26", "0.10.0"])
@@ -166,3 +180,5 @@ def test_another_jax_shows_what_it_changed_and_nothing_else(version: str) -> Non
         for row in found.changes:
             assert (row.what, row.moved) == ("moved", ("dtypes",))
             assert row.after.wire_bytes[0] == 2 * row.before.wire_bytes[0]
+        if widened and name == "bf16__over_b":
+            check_golden("another_jax.md", diff_comment(found))
