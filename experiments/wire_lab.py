@@ -49,7 +49,7 @@ _DEVICES = flags.DEFINE_list("devices", ["1"], "Devices per site.")
 _RATES = flags.DEFINE_list("rates", ["100"], "Mbit/s of each site's link, each way.")
 _WARM = flags.DEFINE_integer("warm_steps", 2, "Steps before the first that counts.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("count_steps", 4, "Steps that count.", lower_bound=1)
-_CSV = flags.DEFINE_string("csv", None, "Table to write.")
+_CSV = flags.DEFINE_string("csv", None, "Table to write.", allow_override=True)  # validate has one too
 _BULK = flags.DEFINE_bool("bulk", True, "First send a plain TCP stream through the links.")
 _PORT = 9911
 _ROW_TIMEOUT_S = 300

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def keep_many(folder: str) -> int:
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
     """Nothing but whole programs is ever found, whoever writes and prunes meanwhile."""
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:  # the tests' jax has threads
         assert len(set(pool.map(keep_many, [str(tmp_path)] * 2))) >= 1
     said: list[str] = []
     store = Store(tmp_path, say=said.append)

@@ -86,7 +86,8 @@ def test_the_file_prices_what_it_was_made_of(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(machine_text(measured, "", "nvlink", "on a desk, 2026-01-01"), encoding="utf-8")
     machine = load_machine(str(file))
-    slow = [replace(one, what="all-gather", time_s=2 * one.time_s) for one in found]
+    gathers = [collective(1 << n, 20e-6, 300e9, "all-gather") for n in (16, 20, 24, 28)]
+    slow = [replace(one, time_s=2 * one.time_s) for one in gathers]
     lines = list(error_lines(machine, [*found, *slow]))
     assert lines == [
         "all-reduce: 0% off on average, worst +0%",
