@@ -38,6 +38,7 @@ context = "{kind}"
 remat = "{remat}"
 """
 GPU = pytest.param("h100:1x8", marks=pytest.mark.gpu)
+GPU_FULL = pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.full])
 GPU_MORE = pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.matrix])
 TPU = pytest.param("v5e:2x4", marks=[pytest.mark.tpu, pytest.mark.full])
 TPU_GATE = pytest.param("v5e:2x4", marks=pytest.mark.tpu)  # both kinds of hop in one compile
@@ -157,14 +158,14 @@ def test_gathered_keys_and_values(on: str, remat: str) -> None:
     }
 
 
-@pytest.mark.parametrize("on", ["cpu:8", GPU_MORE, TPU])
+@pytest.mark.parametrize("on", ["cpu:8", GPU_FULL, TPU])
 @pytest.mark.parametrize("remat", ["full", pytest.param("none", marks=pytest.mark.full)])
 def test_ulysses(on: str, remat: str) -> None:
     expected = closed(on, remat, 8).ulysses(4)
     assert in_attention(compiled(on, "ulysses", DATA2, remat)) == {("split", "all-to-all"): expected}
 
 
-@pytest.mark.parametrize("on", ["cpu:8", GPU_MORE, TPU_GATE])
+@pytest.mark.parametrize("on", ["cpu:8", GPU_FULL, TPU_GATE])
 def test_ring_of_ulysses(on: str) -> None:
     """The ring's shards are whole groups' tokens, of a share of the heads: as many bytes as one device's."""
     expected = closed(on, "full", 8)

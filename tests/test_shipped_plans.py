@@ -21,7 +21,7 @@ from shardlab.spec.models import MODELS
 from shardlab.spec.plan import load_plan
 
 ALWAYS = {"cpu8-tensor", "h100x8-fsdp8"}
-SUBSET = {"decode-cpu8-tensor2-cache4", "cpu8-fsdp", "h100x64-fsdp8-tensor8"}
+SUBSET = {"decode-cpu8-tensor2-cache4", "cpu8-fsdp"}
 NAMES = sorted(path.stem for path in MESHES.glob("*.toml") if path.stem != "budgets")
 ByteRange = tuple[Fraction, Fraction | None]
 

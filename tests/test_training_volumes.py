@@ -152,7 +152,7 @@ def test_cudnn_attends_within_the_window() -> None:
     assert not flops.unknown
 
 
-@pytest.mark.matrix
+@pytest.mark.full
 @pytest.mark.gpu
 def test_cudnn_attends_within_chunks_but_in_the_last_layer_of_four() -> None:
     """Two chunks of 768 and a rest of 512, each a causal triangle; every layer's products are whole."""

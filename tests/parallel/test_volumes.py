@@ -280,7 +280,7 @@ def test_bytes_on_gpus(name: str) -> None:
 
 
 @pytest.mark.tpu
-@compiled_for("sequence-zero1-accumulate", "fsdp-accumulate")
+@compiled_for("fsdp-accumulate")
 def test_bytes_on_tpus(name: str) -> None:
     figures, rows = compiled(name, "tpu")
     assert differences(figures, name, rows) == {}
