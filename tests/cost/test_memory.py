@@ -73,11 +73,11 @@ def test_unknown_memory_is_unknown(memory):
 
 
 def test_what_is_offloaded_does_not_fill_the_device():
-    # Llama 3 70B on v6e:16x16 with remat = "offload": 3.3 + 17.4 GB on a chip of 31.25 GiB, 32 on its host.
-    memory = Memory(argument_bytes=3 * GB, temp_bytes=17 * GB, peak_bytes=53 * GB, host_bytes=32 * GB)
+    # Llama 3 70B on v6e:16x16 with remat = "offload": 3.3 + 17.4 GB on a chip of 31.25 GiB, 50 on its host.
+    memory = Memory(argument_bytes=3 * GB, temp_bytes=17 * GB, peak_bytes=53 * GB, host_bytes=50 * GB)
     report = memory_report(memory, None, machine(H100))
     assert (report.peak_bytes, report.needed_bytes, report.fits) == (20 * GB, 20 * GB, "yes")
-    assert report.host_bytes == 32 * GB
+    assert report.host_bytes == 50 * GB
     assert "host's memory" in report.note
 
 
