@@ -47,6 +47,7 @@ def three_axes(**method: Any) -> Plan:
     return plan(axes, FSDP | EXPERT | TENSOR, {**THREE, "norm_seq": ("tensor",)}, **method)
 
 
+@pytest.mark.matrix
 def test_trains_as_one_device_with_microbatches() -> None:
     """Experts x FSDP x tensor x accumulation. The balance of sequences does not depend on microbatches, so
     one device takes the batch at once."""

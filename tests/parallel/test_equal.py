@@ -332,6 +332,7 @@ def contexts(draw: st.DrawFn, axes: dict[str, int], *, within_stages: bool) -> t
     return split, kind
 
 
+@pytest.mark.matrix
 @settings(max_examples=2, deadline=None, derandomize=True)
 @given(meshes())
 def test_any_mesh_trains_as_one_device(asked: tuple[Plan, ModelConfig]) -> None:

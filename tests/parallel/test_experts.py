@@ -113,6 +113,7 @@ def check_equal(gradients: dict[str, np.ndarray], expected: dict[str, np.ndarray
         assert worst <= 1e-5 * np.abs(expected[path]).max(), path
 
 
+@pytest.mark.matrix
 @every_grid("fsdp-expert-tensor-sequence")
 def test_dropless_trains_as_one_device(name: str) -> None:
     points, gradients = trained(case_of(of_grid(name), MIXTURE))
@@ -145,6 +146,7 @@ def grouped_alone(groups: tuple[int, int]) -> tuple[np.ndarray, dict[str, np.nda
     return steps_of(partial(loss_of, run=run))
 
 
+@pytest.mark.matrix
 def test_accumulated_trains_as_one_device_microbatch_by_microbatch() -> None:
     """Data parallel groups reduce once per step; the load of a microbatch is that of all its devices."""
 

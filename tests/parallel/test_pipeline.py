@@ -154,6 +154,7 @@ def temporary_bytes(*asked: Any) -> int:
     return int(compiled(*asked).memory_analysis().temp_size_in_bytes)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("counts", [(2, 16), pytest.param((2, 4, 8, 16), marks=pytest.mark.full)])
 def test_temporary_memory_over_microbatches(counts: tuple[int, ...]) -> None:
     """p, 2p, 4p, 8p microbatches. GPipe stashes every microbatch on a stage; 1F1B only p.
@@ -192,7 +193,8 @@ def test_selective_keeps_what_goes_into_products_and_attention() -> None:
 @pytest.mark.parametrize(
     ("remat", "stash"),
     [
-        ("full", f"f32[2,3,2,32,{SMALL.embed}]"),
+        # XLA of JAX 0.10 copies it on CPU devices even so: 3.12 only.
+        pytest.param("full", f"f32[2,3,2,32,{SMALL.embed}]", marks=pytest.mark.matrix),
         pytest.param("selective", f"f32[2,3,2,32,{SMALL.mlp}]", marks=pytest.mark.matrix),
     ],
 )
