@@ -148,7 +148,7 @@ def test_ring(on: str, remat: str) -> None:
     assert in_attention(analysis) == {("ring", "collective-permute"): closed(on, remat, 8).ring(8)}
 
 
-@pytest.mark.parametrize("on", ["cpu:8", GPU_MORE, TPU])
+@pytest.mark.parametrize("on", ["cpu:8", GPU_FULL, TPU])
 @pytest.mark.parametrize("remat", ["full", pytest.param("none", marks=pytest.mark.full)])
 def test_gathered_keys_and_values(on: str, remat: str) -> None:
     expected = closed(on, remat, 8)
@@ -185,7 +185,7 @@ def test_ring_of_ulysses(on: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-@pytest.mark.parametrize("on", ["cpu:8", GPU_MORE, TPU])
+@pytest.mark.parametrize("on", ["cpu:8", GPU_FULL, TPU])
 def test_nothing_else_moves(on: str, kind: str, axes: Axes, allowed: set[str]) -> None:
     """A ring gathers no keys, Ulysses neither; and outside of attention no token changes its device.
 

@@ -299,7 +299,7 @@ def test_capacity_ahead_of_time(machine: str) -> None:
 @pytest.mark.parametrize(
     "machine",
     [
-        pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.matrix]),
+        pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.full]),
         pytest.param("v5e:2x4", marks=[pytest.mark.tpu, pytest.mark.full]),
     ],
 )
