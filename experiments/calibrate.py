@@ -27,6 +27,7 @@ from absl import app, flags
 from shardlab.cost.collective_time import collective_time
 from shardlab.cost.compute_time import compute_times, hbm_share
 from shardlab.cost.products import MatmulShape
+from shardlab.cost.traffic import Joined, Sent
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.data_files import load_chip
 from shardlab.hardware.machine import Machine
@@ -200,26 +201,13 @@ def machine_text(found: Mapping[str, Sequence[Measured]], chip_name: str, tier: 
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    kind: str
-    payload_bytes: int
-    wire_bytes: Fraction
-
-
-@dataclass(frozen=True, slots=True)
-class _Joined:
-    groups: Sequence[Sequence[int]]
-    pairs: Sequence[tuple[int, int]] = ()
-
-
 def error_lines(machine: Machine, found: Sequence[Measured]) -> Iterator[str]:
     """How far the prices of the machine file are from the collectives that its link comes from."""
-    joined = _Joined([range(machine.num_devices)])
+    joined = Joined((range(machine.num_devices),))
     for kind in dict.fromkeys(one.what for one in found):
         errors = []
         for one in (m for m in found if m.what == kind):
-            priced = collective_time(_Sent(kind, one.payload_bytes, Fraction(one.amount)), joined, machine)
+            priced = collective_time(Sent(kind, one.payload_bytes, Fraction(one.amount)), joined, machine)
             errors += [priced.total_s / one.time_s - 1] if priced is not None else []
         if errors:
             mean = statistics.fmean(map(abs, errors))

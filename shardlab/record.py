@@ -185,7 +185,7 @@ def memory_of(executable: Any) -> dict[str, int]:
     """The compiler's own memory analysis; what it does not say is absent."""
     try:
         stats = executable.get_compiled_memory_stats()
-    except Exception:
+    except Exception:  # each jaxlib raises its own class; memory is then unknown, and the trainer goes on
         return {}
     found = {name: getattr(stats, member, None) for name, member in _MEMORY.items()}
     if not found["argument_bytes"] and not found["output_bytes"]:

@@ -11,28 +11,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 
 from shardlab.analysis import Attributed, CollectiveRow
 from shardlab.cost.collective_time import collective_time
+from shardlab.cost.traffic import Joined, Sent
 from shardlab.hardware.machine import Machine
 
 DATA = "data"
 SHARED_DATA = 2
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    kind: str
-    payload_bytes: int
-    wire_bytes: Fraction
-
-
-@dataclass(frozen=True, slots=True)
-class _Joined:
-    groups: tuple[tuple[int, ...], ...]
-    pairs: tuple[tuple[int, int], ...] = ()
 
 
 def with_data_ways(part: Attributed, ways: int, machine: Machine) -> Attributed:
@@ -59,7 +47,7 @@ def _again(row: CollectiveRow, mesh: Mapping[str, int], machine: Machine) -> Col
     groups = groups_along(mesh, row.axes or ())
     size = len(groups[0])
     wire = Fraction(2 * (size - 1) * row.payload_bytes, size)
-    priced = collective_time(_Sent(row.kind, row.payload_bytes, wire), _Joined(groups), machine)
+    priced = collective_time(Sent(row.kind, row.payload_bytes, wire), Joined(groups), machine)
     if priced is None:
         raise ValueError(f"no time for {row.kind} on {machine.spec}")
     return replace(

@@ -73,7 +73,7 @@ def _grid(
         return _array(target.devices, shape), ()
     try:
         return _make_mesh(shape, target), ()
-    except (ValueError, NotImplementedError, AssertionError) as error:
+    except (ValueError, NotImplementedError, AssertionError) as error:  # how jax refuses a shape; it is noted
         reason = str(error).partition("\n")[0][:200]
         note = (
             f"make_mesh refuses {'x'.join(map(str, shape))} here, devices are in row-major order ({reason})"

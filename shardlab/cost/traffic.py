@@ -57,8 +57,8 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sent:
-    """A collective as `collective_time` reads it."""
+class Sent:
+    """A collective as `collective_time` reads it: bytes of one execution, per device."""
 
     kind: str
     payload_bytes: int
@@ -66,11 +66,11 @@ class _Sent:
 
 
 @dataclass(frozen=True, slots=True)
-class _Joined:
+class Joined:
     """The mesh positions that it joins."""
 
     groups: tuple[Ids, ...]
-    pairs: tuple[tuple[int, int], ...]
+    pairs: tuple[tuple[int, int], ...] = ()
 
 
 def traffic_of(
@@ -90,8 +90,8 @@ def traffic_of(
     the machine has fewer devices than the program.
     """
     ids = tuple(device_ids) if device_ids is not None else None
-    joined = _Joined(tuple(map(tuple, groups)), tuple((source, target) for source, target in pairs))
-    row = _Sent(kind, payload_bytes, wire_bytes)
+    joined = Joined(tuple(map(tuple, groups)), tuple((source, target) for source, target in pairs))
+    row = Sent(kind, payload_bytes, wire_bytes)
     time = collective_time(row, joined, machine, ids)
     if not wire_bytes or (not groups and not pairs):
         return _combined([[] for _ in machine.domains], machine, "none", time)

@@ -188,17 +188,22 @@ def lanes(spans: Sequence[Span], colours: Mapping[str, str], width: int, end_s: 
         "mark": {"type": "bar", "stroke": "var(--paper)", "strokeWidth": 0.5},
         "encoding": {
             "y": _names("lane", list(dict.fromkeys(one.lane for one in spans)), width),
-            "x": {
-                "field": "a",
-                "type": "quantitative",
-                "title": unit,
-                "axis": {"tickCount": 4 if width <= NARROW else 10},
-                "scale": {"domain": [0, end_s / size], "nice": False},
-            },
+            "x": _time_axis(end_s / size, unit, width),
             "x2": {"field": "b"},
             "color": _colour(series, colours),
             "description": {"field": "say"},
         },
+    }
+
+
+def _time_axis(end: float, unit: str, width: int) -> Spec:
+    """From 0 to `end`, in `unit`."""
+    return {
+        "field": "a",
+        "type": "quantitative",
+        "title": unit,
+        "axis": {"tickCount": 4 if width <= NARROW else 10},
+        "scale": {"domain": [0, end], "nice": False},
     }
 
 
@@ -258,13 +263,7 @@ def moments(
         "data": {"values": data},
         "mark": {"type": "rect"},
         "encoding": {
-            "x": {
-                "field": "a",
-                "type": "quantitative",
-                "title": unit,
-                "axis": {"tickCount": 4 if width <= NARROW else 10},
-                "scale": {"domain": [0, end_s / size], "nice": False},
-            },
+            "x": _time_axis(end_s / size, unit, width),
             "x2": {"field": "b"},
             "y": {
                 "field": "c",
