@@ -25,7 +25,8 @@ def why_page(one: Why) -> Page:
     """Why one collective is there."""
     row = one.row
     title = f"Why {row.name}" + (f" of {row.module}" if row.module else "")
-    over = f"over {axes_text(row.axes)}, {row.num_groups} groups of {row.group_size}"
+    groups = "1 group" if row.num_groups == 1 else f"{row.num_groups} groups"
+    over = f"over {axes_text(row.axes)}, {groups} of {row.group_size}"
     sent = format_bytes(scaled(row.executions, row.wire_bytes))
     time = f", {format_seconds(row.time_s)} each" if row.time_s is not None else ""
     each = f"{times(row.executions)} {format_bytes(row.wire_bytes)}{time}"
