@@ -199,6 +199,8 @@ def _add_explain(verb: argparse.ArgumentParser) -> None:
     _add_workload(verb)
     _add_step(verb)
     _add_order(verb)
+    slow = "also predict the step with one device whose compute takes so many times as long: 1.2"
+    verb.add_argument("--straggler", type=_slowdown, metavar="FACTOR", help=slow)
     _add_why(verb)
     _add_cache(verb)
     _add_format(verb)
@@ -346,6 +348,13 @@ def _percentage(text: str) -> Fraction:
     if number is None:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a percentage such as 1 or 0.5")
     return Fraction(number[1]) / 100
+
+
+def _slowdown(text: str) -> float:
+    """A factor of at least 1 such as 1.2."""
+    if re.fullmatch(r"[0-9]{1,6}(?:\.[0-9]{1,6})?", text) is None or float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a factor of at least 1 such as 1.2")
+    return float(text)
 
 
 def parse_axes(text: str | None) -> dict[str, int] | None:

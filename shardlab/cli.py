@@ -123,7 +123,7 @@ def _analyze(args: argparse.Namespace, sources: Sequence[str | Program]) -> int:
 def run_explain(args: argparse.Namespace) -> int:
     """`shardlab explain`: one case. Infeasible or too large is an answer; not compiled is exit 2."""
     from shardlab.case_document import to_json
-    from shardlab.lab.study import explain_plan, orders_of, why_of
+    from shardlab.lab.study import explain_plan, orders_of, stragglers_of, why_of
     from shardlab.order import orders_member
 
     for path in filter(None, (args.hlo, args.save, args.trace)):
@@ -136,6 +136,9 @@ def run_explain(args: argparse.Namespace) -> int:
     if args.trace:
         write_trace(report, args.trace)
     orders = orders_of(report) if args.order else None
+    slow = stragglers_of(report, args.straggler) if args.straggler else None
+    if args.straggler and slow is None:
+        print("--straggler: not predicted, the plan has no step time", file=sys.stderr)
     reasons = why_of(report, args.why) if args.why else None
     if args.why and reasons is None:
         print(f"--why: {args.why} is not explained, there is no compiled program", file=sys.stderr)
@@ -146,14 +149,17 @@ def run_explain(args: argparse.Namespace) -> int:
     if args.json:
         from shardlab.why import why_json
 
-        print_json(to_json(report, instructions=True) | orders_member(orders) | why_json(reasons))
+        document = to_json(report, instructions=True) | orders_member(orders) | why_json(reasons)
+        print_json(document | ({"straggler": slow.to_json()} if slow is not None else {}))
     elif reasons is not None:
         print_reasons(reasons, args.markdown)
     else:
         from shardlab.report.explain import explain_page
         from shardlab.report.order import with_orders
+        from shardlab.report.straggler import with_stragglers
 
-        print_page(with_orders(explain_page(report), orders), args.markdown)
+        page = with_stragglers(with_orders(explain_page(report), orders), slow)
+        print_page(page, args.markdown)
     return 0
 
 

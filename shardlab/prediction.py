@@ -52,9 +52,10 @@ def predict(
     machine: Machine,
     *,
     slowdown: float = 1.0,
+    slow_kind: int = 0,
     attention_kernel: str = ATTENTION_KERNEL,
 ) -> Prediction | None:
-    """The timeline of an analysed program on a machine; slowdown: of the compute of one device.
+    """The timeline of an analysed program on a machine; slowdown: of the compute of one device, of this kind.
     attention_kernel: what stands in for a fused call (`ComputeTimes`).
 
     None for emulated devices, programs without a schedule, and chips that no measurement is near.
@@ -69,6 +70,7 @@ def predict(
         kernels(part, cost, times),
         transfers(part, machine.family),
         slowdown=slowdown,
+        slow_kind=slow_kind,
         unknown=[entry.name for entry in part.analysis.ledger if entry.what in _NOT_TIMED],
     )
     kinds = part.graph.schedule.kinds

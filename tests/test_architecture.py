@@ -18,13 +18,13 @@ PACKAGE = Path(__file__).parents[1] / "shardlab"
 ORDER = (
     "errors", "units", "text", "hardware", "spec", "program", "recording", "record", "store", "model",
     "parallel", "compile", "hlo", "attribute", "cost", "analysis", "order", "audit", "why", "prediction",
-    "case_report", "case_document", "agreement", "capacity", "compare", "review", "report", "lab", "testing",
-    "pytest_plugin", "arguments", "completion", "output", "cli", "__main__",
+    "straggler", "case_report", "case_document", "agreement", "capacity", "compare", "review", "report",
+    "lab", "testing", "pytest_plugin", "arguments", "completion", "output", "cli", "__main__",
 )  # fmt: skip
 WITHOUT_JAX = (
     "hardware", "spec", "program", "recording", "record", "store", "hlo", "attribute", "cost", "analysis",
-    "order", "audit", "why", "prediction", "case_report", "case_document", "agreement", "capacity", "compare",
-    "review", "report",
+    "order", "audit", "why", "prediction", "straggler", "case_report", "case_document", "agreement",
+    "capacity", "compare", "review", "report",
 )  # fmt: skip
 WITHOUT_PYDANTIC = ("hlo", "attribute", "cost", "analysis", "order", "audit", "hardware")
 # `__init__` re-exports the Python interface, lazily; any module may read it for the version alone.

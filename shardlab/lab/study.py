@@ -8,6 +8,7 @@ from typing import TextIO
 from shardlab.analysis import attribute
 from shardlab.case_report import CaseReport
 from shardlab.compare import Comparison, rank
+from shardlab.cost.instructions import step_cost
 from shardlab.errors import CompileFailed
 from shardlab.hardware.catalog import load_machine
 from shardlab.lab.cases import Question, comparison_cases, load_plans
@@ -15,6 +16,7 @@ from shardlab.lab.progress import progress_on
 from shardlab.lab.run import Steps, run_cases
 from shardlab.order import OWN, Orders, orders
 from shardlab.spec.case import Case
+from shardlab.straggler import Stragglers, stragglers
 from shardlab.why import Why, why
 
 
@@ -55,6 +57,16 @@ def orders_of(report: CaseReport) -> Orders | None:
     refused = any(note.startswith("make_mesh refuses") for note in report.program.notes)
     own_name = asked if isinstance(asked, str) and not refused else OWN
     return orders(report.program, load_machine(report.case.machine), own_name=own_name)
+
+
+def stragglers_of(report: CaseReport, slowdown: float) -> Stragglers | None:
+    """The step with one device that computes so many times as long; None without a step time."""
+    if report.program is None or report.analysis is None:
+        return None
+    machine = load_machine(report.case.machine)
+    parts = tuple(attribute(report.program, machine=machine))
+    costs = [step_cost(part.module, report.program.backend) for part in parts]
+    return stragglers(parts, costs, machine, slowdown)
 
 
 def why_of(report: CaseReport, name: str) -> tuple[Why, ...] | None:
