@@ -31,7 +31,8 @@ MACHINES = {"cpu": "cpu:8", "gpu": "h100:1x8", "tpu": "v5p:2x2x2"}
 class Dims:
     """Dimensions from the papers: Radford et al. 2019 table 2; arXiv:2407.21783 table 3.
 
-    vocab: padded to a multiple of 128, as stored. mlp_matrices: of [embed, mlp], 3 for SwiGLU.
+    vocab: padded to a multiple of 128, as stored. mlp_matrices: of [embed, mlp], 3 for gated ones. window: of
+    all layers but the second of every two. post_norms: the MLP's result is normed, and so used by a gradient.
     """
 
     embed: int
@@ -42,6 +43,8 @@ class Dims:
     vocab: int
     mlp_matrices: int
     seq: int = 1024
+    window: int = 0
+    post_norms: bool = False
 
 
 DIMS = {
@@ -50,6 +53,7 @@ DIMS = {
     "gpt2-1.5b": Dims(1_600, 25, 25, 64, 6_400, 50_304, 2),
     "llama3-8b": Dims(4_096, 32, 8, 128, 14_336, 128_256, 3),
     "llama3-70b": Dims(8_192, 64, 8, 128, 28_672, 128_256, 3),
+    "tiny-gemma3": Dims(128, 8, 8, 16, 512, 512, 3, seq=2048, window=64, post_norms=True),
     "llama3-405b": Dims(16_384, 128, 8, 128, 53_248, 128_256, 3),
 }
 
@@ -65,19 +69,26 @@ def product_flops(dims: Dims) -> int:
     return 6 * (LAYERS * layer_weights(dims) + dims.embed * dims.vocab) * BATCH * dims.seq
 
 
-def pairs(dims: Dims, target: str) -> int:
+def pairs(dims: Dims, target: str, window: int = 0) -> int:
     """Pairs of query and key that the target's kernel computes, of one head and sequence."""
     if target == "cpu":
         return dims.seq**2
     if target == "gpu":
-        return dims.seq * (dims.seq + 1) // 2
+        return sum(min(query + 1, window or dims.seq) for query in range(dims.seq))
     tiles = -(-dims.seq // SPLASH_TILE)
-    return (dims.seq // tiles) ** 2 * tiles * (tiles + 1) // 2
+    tile = dims.seq // tiles
+    before = -(-(window - 1) // tile) if window else tiles  # tiles that a window reaches into
+    return tile**2 * sum(min(row, before) + 1 for row in range(tiles))
+
+
+def pairs_of_layers(dims: Dims, target: str) -> int:
+    windows = (dims.window, 0) if dims.window else (0,)
+    return LAYERS * sum(pairs(dims, target, window) for window in windows) // len(windows)
 
 
 def attention_flops(dims: Dims, target: str, products: int) -> int:
     """Each product is 2 · head_dim per pair."""
-    return 2 * products * LAYERS * BATCH * dims.heads * dims.head_dim * pairs(dims, target)
+    return 2 * products * BATCH * dims.heads * dims.head_dim * pairs_of_layers(dims, target)
 
 
 # q·k and p·v; backward dv, dp, dq, dk. Flash attention does q·k again, splash q·k and dp in both its kernels.
@@ -86,8 +97,8 @@ BACKWARD = {"cpu": 4, "gpu": 5, "tpu": 7}
 
 
 def remat_flops(dims: Dims, target: str) -> int:
-    """Layers forward again, but for the last product: nobody uses its result, so XLA drops it."""
-    again = layer_weights(dims) - dims.embed * dims.mlp
+    """Layers forward again, but for the last product where nobody uses its result, so XLA drops it."""
+    again = layer_weights(dims) - (0 if dims.post_norms else dims.embed * dims.mlp)
     return 2 * LAYERS * again * BATCH * dims.seq + attention_flops(dims, target, FORWARD)
 
 

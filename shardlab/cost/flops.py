@@ -27,7 +27,8 @@ from shardlab.cost.products import (
 from shardlab.hlo.lookup import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Module, Operand, Shape
 from shardlab.spec.locality import Locality
-from shardlab.spec.models import ModelConfig, attention_weights, mlp_weights
+from shardlab.spec.models import ModelConfig
+from shardlab.spec.param_counts import attention_weights, mlp_weights
 
 _OPAQUE_PRODUCTS = frozenset({"ragged-dot", "scaled-dot", "cholesky", "triangular-solve", "fft"})
 _WORKING = _OPAQUE_PRODUCTS | {"dot", "convolution", "custom-call"}

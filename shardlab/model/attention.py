@@ -27,9 +27,10 @@ SPLASH_TILE = 128
 # cuDNN 9.11, as its version function counts: what a program compiled without cuDNN is assumed to run on.
 ASSUMED_CUDNN_VERSION = 91100
 
-# Compute capability (Hopper) from which cuDNN's attention takes heads of more than 128 and values of another
-# head size; so JAX itself says (jax/_src/cudnn/fused_attention_stablehlo.py).
+# Compute capability (Hopper) from which cuDNN's attention takes heads of more than CUDNN_HEAD and values of
+# another head size; so JAX itself says (jax/_src/cudnn/fused_attention_stablehlo.py).
 MLA_CAPABILITY = "9.0"
+CUDNN_HEAD = 128
 
 
 def masked_attention(
@@ -116,49 +117,54 @@ def cudnn_attention(
 ) -> jax.Array:
     """cuDNN's fused causal attention (`__cudnn$fmha…` custom calls); half-precision inputs only. window: as
     the reference's, where values have the head size of keys."""
-    same = q_BxLxHxD.shape[-1] == v_BxLxKxD.shape[-1]
+    D = q_BxLxHxD.shape[-1]
+    if D > CUDNN_HEAD or v_BxLxKxD.shape[-1] != D:
+        return _cudnn_on_hopper(window, q_BxLxHxD, k_BxLxKxD, v_BxLxKxD)
     with _cudnn_for_tracing():
-        if same:
-            return jax.nn.dot_product_attention(
-                q_BxLxHxD,
-                k_BxLxKxD,
-                v_BxLxKxD,
-                is_causal=True,
-                local_window_size=(window - 1, 0) if window else None,
-                implementation="cudnn",
-            )
-    return _cudnn_latent_attention(q_BxLxHxD, k_BxLxKxD, v_BxLxKxD)
+        return jax.nn.dot_product_attention(
+            q_BxLxHxD,
+            k_BxLxKxD,
+            v_BxLxKxD,
+            is_causal=True,
+            local_window_size=(window - 1, 0) if window else None,
+            implementation="cudnn",
+        )
 
 
-@jax.custom_vjp
-def _cudnn_latent_attention(q_BxLxHxD: jax.Array, k_BxLxHxD: jax.Array, v_BxLxHxV: jax.Array) -> jax.Array:
-    """The same with values of another head size, which JAX's public function refuses and what it calls does
-    not. Differentiated here, because that asks for the chip once more, after this function has returned."""
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cudnn_on_hopper(
+    window: int, q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxV: jax.Array
+) -> jax.Array:
+    """The same with large heads, or values of another size, which JAX's public function refuses and what it
+    calls does not. Differentiated here, because that asks for the chip once more, after this has returned."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     with _cudnn_for_tracing():
         out: jax.Array = fused.dot_product_attention(
             q_BxLxHxD,
-            k_BxLxHxD,
-            v_BxLxHxV,
+            k_BxLxKxD,
+            v_BxLxKxV,
             scale=q_BxLxHxD.shape[-1] ** -0.5,
             mask_type=fused.MaskType.CAUSAL,
+            sliding_window_length=window or None,
         )
         return out
 
 
-def _cudnn_forward(*qkv: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
+_Pullback = Callable[[jax.Array], tuple[jax.Array, ...]]
+
+
+def _cudnn_forward(window: int, *qkv: jax.Array) -> tuple[jax.Array, _Pullback]:
     with _cudnn_for_tracing():
-        return jax.vjp(_cudnn_latent_attention.fun, *qkv)
+        return jax.vjp(partial(_cudnn_on_hopper.fun, window), *qkv)
 
 
-def _cudnn_backward(
-    pull: Callable[[jax.Array], tuple[jax.Array, ...]], d_out_BxLxHxV: jax.Array
-) -> tuple[jax.Array, ...]:
+def _cudnn_backward(window: int, pull: _Pullback, d_out_BxLxHxV: jax.Array) -> tuple[jax.Array, ...]:
+    del window
     return pull(d_out_BxLxHxV)
 
 
-_cudnn_latent_attention.defvjp(_cudnn_forward, _cudnn_backward)
+_cudnn_on_hopper.defvjp(_cudnn_forward, _cudnn_backward)
 
 
 @contextmanager
@@ -168,7 +174,7 @@ def _cudnn_for_tracing() -> Iterator[None]:
 
     There is no public way; the patched functions have these names and arguments in jax 0.10 to 0.12. The
     program is the same: cuDNN itself is needed when it runs, not when it is compiled ahead of time. Who asks
-    for values of another head size has seen to it that the chip is a Hopper or later.
+    for large heads or values of another size has seen to it that the chip is a Hopper or later.
     """
     from jax._src.cudnn import fused_attention_stablehlo as fused
 

@@ -167,8 +167,13 @@ def first_seen(config: ModelConfig, position_BxL: jax.Array, layer: jax.Array) -
     if local.chunk:
         first_BxL = jnp.maximum(first_BxL, position_BxL // local.chunk * local.chunk)
     if config.global_every:
-        first_BxL = jnp.where((layer + 1) % config.global_every == 0, 0, first_BxL)
+        first_BxL = jnp.where(sees_all(config, layer), 0, first_BxL)
     return first_BxL
+
+
+def sees_all(config: ModelConfig, layer: jax.Array) -> bool | jax.Array:
+    """`ModelConfig.sees_all` of a layer whose number only the loop knows."""
+    return (layer + 1) % config.global_every == 0 if config.global_every else False
 
 
 def divided(part: Part) -> jax.Array:

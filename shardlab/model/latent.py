@@ -38,8 +38,8 @@ class MultiHeadLatentAttention(nnx.Module):
             return Projection(E, latent, bias=False, rngs=rngs, stack=stack)
 
         self.query_down, self.kv_down = down(Q), down(shared)
-        self.query_norm = Norm(config, stack=stack, latent=Q)
-        self.kv_norm = Norm(config, stack=stack, latent=R)
+        self.query_norm = Norm(config, stack=stack, width=Q)
+        self.kv_norm = Norm(config, stack=stack, width=R)
         out = heads(self.head_dim)
         self.query_up = Projection({"latent": Q}, out, bias=False, rngs=rngs, stack=stack)
         out = heads(self.to.nope_dim + self.to.value_dim)

@@ -25,6 +25,8 @@ class Layer(nnx.Module):
         self.attention_norm = Norm(config, stack=stack)
         kind = MultiHeadLatentAttention if config.latent else Attention
         self.attention = kind(config, rngs=rngs, stack=stack)
+        if config.post_norms:
+            self.attention_post_norm = Norm(config, stack=stack)
         self.mlp_norm = Norm(config, stack=stack)
         if config.num_experts:
             if config.shared_experts:
@@ -33,6 +35,8 @@ class Layer(nnx.Module):
             self.moe = Moe(config, rngs=rngs, stack=stack)
         else:
             self.mlp = Mlp(config, rngs=rngs, stack=stack)
+            if config.post_norms:
+                self.mlp_post_norm = Norm(config, stack=stack)
 
     def __call__(
         self, x_BxLxE: jax.Array, position: jax.Array, run: Runtime, caches: Caches[Any] | None = None
@@ -44,14 +48,23 @@ class Layer(nnx.Module):
         attention: Callable[..., tuple[jax.Array, Cached]] = self.attention
         with jax.named_scope("attention"):
             out_BxLxE, keys_values = attention(normed, position, run.within("attention"), caches)
-        x_BxLxE = residual(x_BxLxE, out_BxLxE, run)
+        x_BxLxE = self._added(x_BxLxE, out_BxLxE, "attention_post_norm", run)
         if hasattr(self, "moe"):
             return self._through_experts(x_BxLxE, keys_values, run)
         with jax.named_scope("mlp_norm"):
             normed = for_products(self.mlp_norm(x_BxLxE, run), run)
         with jax.named_scope("mlp"):
             out_BxLxE = self.mlp(normed, run.within("mlp"))
-        return residual(x_BxLxE, out_BxLxE, run), keys_values, None
+        return self._added(x_BxLxE, out_BxLxE, "mlp_post_norm", run), keys_values, None
+
+    def _added(self, x_BxLxE: jax.Array, out_BxLxE: jax.Array, name: str, run: Runtime) -> jax.Array:
+        """The residual stream with what a branch gave, after the norm of that name where there is one."""
+        norm: Norm | None = getattr(self, name, None)
+        if norm is None:
+            return residual(x_BxLxE, out_BxLxE, run)
+        with jax.named_scope(name):
+            normed = norm(from_products(out_BxLxE, run), run)
+        return run.constrain(x_BxLxE + normed, ("batch", "norm_seq", "embed"))
 
     def _through_experts(
         self, x_BxLxE: jax.Array, cached: Cached, run: Runtime
@@ -80,10 +93,10 @@ def for_products(x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
 def residual(x_BxLxE: jax.Array, out_BxLxE: jax.Array, run: Runtime) -> jax.Array:
     """x + out in the residual stream; the branch is placed before it is added, so its partial sums
     reduce-scatter."""
-    return run.constrain(x_BxLxE + _from_products(out_BxLxE, run), ("batch", "norm_seq", "embed"))
+    return run.constrain(x_BxLxE + from_products(out_BxLxE, run), ("batch", "norm_seq", "embed"))
 
 
-def _from_products(out_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+def from_products(out_BxLxE: jax.Array, run: Runtime) -> jax.Array:
     """The counterpart of `for_products`. Its cotangent is placed for products once: left to the partitioner,
     the two products that use it gather it twice where a device has one sequence."""
 

@@ -9,6 +9,7 @@ B batch, L tokens, S tokens seen, E embed, H heads, K KV heads, D head_dim, M ml
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
 from math import prod
 
 import jax
@@ -18,7 +19,7 @@ from flax import nnx
 from shardlab.model.cache import Caches, KeysValues
 from shardlab.model.experts import Kernels, Load, moved_against_load
 from shardlab.model.runtime import Runtime
-from shardlab.spec.models import ModelConfig
+from shardlab.spec.models import ModelConfig, Rope
 from shardlab.spec.params import LogicalAxes
 
 Shape = tuple[int, ...]
@@ -96,14 +97,13 @@ class Kernel(nnx.Module):
 class Norm(nnx.Module):
     """RMSNorm, or LayerNorm with bias, over the embed dimension, computed in f32."""
 
-    def __init__(self, config: ModelConfig, *, stack: Shape = (), latent: int = 0) -> None:
-        """latent: the width of a latent vector to normalise instead, by RMSNorm."""
+    def __init__(self, config: ModelConfig, *, stack: Shape = (), width: int = 0) -> None:
+        """width: of another vector to normalise instead, by RMSNorm: a latent one, or a head's."""
         self.epsilon = config.norm_epsilon
-        if latent:
-            self.scale = parameter(jnp.ones((*stack, latent)), (None,), in_f32=True)
-            return
-        self.scale = parameter(jnp.ones((*stack, config.embed)), ("embed",), in_f32=True)
-        if config.norm == "layernorm":
+        self.centre = 1.0 if config.zero_centered_norms else 0.0
+        scale = jnp.full((*stack, width or config.embed), 1.0 - self.centre)
+        self.scale = parameter(scale, (None if width else "embed",), in_f32=True)
+        if config.norm == "layernorm" and not width:
             self.bias = parameter(jnp.zeros((*stack, config.embed)), ("embed",), in_f32=True)
 
     def __call__(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
@@ -112,13 +112,14 @@ class Norm(nnx.Module):
         centred = x - x.mean(-1, keepdims=True) if hasattr(self, "bias") else x
         variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
         y = centred * jax.lax.rsqrt(variance + self.epsilon)
-        y = y * along(full_weight(self.scale, run), y)
+        scale = full_weight(self.scale, run)
+        y = y * along(scale + self.centre if self.centre else scale, y)
         if hasattr(self, "bias"):
             y = y + along(full_weight(self.bias, run), y)
         return y.astype(x_BxLxE.dtype)
 
 
-def rotate(x_BxLxHxD: jax.Array, position: jax.Array, theta: float) -> jax.Array:
+def rotate(x_BxLxHxD: jax.Array, position: jax.Array, theta: float | jax.Array) -> jax.Array:
     """Rotary positions, Hugging Face Llama's convention: dimension d pairs with d + D/2. position: [L], or
     [B, L] where sequences differ.
 
@@ -141,10 +142,16 @@ class Attention(nnx.Module):
         embed = {"embed": config.embed}
         heads = {"heads": config.heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.kv_heads, "head_dim": config.head_dim}
-        self.rope_theta = config.rope_theta if config.positions == "rope" else None
+        self.rope = Rope(config.rope_theta) if config.positions == "rope" else None
+        self.global_rope = config.global_rope or self.rope
+        # The kernels divide scores by √head_dim.
+        self.query_scale = (config.head_dim / (config.query_scalar or config.head_dim)) ** 0.5
         self.query = Projection(embed, heads, bias=config.bias, rngs=rngs, stack=stack)
         self.key = Projection(embed, kv_heads, bias=config.bias, rngs=rngs, stack=stack)
         self.value = Projection(embed, kv_heads, bias=config.bias, rngs=rngs, stack=stack)
+        if config.query_key_norms:
+            self.query_norm = Norm(config, stack=stack, width=config.head_dim)
+            self.key_norm = Norm(config, stack=stack, width=config.head_dim)
         # GPT-2 scales what enters the residual stream by 1/√(its number of additions).
         scale = (2 * config.layers) ** -0.5
         self.output = Projection(heads, embed, bias=config.bias, rngs=rngs, stack=stack, scale=scale)
@@ -168,18 +175,34 @@ class Attention(nnx.Module):
             return self.output(out_BxLxHxD, run), new
 
     def _project(self, x_BxLxE: jax.Array, position: jax.Array, run: Runtime) -> tuple[jax.Array, KeysValues]:
-        """Queries [B, L, H, D], and keys and values [B, L, K, D], rotated."""
+        """Queries [B, L, H, D], and keys and values [B, L, K, D]; queries and keys normed and rotated."""
         with jax.named_scope("query"):
             q_BxLxHxD = run.constrain(self.query(x_BxLxE, run), ("batch", "seq", "heads", None))
         with jax.named_scope("key"):
             k_BxLxKxD = run.constrain(self.key(x_BxLxE, run), ("batch", "kv_seq", "kv_heads", None))
         with jax.named_scope("value"):
             v_BxLxKxD = run.constrain(self.value(x_BxLxE, run), ("batch", "kv_seq", "kv_heads", None))
-        if self.rope_theta is not None:
+        if hasattr(self, "query_norm"):
+            with jax.named_scope("query_key_norm"):
+                q_BxLxHxD, k_BxLxKxD = self.query_norm(q_BxLxHxD, run), self.key_norm(k_BxLxKxD, run)
+        if self.rope is not None:
             with jax.named_scope("rope"):
-                q_BxLxHxD = rotate(q_BxLxHxD, position, self.rope_theta)
-                k_BxLxKxD = rotate(k_BxLxKxD, position, self.rope_theta)
+                theta, turns = self._turns(position, run.sees_all)
+                q_BxLxHxD, k_BxLxKxD = (rotate(a, turns, theta) for a in (q_BxLxHxD, k_BxLxKxD))
+        if self.query_scale != 1:
+            q_BxLxHxD = q_BxLxHxD * self.query_scale
         return q_BxLxHxD, KeysValues(k_BxLxKxD, v_BxLxKxD)
+
+    def _turns(self, position: jax.Array, sees_all: bool | jax.Array) -> tuple[float | jax.Array, jax.Array]:
+        """theta and scaled positions, of a layer that sees all or of one that does not; which of them it is a
+        loop over layers may know at run time only."""
+        assert self.rope is not None and self.global_rope is not None
+        if self.rope == self.global_rope or isinstance(sees_all, bool):
+            rope = self.global_rope if sees_all is True else self.rope
+            return rope.theta, position if rope.scaling == 1 else position / rope.scaling
+        pairs = zip(astuple(self.global_rope), astuple(self.rope), strict=True)
+        theta, scaling = (jnp.where(sees_all, far, near) for far, near in pairs)
+        return theta, position / scaling
 
     def _attend(self, q_BxLxHxD: jax.Array, new: KeysValues, run: Runtime) -> jax.Array:
         """The kernel, on KV heads repeated until they divide as the query heads do."""
@@ -191,14 +214,15 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """SwiGLU (gate, up, down), or GELU in its tanh form (up, down) as GPT-2 has it."""
+    """SwiGLU or GeGLU (gate, up, down), or GELU (up, down); GELU in its tanh form, as GPT-2 has it."""
 
     def __init__(
         self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Shape = (), width: int | None = None
     ) -> None:
         """width: instead of the model's own."""
         embed, mlp = {"embed": config.embed}, {"mlp": width or config.mlp}
-        if config.activation == "swiglu":
+        self.swish = config.activation == "swiglu"
+        if config.gated:
             self.gate = Projection(embed, mlp, bias=config.bias, rngs=rngs, stack=stack)
         self.up = Projection(embed, mlp, bias=config.bias, rngs=rngs, stack=stack)
         scale = (2 * config.layers) ** -0.5
@@ -212,11 +236,16 @@ class Mlp(nnx.Module):
         if hasattr(self, "gate"):
             with jax.named_scope("gate"):
                 gate_BxLxM = run.constrain(self.gate(x_BxLxE, run), axes)
-            hidden_BxLxM = jax.nn.silu(gate_BxLxM) * up_BxLxM
+            hidden_BxLxM = (jax.nn.silu if self.swish else gelu)(gate_BxLxM) * up_BxLxM
         else:
-            hidden_BxLxM = jax.nn.gelu(up_BxLxM, approximate=True)
+            hidden_BxLxM = gelu(up_BxLxM)
         with jax.named_scope("down"):
             return self.down(hidden_BxLxM, run)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """In its tanh form."""
+    return jax.nn.gelu(x, approximate=True)
 
 
 class ExpertRouter(nnx.Module):

@@ -85,7 +85,8 @@ class Runtime:
 
     compute_dtype: of activations and matrix products; parameters stay in their own type (f32 in training).
     attention: causal attention over a whole sequence. global_attention: that of layers which see all where
-    others do not. kv_repeats: how often each KV head is repeated before it.
+    others do not; sees_all: whether the layer at hand does. kv_repeats: how often each KV head is repeated
+    before it.
     positions: length -> the position of each token, where tokens do not lie in their natural order.
     cached_attention: of new tokens to a KV cache, which it writes. last_token: that of a prompt.
     constrain: places activations. place_weight: gathers a parameter for use, and places its gradient.
@@ -98,6 +99,7 @@ class Runtime:
     remat: Remat = "full"
     attention: CausalAttention = reference_attention
     global_attention: CausalAttention = reference_attention
+    sees_all: bool | jax.Array = False
     kv_repeats: int = 1
     cached_attention: CachedAttention = cached_attention
     last_token: Callable[[jax.Array], jax.Array] = last_token

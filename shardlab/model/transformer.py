@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardlab.model.attention import MASKED
-from shardlab.model.cache import Cached, Caches, Slots, last_of
+from shardlab.model.cache import Cached, Caches, Slots, last_of, sees_all
 from shardlab.model.experts import Load
 from shardlab.model.groups import Body, scan_in_groups
 from shardlab.model.layer import Layer, for_products
@@ -42,8 +42,8 @@ class Table(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Llama, GPT-2, Mixtral or DeepSeek, as `ModelConfig` says. Callable: tokens_BxL -> logits_BxLxV in f32,
-    padding masked."""
+    """Llama, GPT-2, Mixtral, DeepSeek or Gemma, as `ModelConfig` says. Callable: tokens_BxL -> logits_BxLxV
+    in f32, padding masked."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, scan_layers: bool = True) -> None:
         """rngs: needs the stream `params`. scan_layers: one stack of layer parameters, run by lax.scan."""
@@ -122,6 +122,8 @@ class Transformer(nnx.Module):
         """x_BxLxE of tokens at `position`, [L] or [B, L]."""
         with jax.named_scope("embedding"):
             x_BxLxE = run.lookup(table_VxE, tokens_BxL)
+            if self.config.scaled_embedding:
+                x_BxLxE = x_BxLxE * self.config.embed**0.5
             if self.config.positions == "learned":
                 positions = weight(self.positions.table, run)
                 if run.positions is None and position.ndim == 1:
@@ -177,8 +179,9 @@ class Transformer(nnx.Module):
             return x, (cached if keep else None, load)
 
         def body_of(index: int) -> Body[nnx.State, Kept]:
-            attention = run.global_attention if self.config.sees_all(index) else run.attention
-            return partial(layer, replace(run, attention=attention))
+            if not self.config.sees_all(index):
+                return partial(layer, run)
+            return partial(layer, replace(run, attention=run.global_attention, sees_all=True))
 
         if isinstance(layers, Layer):
             bodies = [body_of(place) for place in range(self.config.global_every or 1)]
@@ -202,16 +205,18 @@ class Transformer(nnx.Module):
         """The layers of one kind, which write and read their cache [N, B, S, …] in place."""
         if not isinstance(layers, Layer):
             for index, module in enumerate(layers):
+                own = replace(run, sees_all=self.config.sees_all(index))
                 with jax.named_scope(str(index)):
-                    x_BxLxE, cache, _ = module(x_BxLxE, position_BxL, run, Caches(cache, jnp.int32(index)))
+                    x_BxLxE, cache, _ = module(x_BxLxE, position_BxL, own, Caches(cache, jnp.int32(index)))
             return x_BxLxE, cache
         graph, state = nnx.split(layers)
 
         def layer(
             carry: tuple[jax.Array, Cached], inputs: tuple[nnx.State, jax.Array]
         ) -> tuple[tuple[jax.Array, Cached], None]:
+            own = replace(run, sees_all=sees_all(self.config, inputs[1]))
             x, cache, _ = nnx.merge(graph, inputs[0])(
-                carry[0], position_BxL, run, Caches(carry[1], inputs[1])
+                carry[0], position_BxL, own, Caches(carry[1], inputs[1])
             )
             return (x, cache), None
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from shardlab.errors import Infeasible
 from shardlab.hardware.data_files import load_gpu_target
 from shardlab.model.attention import (
+    CUDNN_HEAD,
     SPLASH_TILE,
     CausalAttention,
     cudnn_attention,
@@ -35,6 +36,7 @@ Kernel = Literal["reference", "unfused", "blockwise", "cudnn", "splash"]
 PLAIN = ("reference", "unfused")  # plain XLA on whole arrays, on every target
 
 HOPPER = 9  # major compute capability
+CUDNN_HOPPER_HEAD = 256
 
 EVERYWHERE = Locality()
 
@@ -88,18 +90,19 @@ def _unsuited(kernel: str, case: Case, target: str) -> str | None:
 
 
 def _unsuited_heads(case: Case) -> str | None:
-    """Why cuDNN cannot have heads of this size: those of latent attention need a Hopper or a later chip."""
+    """Why cuDNN cannot have heads of this size: large ones and latent attention's need a Hopper or a later
+    chip."""
     D, value_dim = case.model.head_dim, case.model.value_dim
-    if value_dim == D:
-        most = f"cudnn needs head_dim to be a multiple of 8 up to 128 and it is {D}"
-        return most if D % 8 or D > 128 else None
-    if D % 8 or value_dim % 8 or max(D, value_dim) > 256:
-        return f"cudnn needs head sizes that are multiples of 8 up to 256 and they are {D} and {value_dim}"
-    if locality_of(case).window:
-        return f"cudnn has no window for values of another head size ({D} and {value_dim})"
+    sizes = f"{D}" if value_dim == D else f"{D} and {value_dim}"
+    if D % 8 or value_dim % 8 or max(D, value_dim) > CUDNN_HOPPER_HEAD:
+        return f"cudnn needs head sizes that are multiples of 8 up to {CUDNN_HOPPER_HEAD}, not {sizes}"
+    if D == value_dim <= CUDNN_HEAD:
+        return None
+    if locality_of(case).window and value_dim != D:
+        return f"cudnn has no window for values of another head size ({sizes})"
     chip = case.load_machine().chip.compile_as
     if chip is None or load_gpu_target(chip).compute_major < HOPPER:
-        return f"cudnn takes values of another head size ({D} and {value_dim}) on Hopper and later chips only"
+        return f"cudnn takes heads of {sizes} on Hopper and later chips only"
     return None
 
 

@@ -82,7 +82,7 @@ class Case(BaseModel):
         """Why the plan's methods cannot be with this model and workload: reason -> what can."""
         plan = self.plan
         found = obstacles(plan, self.model.layers, self.workload)
-        found |= _locality_obstacles(plan, self.model, self.seq)
+        found |= _model_obstacles(plan, self.model) | _locality_obstacles(plan, self.model, self.seq)
         found |= experts_obstacles(
             self.model, plan.params_in("moe"), plan.activations, plan.method, self.workload
         )
@@ -98,6 +98,21 @@ class Case(BaseModel):
             ulysses_kv_note(self.plan, self.model),
         )
         return tuple(note for note in found if note is not None)
+
+
+def _model_obstacles(plan: Plan, model: ModelConfig) -> dict[str, str]:
+    """Parts of models that are not built together."""
+    found = {}
+    if model.num_experts and (model.post_norms or model.activation != "swiglu"):
+        found["experts with norms after them, or of another kind than SwiGLU: not built yet"] = "a dense MLP"
+    if model.latent and (model.query_key_norms or model.query_scalar or model.global_rope):
+        found["latent attention with norms of heads, or scores or positions of its own: not built yet"] = (
+            "grouped queries"
+        )
+    if model.global_rope and (plan.method.pipeline != "none" or model.dense_layers):
+        where = "in a pipeline" if plan.method.pipeline != "none" else "beside dense layers"
+        found[f"layers that differ in positions {where}: not built yet"] = "pipeline = 'none'"
+    return found
 
 
 def _locality_obstacles(plan: Plan, model: ModelConfig, seq: int) -> dict[str, str]:

@@ -1,151 +1,16 @@
-"""Model dimensions as values: the named configurations. `model/` builds them; nothing here imports jax."""
+"""The named models. `model/` builds them; nothing here imports jax."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Literal, NamedTuple
 
 from shardlab.errors import Problem, UserError
 from shardlab.hardware.toml_file import did_you_mean, quoted
-from shardlab.spec.locality import Locality
+from shardlab.spec.model_config import LatentAttention, ModelConfig, Rope, Router, Stack
 
-VOCAB_MULTIPLE = 128  # lanes of a TPU vector register, and a multiple of every tensor-core tile
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatentAttention:
-    """Multi-head latent attention: queries, and keys with values, pass through narrow latent vectors.
-
-    query_rank, kv_rank: their widths. nope_dim, rope_dim: of each head's queries and keys the part without
-    and with rotary positions; rotated keys are shared by all heads. value_dim: of each head's values.
-    Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
-    """
-
-    query_rank: int
-    kv_rank: int
-    nope_dim: int
-    rope_dim: int
-    value_dim: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Router:
-    """How tokens choose experts: the `experts_per_token` with the highest scores.
-
-    scoring: softmax over the experts, or each expert's own sigmoid; weights are the chosen scores' shares of
-    their sum, times `scaling`. groups, groups_per_token: experts come in groups, and only those of the groups
-    with the highest sums of two scores are eligible (node-limited routing). bias: a number per expert is
-    added to its score for the choice alone, and moved against its load after every step.
-    Sources: Mixtral, arXiv:2401.04088, section 2.1; DeepSeek-V3, arXiv:2412.19437, section 2.1.2.
-    """
-
-    experts_per_token: int
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
-    scaling: float = 1.0
-    groups: int = 1
-    groups_per_token: int = 1
-    bias: bool = False
-
-
-class Stack(NamedTuple):
-    """Layers of one kind: name (the first part of their parameters' paths), layers, their dimensions."""
-
-    name: str
-    layers: int
-    config: ModelConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """A decoder-only transformer. Sizes are counts of elements; `vocab` is the real one, `padded_vocab` is
-    stored.
-
-    num_experts: of a mixture of experts, 0 for a dense model; `mlp` is then the width of each expert, and
-    every token goes to `experts_per_token` of them and to all `shared_experts`, which are one MLP of their
-    joint width. dense_layers: how many of `layers`, the first, have an MLP of width `dense_mlp` instead.
-    balance_coefficient: what the load-balance loss counts; balance: whether load is judged over the batch or
-    for each sequence alone. head_dim: of queries and keys. latent: multi-head latent attention, None for
-    grouped queries. window, attention_chunk: how far attention sees (`Locality`); global_every: the last of
-    every so many layers sees all nevertheless, 0 for none. Source of each named configuration: see `MODELS`.
-    """
-
-    name: str
-    layers: int
-    embed: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-    context: int
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_epsilon: float = 1e-5
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    positions: Literal["rope", "learned"] = "rope"
-    rope_theta: float = 10_000.0
-    tied_embeddings: bool = False
-    bias: bool = False
-    num_experts: int = 0
-    experts_per_token: int = 0
-    balance_coefficient: float = 0.0
-    balance: Literal["batch", "sequence"] = "batch"
-    shared_experts: int = 0
-    dense_layers: int = 0
-    dense_mlp: int = 0
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
-    routed_scaling: float = 1.0
-    expert_groups: int = 1
-    groups_per_token: int = 1
-    router_bias: bool = False
-    latent: LatentAttention | None = None
-    window: int = 0
-    attention_chunk: int = 0
-    global_every: int = 0
-
-    @property
-    def locality(self) -> Locality:
-        """How far attention sees, but in the layers that see all."""
-        return Locality(self.window, self.attention_chunk)
-
-    def sees_all(self, layer: int) -> bool:
-        """Whether this layer, counted from 0, sees all whatever the locality."""
-        return bool(self.global_every) and (layer + 1) % self.global_every == 0
-
-    @property
-    def value_dim(self) -> int:
-        """Of each head's values."""
-        return self.latent.value_dim if self.latent else self.head_dim
-
-    @property
-    def router(self) -> Router:
-        """How tokens choose experts."""
-        return Router(
-            experts_per_token=self.experts_per_token,
-            scoring=self.scoring,
-            scaling=self.routed_scaling,
-            groups=self.expert_groups,
-            groups_per_token=self.groups_per_token,
-            bias=self.router_bias,
-        )
-
-    @property
-    def stacks(self) -> tuple[Stack, ...]:
-        """The layers by kind, first to last: `dense_layers` where a mixture of experts has some, `layers`.
-
-        `config` describes a layer of the kind; its number of layers stays that of the whole model.
-        """
-        if not self.dense_layers:
-            return (Stack("layers", self.layers, self),)
-        dense = replace(self, num_experts=0, shared_experts=0, mlp=self.dense_mlp, dense_layers=0)
-        left = self.layers - self.dense_layers
-        return Stack("dense_layers", self.dense_layers, dense), Stack("layers", left, self)
-
-    @property
-    def padded_vocab(self) -> int:
-        """Vocabulary rounded up to a multiple of 128; the padding is masked in the loss."""
-        return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+__all__ = ["MODELS", "LatentAttention", "ModelConfig", "Rope", "Router", "Stack", "find_model"]
 
 
 def _gpt(
@@ -225,6 +90,45 @@ def _llama3(name: str, *, layers: int, embed: int, heads: int, mlp: int) -> Mode
         vocab=128_256,
         context=8_192,
         rope_theta=500_000.0,
+    )
+
+
+def _gemma3(
+    name: str,
+    *,
+    layers: int,
+    embed: int,
+    heads: int,
+    kv_heads: int,
+    mlp: int,
+    head_dim: int = 256,
+    query_scalar: int = 0,
+    window: int = 1_024,
+    context: int = 131_072,
+    scaling: float = 8.0,
+) -> ModelConfig:
+    """Gemma 3, its text layers: five with a window for each that sees all, norms on both sides, GeGLU."""
+    return ModelConfig(
+        name=name,
+        layers=layers,
+        embed=embed,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp=mlp,
+        vocab=262_144,
+        context=context,
+        norm_epsilon=1e-6,
+        activation="geglu",
+        tied_embeddings=True,
+        window=window,
+        global_every=6,
+        global_rope=Rope(1_000_000.0, scaling),
+        query_scalar=query_scalar,
+        query_key_norms=True,
+        post_norms=True,
+        zero_centered_norms=True,
+        scaled_embedding=True,
     )
 
 
@@ -333,6 +237,42 @@ _NAMED = (
         router_bias=True,
         latent=LatentAttention(query_rank=48, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16),
     ),
+    # Gemma 3, arXiv:2503.19786, table 1 and section 2; dimensions from config.json of google/gemma-3-*-pt, of
+    # which those from 4B have 64 rows of vocabulary more, for images. 12B is also in AI-Hypercomputer/maxtext
+    # src/maxtext/configs/models/gemma3-12b.yml @e591f30cb.
+    _gemma3(
+        "gemma3-1b",
+        layers=26,
+        embed=1_152,
+        heads=4,
+        kv_heads=1,
+        mlp=6_912,
+        window=512,
+        context=32_768,
+        scaling=1.0,
+    ),
+    _gemma3("gemma3-4b", layers=34, embed=2_560, heads=8, kv_heads=4, mlp=10_240),
+    _gemma3("gemma3-12b", layers=48, embed=3_840, heads=16, kv_heads=8, mlp=15_360),
+    _gemma3(
+        "gemma3-27b",
+        layers=62,
+        embed=5_376,
+        heads=32,
+        kv_heads=16,
+        mlp=21_504,
+        head_dim=128,
+        query_scalar=168,
+    ),
+    # ours: Gemma 3's parts at the size of `tiny`
+    replace(
+        _gemma3(
+            "tiny-gemma3", layers=5, embed=128, heads=8, kv_heads=8, mlp=512, head_dim=16, query_scalar=24
+        ),
+        vocab=512,
+        context=256,
+        window=64,
+        global_every=2,
+    ),
 )
 
 MODELS: Mapping[str, ModelConfig] = MappingProxyType({config.name: config for config in _NAMED})
@@ -344,53 +284,3 @@ def find_model(name: str, where: str = "--model") -> ModelConfig:
         return MODELS[name]
     fix = did_you_mean(name.lower(), MODELS, "known models")
     raise UserError(Problem(where, f"unknown model {quoted(name)}", fix))
-
-
-def num_params(config: ModelConfig, *, padded: bool = False) -> int:
-    """Number of parameters, counted from the dimensions; with `padded` those of the stored (padded)
-    vocabulary.
-
-    Equal to the published counts: GPT-2 124,439,808; Llama 3 8B 8,030,261,248; Mixtral 8x7B 46,702,792,704;
-    DeepSeek-V3 671,026,419,200, with the router's biases and without the multi-token prediction module.
-    """
-    vocab = config.padded_vocab if padded else config.vocab
-    tables = vocab * config.embed * (1 if config.tied_embeddings else 2)
-    positions = config.context * config.embed if config.positions == "learned" else 0
-    layers = sum(stack.layers * _layer_params(stack.config) for stack in config.stacks)
-    return tables + positions + _norm_params(config) + layers
-
-
-def attention_weights(config: ModelConfig) -> int:
-    """Elements of the kernels of one layer's attention."""
-    E, H = config.embed, config.heads
-    if config.latent is None:
-        return E * config.head_dim * (2 * H + 2 * config.kv_heads)
-    to = config.latent
-    queries = to.query_rank * (E + H * config.head_dim)
-    keys_values = E * (to.kv_rank + to.rope_dim) + to.kv_rank * H * (to.nope_dim + to.value_dim)
-    return queries + keys_values + H * to.value_dim * E
-
-
-def mlp_weights(config: ModelConfig, width: int) -> int:
-    """Elements of the kernels of one MLP: gate (SwiGLU has one), up and down."""
-    return (3 if config.activation == "swiglu" else 2) * config.embed * width
-
-
-def _norm_params(config: ModelConfig) -> int:
-    return config.embed * (2 if config.norm == "layernorm" else 1)
-
-
-def _layer_params(config: ModelConfig) -> int:
-    """One layer: norms, attention's projections, and the MLP, or the experts, the shared ones and the
-    router."""
-    mlp = mlp_weights(config, config.mlp) * ((config.num_experts or 1) + config.shared_experts)
-    router = (config.embed + config.router_bias) * config.num_experts
-    ranks = config.latent.query_rank + config.latent.kv_rank if config.latent else 0
-    return 2 * _norm_params(config) + ranks + attention_weights(config) + router + mlp + _biases(config)
-
-
-def _biases(config: ModelConfig) -> int:
-    """Of one layer's projections and MLP."""
-    query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    inward = 2 if config.activation == "swiglu" else 1  # gate and up, or up alone
-    return (query + 2 * kv + config.embed) + (inward * config.mlp + config.embed) if config.bias else 0

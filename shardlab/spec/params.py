@@ -74,10 +74,12 @@ def _layer_table(config: ModelConfig) -> list[ParamSpec]:
     table = [
         *_norm("attention_norm", config),
         *(_latent_attention(config) if config.latent else _attention(config)),
+        *(_norm("attention_post_norm", config) if config.post_norms else ()),
         *_norm("mlp_norm", config),
     ]
     if not config.num_experts:
-        return [*table, *_mlp("mlp", config, config.mlp)]
+        after = _norm("mlp_post_norm", config) if config.post_norms else []
+        return [*table, *_mlp("mlp", config, config.mlp), *after]
     shared = _mlp("shared", config, config.shared_experts * config.mlp) if config.shared_experts else []
     return [*table, *shared, *_experts(config)]
 
@@ -85,10 +87,12 @@ def _layer_table(config: ModelConfig) -> list[ParamSpec]:
 def _attention(config: ModelConfig) -> list[ParamSpec]:
     """Grouped queries."""
     E, H, K, D = config.embed, config.heads, config.kv_heads, config.head_dim
+    normed = ("query", "key") if config.query_key_norms else ()
     return [
         *_projection("attention/query", (E,), ("embed",), (H, D), ("heads", "head_dim"), config),
         *_projection("attention/key", (E,), ("embed",), (K, D), ("kv_heads", "head_dim"), config),
         *_projection("attention/value", (E,), ("embed",), (K, D), ("kv_heads", "head_dim"), config),
+        *(ParamSpec(f"attention/{name}_norm/scale", (D,), (None,)) for name in normed),
         *_projection("attention/output", (H, D), ("heads", "head_dim"), (E,), ("embed",), config),
     ]
 
@@ -112,8 +116,8 @@ def _latent_attention(config: ModelConfig) -> list[ParamSpec]:
 
 
 def _mlp(path: str, config: ModelConfig, width: int) -> list[ParamSpec]:
-    """Gate (SwiGLU), up and down."""
-    E, names = config.embed, ("gate", "up") if config.activation == "swiglu" else ("up",)
+    """Gate (SwiGLU, GeGLU), up and down."""
+    E, names = config.embed, ("gate", "up") if config.gated else ("up",)
     inward = [
         spec
         for name in names

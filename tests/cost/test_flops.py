@@ -224,6 +224,15 @@ def test_model_flops_of_inference():
     assert model_flops(LLAMA_70B, 3, 100, "decode") == 3 * (2 * (layers + head) + 4 * width * 100)
 
 
+def test_model_flops_of_gemma():
+    """MaxText logs 349.442 TFLOP/s for each of 256 TPU v6e at 7.318 s and a sequence of 32,768 (tpu-recipes
+    training/trillium/Gemma3-12B-MaxText/v6e-256 @c8cfe2f). It halves windows too: of 1,024 keys 512."""
+    flops = model_flops(find_model("gemma3-12b"), 256, 32_768, "train") / 256
+    window = 6 * 40 * 16 * 2 * 256  # per pair, in 40 of 48 layers
+    ours, halved = 32_768 * 1_024 - 1_024**2 / 2, 32_768 * 512
+    assert flops - window * (ours - halved) == pytest.approx(349.442e12 * 7.318, rel=1e-4)
+
+
 def test_model_flops_of_deepseek():
     """arXiv:2412.19437: 37B of the 671B parameters are activated for a token; 61 layers of 128 heads, 192 for
     queries and keys, 128 for values."""

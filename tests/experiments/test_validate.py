@@ -36,7 +36,8 @@ from shardlab.errors import CompileFailed
 from shardlab.hardware.catalog import load_machine
 from shardlab.program import Program
 from shardlab.spec.case import Case
-from shardlab.spec.models import MODELS, num_params
+from shardlab.spec.models import MODELS
+from shardlab.spec.param_counts import num_params
 
 GIB = 1 << 30
 

@@ -96,18 +96,19 @@ def test_a_mask_hides_what_it_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attention", "platform", "call", "calls"),
+    ("attention", "head_dim", "platform", "call", "calls"),
     [
-        pytest.param(cudnn_attention, "cuda", "__cudnn$fmhaSoftmax", 2, id="cudnn"),
-        pytest.param(splash_attention, "tpu", "tpu_custom_call", 3, id="splash"),
+        pytest.param(cudnn_attention, 64, "cuda", "__cudnn$fmhaSoftmax", 2, id="cudnn"),
+        pytest.param(cudnn_attention, 256, "cuda", "__cudnn$fmhaSoftmax", 2, id="cudnn-large-heads"),
+        pytest.param(splash_attention, 64, "tpu", "tpu_custom_call", 3, id="splash"),
     ],
 )
 def test_fused_kernels_lower_without_their_hardware(
-    attention: CausalAttention, platform: str, call: str, calls: int
+    attention: CausalAttention, head_dim: int, platform: str, call: str, calls: int
 ) -> None:
     """Forward and backward; splash has two backward kernels. No GPU, TPU, cuDNN or libtpu takes part in
     lowering."""
-    qkv = random_qkv(256, 4, 2, 64, jnp.bfloat16)
+    qkv = random_qkv(256, 4, 2, head_dim, jnp.bfloat16)
 
     def loss(*qkv: jax.Array) -> jax.Array:
         return attention(*qkv).astype(jnp.float32).sum()

@@ -1,4 +1,5 @@
-"""Our transformer against Hugging Face's Llama, Mixtral and GPT-2: logits, loss and every gradient, in f32.
+"""Our transformer against Hugging Face's Llama, Mixtral, Gemma 3 and GPT-2: logits, loss and every gradient,
+in f32.
 
 The golden files come from tests/golden/hf/make_golden.py. What each deliberate mistake is caught by:
 
@@ -7,11 +8,14 @@ The golden files come from tests/golden/hf/make_golden.py. What each deliberate 
 - a wrong grouping of query heads on KV heads: llama_gqa only (llama_default has one KV head per query head)
 - exact GELU instead of the tanh form: gpt2
 - expert weights that are not made to sum to one, and a load-balance loss per layer: mixtral
+- one kind of positions for all layers, scores by the size of a head, unscaled embeddings, SwiGLU: gemma3
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +28,7 @@ from shardlab.model.layers import rotate
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import abstract_model, with_params
-from shardlab.spec.models import ModelConfig, Router
+from shardlab.spec.models import MODELS, ModelConfig, Rope, Router
 from shardlab.spec.params import parameter_table
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "hf"
@@ -60,6 +64,23 @@ CONFIGS = {
         experts_per_token=2,
         balance_coefficient=0.5,
     ),
+    "gemma3": replace(
+        MODELS["tiny-gemma3"],
+        name="gemma3",
+        layers=3,
+        embed=16,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        mlp=32,
+        vocab=50,
+        context=32,
+        window=5,
+        global_every=2,
+        rope_theta=100.0,
+        global_rope=Rope(1000.0, scaling=4.0),
+        query_scalar=12,
+    ),
     "gpt2": ModelConfig(
         name="gpt2",
         layers=2,
@@ -88,6 +109,13 @@ LLAMA_NAMES = {
     "mlp/gate/kernel": "mlp.gate_proj.weight",
     "mlp/up/kernel": "mlp.up_proj.weight",
     "mlp/down/kernel": "mlp.down_proj.weight",
+}
+GEMMA3_NAMES = {
+    "attention/query_norm/scale": "self_attn.q_norm.weight",
+    "attention/key_norm/scale": "self_attn.k_norm.weight",
+    "attention_post_norm/scale": "post_attention_layernorm.weight",
+    "mlp_norm/scale": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm/scale": "post_feedforward_layernorm.weight",
 }
 # Hugging Face: [expert, out, in], gate and up in one array.
 MIXTRAL_NAMES = {
@@ -138,7 +166,9 @@ def _one(arrays: Mapping[str, np.ndarray], path: str, shape: tuple[int, ...]) ->
         gate_and_up = name in ("moe/gate/kernel", "moe/up/kernel")
         return np.split(array, 2, axis=-1)[name == "moe/up/kernel"] if gate_and_up else array
     if family == "llama":
-        array = arrays[f"model.layers.{index}.{LLAMA_NAMES[name]}"]
+        after = f"model.layers.{index}.post_feedforward_layernorm.weight" in arrays
+        names = LLAMA_NAMES | GEMMA3_NAMES if after else LLAMA_NAMES
+        array = arrays[f"model.layers.{index}.{names[name]}"]
         return (
             array.reshape(shape) if array.ndim == 1 else array.T.reshape(shape)
         )  # torch's Linear is [out, in]
@@ -151,7 +181,7 @@ def _one(arrays: Mapping[str, np.ndarray], path: str, shape: tuple[int, ...]) ->
 
 
 class Outcome:
-    """The largest relative differences between our model and the golden file."""
+    """The largest relative differences between our model and the golden file; gradients where asked."""
 
     def __init__(
         self,
@@ -159,6 +189,7 @@ class Outcome:
         config: ModelConfig | None = None,
         *,
         attention: CausalAttention = reference_attention,
+        gradients: bool = False,
     ) -> None:
         with np.load(GOLDEN / f"{name}.npz") as golden:
             arrays = dict(golden)
@@ -175,15 +206,19 @@ class Outcome:
         model = abstract_model(config, scan_layers=False)
 
         def loss_and_logits(params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            run = Runtime(compute_dtype=jnp.float32, attention=attention)
+            near = partial(attention, window=config.window) if config.window else attention
+            run = Runtime(compute_dtype=jnp.float32, attention=near, global_attention=attention)
             logits, load = with_params(model, params).logits_and_load(jnp.asarray(arrays["tokens"]), run)
             loss = cross_entropy(logits, jnp.asarray(arrays["targets"]))
             return loss if load is None else loss + config.balance_coefficient * balance_loss(load), logits
 
-        (loss, logits), gradients = jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))(params)
+        if gradients:
+            (loss, logits), found = jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))(params)
+            self.gradients = {path: difference(found[path], expected[path]) for path in expected}
+        else:
+            loss, logits = jax.jit(loss_and_logits)(params)
         self.loss = difference(loss, arrays["loss"])
         self.logits = difference(logits[..., : config.vocab], arrays["logits"])
-        self.gradients = {path: difference(gradients[path], expected[path]) for path in expected}
 
 
 def difference(ours: jax.Array, theirs: np.ndarray) -> float:
@@ -193,7 +228,7 @@ def difference(ours: jax.Array, theirs: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_matches_hugging_face(name: str) -> None:
-    outcome = Outcome(name)
+    outcome = Outcome(name, gradients=True)
     assert outcome.loss < TOLERANCE
     assert outcome.logits < TOLERANCE
     # A key's bias adds the same to all scores of a query, so its true gradient is 0 and both sides hold
@@ -232,9 +267,23 @@ def cyclic_attention(q_BxLxHxD: jax.Array, k_BxLxKxD: jax.Array, v_BxLxKxD: jax.
         pytest.param("llama_default", {"rope_theta": 100.0}, id="rope-theta-of-the-other"),
         pytest.param("llama_gqa", {"norm_epsilon": 1e-5}, id="epsilon"),
         pytest.param("gpt2", {"norm_epsilon": 1e-2}, id="epsilon-of-layernorm"),
+        pytest.param("gemma3", {"global_rope": None}, id="one-kind-of-positions"),
+        pytest.param(
+            "gemma3", {"global_rope": Rope(1000.0)}, id="unscaled-positions", marks=pytest.mark.full
+        ),
+        pytest.param("gemma3", {"global_every": 3}, id="another-layer-sees-all", marks=pytest.mark.full),
+        pytest.param("gemma3", {"window": 4}, id="window"),
+        pytest.param(
+            "gemma3", {"query_scalar": 0}, id="scores-by-the-size-of-a-head", marks=pytest.mark.full
+        ),
+        pytest.param("gemma3", {"scaled_embedding": False}, id="unscaled-embeddings", marks=pytest.mark.full),
+        pytest.param(
+            "gemma3", {"zero_centered_norms": False}, id="norms-around-zero", marks=pytest.mark.full
+        ),
+        pytest.param("gemma3", {"activation": "swiglu"}, id="swiglu", marks=pytest.mark.full),
     ],
 )
-def test_a_wrong_number_does_not_match(golden: str, changes: dict[str, float]) -> None:
+def test_a_wrong_number_does_not_match(golden: str, changes: dict[str, Any]) -> None:
     assert Outcome(golden, replace(CONFIGS[golden], **changes)).logits > 100 * TOLERANCE
 
 

@@ -14,7 +14,7 @@ import pytest
 from emulated import GROUPED, MIXTURE, SMALL, asked, case_of, check_equal
 from hypothesis import given, settings
 
-from shardlab.spec.models import ModelConfig
+from shardlab.spec.models import MODELS, ModelConfig, Rope
 from shardlab.spec.names import CONTEXTS, SCHEDULES, reduced_once, strategy_names
 from shardlab.spec.plan import Plan
 
@@ -24,6 +24,20 @@ EXPERTS4 = replace(MIXTURE, name="mixture-four-layers", layers=4)
 WINDOW = replace(SMALL, name="window", window=5)
 PATTERN = replace(GROUPED, name="pattern", layers=5, window=5, global_every=2)
 CHUNKS = replace(SMALL, name="chunks", layers=3, attention_chunk=6, global_every=3)
+GEMMA = replace(
+    MODELS["tiny-gemma3"],
+    name="gemma",
+    layers=4,
+    embed=32,
+    kv_heads=2,
+    head_dim=8,
+    mlp=64,
+    vocab=100,
+    context=32,
+    window=5,
+    global_rope=Rope(100.0, scaling=4.0),
+    query_scalar=12,
+)
 GPT2 = replace(
     SMALL,
     name="gpt2",
@@ -66,7 +80,15 @@ def rows() -> list[Row]:
         Row(asked(D8, "zero2"), "data parallel, ZeRO-2"),
         Row(asked(F8), "FSDP"),
         Row(asked(F8, remat="none"), "FSDP"),
-        Row(asked(FT, "seq"), "FSDP, tensor parallel, sequence parallel (Megatron)", "matrix", WINDOW),
+        Row(asked(FT, "seq"), "FSDP, tensor parallel, sequence parallel (Megatron)", "matrix", GEMMA),
+        Row(asked(FT, "seq"), "FSDP, tensor parallel, sequence parallel (Megatron)", model=WINDOW),
+        Row(asked(DF, remat="selective"), "HSDP", model=GEMMA),
+        Row(asked(TY), "2-D tensor parallel", model=GEMMA),
+        Row(
+            asked(DFT, "seq zero1", accumulate=2),
+            "HSDP, ZeRO-1, tensor parallel, sequence parallel (Megatron)",
+            model=GEMMA,
+        ),
         Row(asked(F8, remat="selective"), "FSDP", "matrix"),
         Row(asked(FT, "seq", remat="selective"), "FSDP, tensor parallel, sequence parallel (Megatron)"),
         Row(asked(F8, remat="offload"), "FSDP", "matrix"),

@@ -17,7 +17,7 @@ SUITED = replace(SMALL, head_dim=64)
         pytest.param("gpu", 128, 64, "cudnn", "", id="gpu"),
         pytest.param("gpu", 100, 64, "cudnn", "", id="gpu-any-length"),
         pytest.param("gpu", 128, 12, "reference", "multiple of 8", id="gpu-odd-head"),
-        pytest.param("gpu", 128, 256, "reference", "up to 128", id="gpu-large-head"),
+        pytest.param("gpu", 128, 264, "reference", "up to 256", id="gpu-huge-head"),
         pytest.param("tpu", 128, 64, "splash", "", id="tpu"),
         pytest.param("tpu", 100, 64, "reference", "tiles of 128", id="tpu-odd-length"),
     ],
@@ -27,6 +27,17 @@ def test_kernel_of_a_target(target: str, seq: int, head_dim: int, kernel: str, n
     chosen, notes = choose_kernel(case, target)
     assert chosen == kernel
     assert (note in notes[0]) if note else notes == ()
+
+
+@pytest.mark.parametrize(
+    ("machine", "kernel"), [("h100:1x8", "cudnn"), ("b200:1x8", "cudnn"), ("a100:1x8", "reference")]
+)
+def test_large_heads_need_a_hopper(machine: str, kernel: str) -> None:
+    """Gemma's are 256 wide."""
+    case = case_of(PLANS["data"], replace(SUITED, head_dim=256), seq=128, machine=machine)
+    chosen, notes = choose_kernel(case, "gpu")
+    assert chosen == kernel
+    assert ("on Hopper" in notes[0]) if kernel == "reference" else notes == ()
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu", "tpu"])

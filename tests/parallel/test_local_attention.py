@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from shardlab.parallel.kernels import choose_kernel
 from shardlab.parallel.tiles import blockwise_attention
 from shardlab.spec.case import check_feasible
 from shardlab.spec.locality import Locality
-from shardlab.spec.models import ModelConfig
+from shardlab.spec.models import ModelConfig, Rope
 
 Attention = Callable[..., jax.Array]
 
@@ -153,7 +154,17 @@ def test_model_flops_are_those_of_the_pairs() -> None:
         assert half <= seen(length, window, chunk).sum() <= half + length / 2
 
 
-PATTERN = replace(GROUPED, name="pattern", layers=5, window=5, global_every=2)
+PATTERN = replace(
+    GROUPED,
+    name="pattern",
+    layers=5,
+    window=5,
+    global_every=2,
+    global_rope=Rope(100.0, scaling=4.0),
+    query_scalar=12,
+    query_key_norms=True,
+    post_norms=True,
+)
 CHUNKS = replace(GROUPED, name="chunks", layers=3, attention_chunk=6, global_every=3)
 MODELS = [
     pytest.param(PATTERN, id="two-groups-and-one-layer"),
@@ -174,7 +185,7 @@ def layer_by_layer(model: ModelConfig, params: dict[str, jax.Array]) -> jax.Arra
     for number, layer in enumerate(module.layers, start=1):
         local = number % model.global_every != 0
         window, chunk = (model.window, model.attention_chunk) if local else (0, 0)
-        own = replace(run, attention=partial(by_hand, window=window, chunk=chunk))
+        own = replace(run, attention=partial(by_hand, window=window, chunk=chunk), sees_all=not local)
         x_BxLxE, _, _ = layer(x_BxLxE, position_L, own)
     return module.logits(x_BxLxE, run)[..., : model.vocab]
 
@@ -262,12 +273,28 @@ def test_kernel_of_a_local_attention(target: str, changes: dict[str, int], kerne
             "pipeline = 'none'",
             id="pattern-in-a-pipeline",
         ),
+        pytest.param(
+            {"global_every": 2, "global_rope": Rope(100.0)},
+            {"stage": 2, "data": 4},
+            {"pipeline": "1f1b", "microbatches": 4},
+            "layers that differ in positions in a pipeline",
+            "pipeline = 'none'",
+            id="positions-in-a-pipeline",
+        ),
+        pytest.param(
+            {"num_experts": 4, "experts_per_token": 2, "post_norms": True},
+            {"data": 8},
+            {},
+            "experts with norms after them",
+            "a dense MLP",
+            id="experts-with-norms-after-them",
+        ),
     ],
 )
 def test_refused_with_what_would_do(
-    changes: dict[str, int], axes: dict[str, int], method: dict[str, object], reason: str, nearest: str
+    changes: dict[str, Any], axes: dict[str, int], method: dict[str, object], reason: str, nearest: str
 ) -> None:
-    model = replace(SMALL, **changes)  # type: ignore[arg-type]
+    model = replace(SMALL, **changes)
     case = case_of(asked(axes, **method), model)
     with pytest.raises(Infeasible, match=reason) as caught:
         check_feasible(case)

@@ -9,8 +9,9 @@ import pytest
 from shardlab.hardware.catalog import load_machine
 from shardlab.spec.candidates import candidate, candidates, state_bytes
 from shardlab.spec.case import make_case
-from shardlab.spec.models import MODELS, num_params
+from shardlab.spec.models import MODELS
 from shardlab.spec.names import strategy_names
+from shardlab.spec.param_counts import num_params
 from shardlab.spec.plan import plan_from_text
 
 MACHINES = ("h100:1x8", "h100:64x8", "v5p:4x4x4", "v5e:8x8*2", "rtx4090:1x2", "a100:16x8")

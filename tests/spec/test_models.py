@@ -7,7 +7,8 @@ from math import prod
 import pytest
 
 from shardlab.errors import UserError
-from shardlab.spec.models import MODELS, find_model, num_params
+from shardlab.spec.models import MODELS, find_model
+from shardlab.spec.param_counts import num_params
 from shardlab.spec.params import parameter_table
 
 PUBLISHED = {
@@ -25,6 +26,12 @@ PUBLISHED = {
     # Hugging Face DeepseekV3ForCausalLM(DeepseekV3Config()): 671,026,404,352 in parameters, and the biases of
     # 58 routers for 256 experts; the README's "671B of the main model", without 14B of multi-token prediction
     "deepseek-v3": 671_026_404_352 + 58 * 256,
+    # Hugging Face Gemma3ForCausalLM with the dimensions of google/gemma-3-*-pt, less 64 rows for images; with
+    # the vision tower Gemma3ForConditionalGeneration has 4,300,079,472, 12,187,325,040 and 27,432,406,640
+    "gemma3-1b": 999_885_952,
+    "gemma3-4b": 3_880_263_168 - 64 * 2_560,
+    "gemma3-12b": 11_766_034_176 - 64 * 3_840,
+    "gemma3-27b": 27_009_346_304 - 64 * 5_376,
 }
 # Billions, as printed: GPT-3 in arXiv:2005.14165 table 2.1; 174.6, 529.6 and 1008.0 in Megatron-LM,
 # arXiv:2104.04473 tables 1 and 2; 22 in arXiv:2205.05198 table 3.

@@ -1,4 +1,4 @@
-"""Makes the golden files beside it: tiny random Llama, Mixtral, DeepSeek-V3 and GPT-2 models of
+"""Makes the golden files beside it: tiny random Llama, Mixtral, DeepSeek-V3, Gemma 3 and GPT-2 models of
 Hugging Face, with logits and gradients.
 
 Run in an environment with torch and transformers (versions used: torch 2.13, transformers 5):
@@ -15,6 +15,8 @@ that none of them can be forgotten. llama_gqa has 4 query heads on 2 KV heads, e
 mixtral has 4 experts, 2 for each token; its loss holds 0.5 times the load-balance loss.
 deepseek has one dense layer and two of 8 experts in 4 groups, 3 experts of 2 groups for each token, whose
 biases are as large as the scores' differences; Hugging Face's model has no load-balance loss.
+gemma3 has windows of 5 in the first and the third of its three layers, other positions in the second, and a
+query scalar that is not the size of a head.
 """
 
 import sys
@@ -25,6 +27,8 @@ import torch
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -99,6 +103,30 @@ def deepseek() -> DeepseekV3ForCausalLM:
     )
 
 
+def gemma3() -> Gemma3ForCausalLM:
+    """The text layers of a three-layer Gemma 3, the second of which sees all."""
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=32,
+            query_pre_attn_scalar=12,
+            sliding_window=5,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
+            },
+            attn_implementation="eager",
+        )
+    )
+
+
 def gpt2() -> GPT2LMHeadModel:
     """A two-layer GPT-2 without dropout."""
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -112,7 +140,7 @@ def golden(model: torch.nn.Module) -> dict[str, np.ndarray]:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * 0.15
-        is_scale = "norm" in name or "ln_" in name
+        is_scale = ("norm" in name or "ln_" in name) and not isinstance(model, Gemma3ForCausalLM)
         parameter.data = noise + 1.0 if is_scale and name.endswith("weight") else noise
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
@@ -144,6 +172,7 @@ def main() -> None:
         "gpt2": gpt2(),
         "mixtral": mixtral(),
         "deepseek": deepseek(),
+        "gemma3": gemma3(),
     }
     for name, model in ((n, m) for n, m in models.items() if n in (sys.argv[1:] or models)):
         np.savez_compressed(Path(__file__).parent / f"{name}.npz", **golden(model))
