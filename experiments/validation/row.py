@@ -69,12 +69,13 @@ def plan_text(
     batch: Iterable[str] = ("fsdp",),
     sequence_parallel: bool = False,
     method: Mapping[str, str | int] | None = None,
+    mlp: Mapping[str, Sequence[str]] | None = None,
     flags: Sequence[str] = (),
 ) -> str:
     """A mesh file. Axes of size one are left out, and with them what they would split.
 
     fsdp, batch: the axes that split `embed` of the weights, and the batch; `tensor` splits heads, MLP and
-    vocabulary, `stage` the layers, `expert` the experts.
+    vocabulary, `stage` the layers, `expert` the experts. mlp: what splits the MLP's weights instead.
     """
     used = {name: size for name, size in axes.items() if size > 1}
     params = {"embed": [axis for axis in fsdp if axis in used]}
@@ -87,13 +88,14 @@ def plan_text(
     tables = {
         "axes": {name: str(size) for name, size in used.items()},
         "params": {name: _list(names) for name, names in params.items() if names},
+        "blocks.mlp.params": {name: _list(names) for name, names in (mlp or {}).items()},
         "activations": {name: _list(names) for name, names in activations.items() if names},
         "method": {key: json.dumps(value) for key, value in (method or {}).items()},
         "compiler": {"flags": json.dumps(list(flags))} if flags else {},
     }
     lines = [f'on = "{machine}"']
     for table, entries in tables.items():
-        lines += [f"[{table}]", *(f"{key} = {value}" for key, value in entries.items())]
+        lines += [f"[{table}]", *(f"{key} = {value}" for key, value in entries.items())] if entries else []
     return "\n".join(lines) + "\n"
 
 

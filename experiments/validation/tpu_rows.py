@@ -19,11 +19,11 @@ TORI = {  # chips of one slice -> its torus; Google Cloud TPU documentation, v6e
     ("v5p", 512): "8x8x8",
 }
 NO_MODEL = {
-    "gemma3-12b": "Gemma 3's layers (local and global attention, soft norms)",
     "deepseek3-671b": "multi-token prediction, as MaxText trains DeepSeek-V3",
     "llama4-17b-128e": "Llama 4's layers (chunked attention, experts in every second layer)",
     "llama4-17b-16e": "Llama 4's layers (chunked attention)",
 }
+LOSS_PARTS = {"gemma3-12b": 16}  # num_vocab_tiling of its three recipes; the others have none
 OFFLOAD_NOTE = "full recomputation on the device; theirs keeps some inputs of products on the host"
 
 
@@ -61,12 +61,16 @@ def _case(row: Row, line: Mapping[str, str], chips: int) -> Row:
         method["products"] = "int8"
     if model.num_experts:
         method["experts"] = "dropless"
+    if name in LOSS_PARTS:
+        method["loss_parts"] = LOSS_PARTS[name]
     text = plan_text(
         f"{row.chip}:{torus}" + (f"*{slices}" if slices > 1 else ""),
         axes,
         batch=("data", "fsdp"),
         sequence_parallel=True,
         method=method,
+        # MaxText's fsdp_transpose splits kernels of the MLP along its width, all others along `embed`.
+        mlp={"embed": (), "mlp": ("fsdp",)} if line["ici_fsdp_transpose"] == "-1" else None,
     )
     if line["remat_policy"] != "full":
         row = replace(row, notes=(OFFLOAD_NOTE,))

@@ -17,6 +17,7 @@ from shardlab.model.experts import Load
 from shardlab.model.groups import Body, scan_in_groups
 from shardlab.model.layer import Layer, for_products
 from shardlab.model.layers import Norm, Projection, parameter, weight
+from shardlab.model.loss import cross_entropy, in_parts
 from shardlab.model.runtime import Runtime, checkpointed
 from shardlab.spec.models import ModelConfig, Stack
 
@@ -65,11 +66,43 @@ class Transformer(nnx.Module):
     def logits_and_load(self, tokens_BxL: jax.Array, run: Runtime) -> tuple[jax.Array, Load | None]:
         """Logits of every position, and the load of the experts of all layers [N, G, X], where there are
         any."""
-        position_L = run.positions_of(tokens_BxL.shape[1])
         table_VxE = self._table(run)
+        x_BxLxE, load = self._states(table_VxE, tokens_BxL, run)
+        return self._logits(table_VxE, x_BxLxE, run), load
+
+    def loss_and_load(
+        self,
+        tokens_BxL: jax.Array,
+        targets_BxL: jax.Array,
+        run: Runtime,
+        *,
+        z_loss: float = 0.0,
+        parts: int = 1,
+    ) -> tuple[jax.Array, Load | None]:
+        """Mean cross-entropy, and the load as `logits_and_load` has it. parts: of the tokens, of which one
+        has logits at a time."""
+        table_VxE = self._table(run)
+        x_BxLxE, load = self._states(table_VxE, tokens_BxL, run)
+        if parts == 1:
+            return cross_entropy(self._logits(table_VxE, x_BxLxE, run), targets_BxL, z_loss=z_loss), load
+        tied = self.config.tied_embeddings
+        head, product = (table_VxE, "ble,ve->blv") if tied else (weight(self.head.kernel, run), "ble,ev->blv")
+
+        def loss_of(head: jax.Array, x_BxLxE: jax.Array, targets_BxL: jax.Array) -> jax.Array:
+            with jax.named_scope("head"):
+                logits = self._masked(jnp.einsum(product, x_BxLxE, head), run)
+            return cross_entropy(logits, targets_BxL, z_loss=z_loss)
+
+        return in_parts(loss_of, parts, head, x_BxLxE, targets_BxL), load
+
+    def _states(
+        self, table_VxE: jax.Array, tokens_BxL: jax.Array, run: Runtime
+    ) -> tuple[jax.Array, Load | None]:
+        """What the head takes, x_BxLxE, and the load."""
+        position_L = run.positions_of(tokens_BxL.shape[1])
         x_BxLxE = self._embed(table_VxE, tokens_BxL, position_L, run)
         x_BxLxE, _, load = self._through_layers(x_BxLxE, position_L, run)
-        return self._logits(table_VxE, self._final(x_BxLxE, run), run), load
+        return self._final(x_BxLxE, run), load
 
     def prefill(self, tokens_BxL: jax.Array, run: Runtime) -> tuple[jax.Array, Cache]:
         """Logits of the last position [B, V], and the cache of the prompt (see `Cache`)."""
@@ -112,9 +145,12 @@ class Transformer(nnx.Module):
                 logits = jnp.einsum("ble,ve->blv", x_BxLxE, table_VxE)
             else:
                 logits = self.head(x_BxLxE, run)
-            logits = run.constrain(logits, ("batch", "seq", "vocab")).astype(jnp.float32)
-            real_V = jnp.arange(self.config.padded_vocab) < self.config.vocab
-            return jnp.where(real_V[None, None], logits, MASKED)
+            return self._masked(logits, run)
+
+    def _masked(self, logits_BxLxV: jax.Array, run: Runtime) -> jax.Array:
+        logits_BxLxV = run.constrain(logits_BxLxV, ("batch", "seq", "vocab")).astype(jnp.float32)
+        real_V = jnp.arange(self.config.padded_vocab) < self.config.vocab
+        return jnp.where(real_V[None, None], logits_BxLxV, MASKED)
 
     def _embed(
         self, table_VxE: jax.Array, tokens_BxL: jax.Array, position: jax.Array, run: Runtime

@@ -17,7 +17,6 @@ from jax.typing import DTypeLike
 from shardlab.errors import Infeasible
 from shardlab.model.cache import Cached, KeysValues, Latent, Slots, first_seen
 from shardlab.model.experts import balance_term
-from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import (
     Cache,
@@ -275,8 +274,9 @@ def _loss_and_gradients(setup: _Setup, z_loss: float) -> LossAndGradients:
 
         def loss_of(trained: Params, frozen: Params, tokens: jax.Array, targets: jax.Array) -> jax.Array:
             params = adapted({**frozen, **trained})
-            logits_BxLxV, load = with_params(setup.model, params).logits_and_load(tokens, run)
-            loss = cross_entropy(logits_BxLxV, targets, z_loss=z_loss)
+            loss, load = with_params(setup.model, params).loss_and_load(
+                tokens, targets, run, z_loss=z_loss, parts=plan.method.loss_parts
+            )
             return loss if load is None else loss + balance_term(load, model, taken, within)
 
         def of_trained(params: Params, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, Params]:

@@ -83,6 +83,7 @@ class Case(BaseModel):
         plan = self.plan
         found = obstacles(plan, self.model.layers, self.workload)
         found |= _model_obstacles(plan, self.model) | _locality_obstacles(plan, self.model, self.seq)
+        found |= _loss_obstacles(plan, self.seq) if self.workload == "train" else {}
         found |= experts_obstacles(
             self.model, plan.params_in("moe"), plan.activations, plan.method, self.workload
         )
@@ -113,6 +114,15 @@ def _model_obstacles(plan: Plan, model: ModelConfig) -> dict[str, str]:
         where = "in a pipeline" if plan.method.pipeline != "none" else "beside dense layers"
         found[f"layers that differ in positions {where}: not built yet"] = "pipeline = 'none'"
     return found
+
+
+def _loss_obstacles(plan: Plan, seq: int) -> dict[str, str]:
+    """Parts of the tokens that are not alike."""
+    ways, parts = num_ways(plan.activations.get("seq", ()), plan.axes), plan.method.loss_parts
+    if parts == 1 or seq % (ways * parts) == 0:
+        return {}
+    what = f"loss_parts = {parts} of {seq} tokens" + (f" over {ways} devices" if ways > 1 else "")
+    return {what: f"seq a multiple of {ways * parts}"}
 
 
 def _locality_obstacles(plan: Plan, model: ModelConfig, seq: int) -> dict[str, str]:

@@ -203,8 +203,11 @@ def method_problems(method: Method, where: Where) -> list[Problem]:
     if method.accumulate < 1:
         what = f"{method.accumulate} microbatches"
         problems.append(Problem(where(("method", "accumulate")), what, "use 1 or more"))
-    if method.chunk < 1:
-        problems.append(Problem(where(("method", "chunk")), f"{method.chunk}", "use 1 or more"))
+    problems += [
+        Problem(where(("method", key)), f"{value}", "use 1 or more")
+        for key, value in (("chunk", method.chunk), ("loss_parts", method.loss_parts))
+        if value < 1
+    ]
     return problems
 
 
@@ -254,6 +257,9 @@ def _pipeline_method_problems(method: Method) -> list[tuple[KeyPath, str, str]]:
                 "say microbatches alone",
             )
         )
+    if method.loss_parts > 1:
+        what = f"{method.loss_parts}: the last stage of a pipeline has a microbatch's logits at once"
+        problems.append((("method", "loss_parts"), what, "remove it, or say more microbatches"))
     if method.remat == "offload":
         what = f"{quoted(method.remat)} with a pipeline, whose stages keep things in the device's memory"
         problems.append((("method", "remat"), what, 'use "full", "selective" or "matmuls"'))

@@ -24,6 +24,7 @@ class Method(BaseModel):
     microbatches: int | None = None
     virtual_stages: int | None = None
     accumulate: int = 1
+    loss_parts: int = 1
     context: Literal["none", "all-gather", "ring", "ulysses", "ring+ulysses"] = "none"
     experts: str = "dropless"
     remat: Literal["none", "full", "selective", "matmuls", "offload"] = "full"

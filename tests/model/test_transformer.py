@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shardlab.model.cache import Slots
-from shardlab.model.loss import cross_entropy
+from shardlab.model.loss import cross_entropy, in_parts
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import Params, abstract_model, as_used, to_params, with_params
 from shardlab.spec.models import ModelConfig
@@ -229,3 +229,19 @@ def test_parameters_cast_beforehand_give_the_same_bits(config: ModelConfig) -> N
     assert in_f32 == {path for path in params if "norm/" in path or "router/" in path}
     logits, again = (with_params(model, held)(tokens, run) for held in (params, cast))
     np.testing.assert_array_equal(logits, again)
+
+
+def test_a_loss_in_parts_is_the_loss() -> None:
+    """And so are its gradients; every weight and token counts once."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    head_VxE, x_BxLxE = jax.random.normal(keys[0], (50, 8)), jax.random.normal(keys[1], (2, 12, 8))
+    targets_BxL = jax.random.randint(keys[2], (2, 12), 0, 50)
+
+    def loss_of(head_VxE: jax.Array, x_BxLxE: jax.Array, targets_BxL: jax.Array) -> jax.Array:
+        return cross_entropy(jnp.einsum("ble,ve->blv", x_BxLxE, head_VxE), targets_BxL, z_loss=0.1)
+
+    whole, parts = (
+        jax.value_and_grad(loss, argnums=(0, 1))(head_VxE, x_BxLxE, targets_BxL)
+        for loss in (loss_of, partial(in_parts, loss_of, 3))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, parts)

@@ -80,7 +80,17 @@ def rows() -> list[Row]:
         Row(asked(D8, "zero2"), "data parallel, ZeRO-2"),
         Row(asked(F8), "FSDP"),
         Row(asked(F8, remat="none"), "FSDP"),
-        Row(asked(FT, "seq"), "FSDP, tensor parallel, sequence parallel (Megatron)", "matrix", GEMMA),
+        Row(
+            asked(FT, "seq", loss_parts=4),
+            "FSDP, tensor parallel, sequence parallel (Megatron)",
+            "matrix",
+            GEMMA,
+        ),
+        Row(asked(TY, loss_parts=2), "2-D tensor parallel"),
+        Row(
+            asked({"data": 2, "ring": 2, "ulysses": 2}, context="ring+ulysses", loss_parts=2),
+            "data parallel, " + CONTEXTS["ring+ulysses"],
+        ),
         Row(asked(FT, "seq"), "FSDP, tensor parallel, sequence parallel (Megatron)", model=WINDOW),
         Row(asked(DF, remat="selective"), "HSDP", model=GEMMA),
         Row(asked(TY), "2-D tensor parallel", model=GEMMA),

@@ -187,6 +187,7 @@ def on_one_device() -> np.ndarray:
             {}, replace(SMALL, positions="learned", context=8), "8 learned positions", id="positions"
         ),
         pytest.param({"accumulate": 3}, SMALL, "3 microbatches", id="microbatches"),
+        pytest.param({"loss_parts": 3}, SMALL, "loss_parts = 3 of 16 tokens", id="loss-parts"),
     ],
 )
 def test_what_the_model_lacks(method: dict[str, object], model: ModelConfig, reason: str) -> None:
