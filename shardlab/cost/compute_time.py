@@ -168,7 +168,9 @@ def attention_share(shape: AttentionShape, chip: str, kernel: str) -> float:
     """A fused attention kernel's FLOP/s over the peak of the chip that it was measured on.
 
     By sequence length (log2), at the nearest measured head width; backward with a mask as much slower as
-    forward is. A chip of which one point is known takes the curve of its kernel on H100 through that point.
+    forward is. Length matters by the keys that a block of queries meets: those of a window are as many as of
+    a causal mask over twice as much. A chip of which one point is known takes its kernel's curve on H100
+    through that point.
     """
     own = _anchor(chip, shape.backward)
     if own is None:
@@ -197,6 +199,7 @@ def _anchor(chip: str, backward: bool) -> _Anchor | None:
 def _measured_share(shape: AttentionShape, chip: str, kernel: str) -> float:
     rows = [row for row in attention_kernels() if (row.chip, row.kernel) == (chip, kernel)]
     length = max(shape.queries, shape.keys)
+    length = min(length, 2 * shape.window) if shape.window else length
     if shape.backward and shape.causal:
         forward = AttentionShape(shape.queries, shape.keys, shape.head_dim, True, False, shape.dtype)
         full = AttentionShape(shape.queries, shape.keys, shape.head_dim, False, False, shape.dtype)

@@ -39,7 +39,8 @@ NO_FLOPS = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What a fused attention kernel's speed depends on: positions, width of a head, mask and direction."""
+    """What a fused attention kernel's speed depends on: positions, width of a head, mask (window: of one that
+    has one, else 0) and direction."""
 
     queries: int
     keys: int
@@ -47,6 +48,7 @@ class AttentionShape:
     causal: bool
     backward: bool
     dtype: str
+    window: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,7 @@ def _cudnn_attention(target: str, call: Instruction, operands: Sequence[Shape | 
         else ""
     )
     dtype = operands[0].dtype if operands[0] is not None else ""
-    shape = AttentionShape(queries, keys, D, causal, "Backward" in target, dtype)
+    shape = AttentionShape(queries, keys, D, causal, "Backward" in target, dtype, window)
     return Work("attention", 2 * batch * heads * pairs * per_pair, note, shape, batch * heads)
 
 
@@ -178,19 +180,20 @@ def _splash_attention(call: Instruction, operands: Sequence[Shape | None]) -> Wo
         raise NotCountedError("splash attention with an empty block mask")
     causal = len(positions) % 2 == 1 and q[-2] == k[-2]
     windowed = _SPLASH_WINDOW.search(metadata(call).op_name)
-    if causal and windowed:
+    window = int(windowed[1]) if causal and windowed else 0
+    if window:
         # The grid holds as many blocks as one query, or one key, meets: the other side has all. Tiles of a
         # kernel with a window are square.
         query_blocks = key_blocks = max(query_blocks, key_blocks)
-        blocks = window_blocks(query_blocks, q[-2] // query_blocks, int(windowed[1]))
+        blocks = window_blocks(query_blocks, q[-2] // query_blocks, window)
     else:
         blocks = causal_blocks(query_blocks, key_blocks) if causal else query_blocks * key_blocks
     pairs = q[-2] * k[-2] * blocks // (query_blocks * key_blocks)
-    said = f"a window of {windowed[1]}" if windowed else "causal"
+    said = f"a window of {window}" if window else "causal"
     note = f"splash attention: taken as {said}, tiles on the diagonal counted whole" if causal else ""
     flops = 2 * math.prod(q[:-2]) * pairs * _splash_products(call, D, Dv)
     dtype = next((s.dtype for s in operands if s is not None and s.dtype.startswith(("bf", "f"))), "")
-    shape = AttentionShape(q[-2], k[-2], D, causal, "_fwd" not in call.name, dtype)
+    shape = AttentionShape(q[-2], k[-2], D, causal, "_fwd" not in call.name, dtype, window)
     return Work("attention", flops, note, shape)
 
 
