@@ -191,6 +191,7 @@ def context_rows() -> list[Row]:
         Row(asked(CT, "seq", context="all-gather"), f"{MEGATRON}, {GATHER}"),
         Row(asked(DCT, "seq zero1", context="ulysses"), f"data parallel, ZeRO-1, {MEGATRON}, {ULYSSES}"),
         Row(asked(FC, context="ulysses"), f"FSDP, {ULYSSES}", model=CHUNKS),
+        Row(asked(FC, context="ulysses", loss_parts=2), f"FSDP, {ULYSSES}", model=GEMMA),
         Row(asked(RU, context="ring+ulysses"), BOTH),
         Row(asked(RUT, "seq", context="ring+ulysses"), f"{MEGATRON}, {BOTH}"),
         Row(asked({"context": 2, "tensor": 2, "y": 2}, context="ring"), f"2-D tensor parallel, {RING}"),
