@@ -16,7 +16,7 @@ SUITED = replace(SMALL, head_dim=64)
         pytest.param("cpu", 128, 64, "reference", "", id="cpu"),
         pytest.param("gpu", 128, 64, "cudnn", "", id="gpu"),
         pytest.param("gpu", 100, 64, "cudnn", "", id="gpu-any-length"),
-        pytest.param("gpu", 128, 12, "reference", "multiple of 8", id="gpu-odd-head"),
+        pytest.param("gpu", 128, 12, "reference", "multiples of 8", id="gpu-odd-head"),
         pytest.param("gpu", 128, 264, "reference", "up to 256", id="gpu-huge-head"),
         pytest.param("tpu", 128, 64, "splash", "", id="tpu"),
         pytest.param("tpu", 100, 64, "reference", "tiles of 128", id="tpu-odd-length"),
