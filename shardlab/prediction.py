@@ -13,10 +13,11 @@ from shardlab.attribute.collectives import KINDS
 from shardlab.attribute.edges import CallSite, CallSites
 from shardlab.attribute.members import Members
 from shardlab.cost.compute_time import ATTENTION_KERNEL, ComputeTimes, compute_times
+from shardlab.cost.hbm import Traffic
 from shardlab.cost.instructions import InstructionCost, StepCost
 from shardlab.cost.timeline import Timeline, simulate
 from shardlab.cost.together import TimePart, timelines_together
-from shardlab.cost.walk import Kernel, Place, Transfer
+from shardlab.cost.walk import COPIES, FROM_HOST, TO_HOST, Kernel, Place, Transfer
 from shardlab.hardware.machine import Chip, Machine
 from shardlab.hardware.measured import step_errors
 from shardlab.hlo.attributes import channel_id, frontend_attributes
@@ -137,7 +138,22 @@ def kernels(part: Attributed, cost: StepCost, times: ComputeTimes) -> dict[Place
 
 
 def _kernel(row: InstructionCost, time_s: float | None) -> Kernel:
-    return Kernel(name=row.name, kind=row.kind, layer=row.layer, phase=row.phase, time_s=time_s)
+    return Kernel(
+        name=row.name,
+        kind=row.kind,
+        layer=row.layer,
+        phase=row.phase,
+        time_s=time_s,
+        beside=_copies_on(row.traffic),
+    )
+
+
+def _copies_on(traffic: Traffic | None) -> str:
+    """A chip copies to its host over the link one way while it copies from it, and while it fills its own
+    fast memory."""
+    if traffic is None or not traffic.host_bytes:
+        return COPIES
+    return FROM_HOST if traffic.written_bytes > traffic.read_bytes else TO_HOST
 
 
 def _together(one: Kernel, other: Kernel) -> Kernel:

@@ -91,6 +91,30 @@ def predicted(found: CaseReport) -> Prediction:
     return found.predicted
 
 
+HOST = """\
+HloModule step, is_scheduled=true, num_partitions=8
+
+ENTRY main {
+  x = bf16[256,1048576]{1,0} parameter(0)
+  h = bf16[256,1048576]{1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  out = (bf16[256,1048576]{1,0:S(5)}, bf16[256,1048576]{1,0}, u32[]{:S(2)}) copy-start(x)
+  back = (bf16[256,1048576]{1,0}, bf16[256,1048576]{1,0:S(5)}, u32[]{:S(2)}) copy-start(h)
+  here = bf16[256,1048576]{1,0} copy-done(back)
+  ROOT there = bf16[256,1048576]{1,0:S(5)} copy-done(out)
+}
+"""
+
+
+def test_copies_to_the_host_and_back_go_on_at_once() -> None:
+    """Half a GiB each way at 32 GB/s each way; nothing is computed meanwhile."""
+    line = predicted(
+        report_case(case(machine="v6e:2x4"), program(HOST, "tpu"), load_machine("v6e:2x4"))
+    ).timeline
+    assert line.step_time_s == pytest.approx(2**29 / 32e9, rel=1e-3)
+    assert {event.stream for event in line.root.events} == {"to host", "from host"}
+    assert (line.compute_s, line.communication_s) == (0, 0)
+
+
 def test_json_has_the_prediction_of_the_contract() -> None:
     found = made()
     document = to_json(found)["prediction"]

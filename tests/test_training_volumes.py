@@ -79,6 +79,15 @@ def test_offload_moves_activations_to_the_host_and_back(machine: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.tpu
+def test_named_activations_move_to_the_host_and_back() -> None:
+    """What attention gives has a row sum per head with it, in f32."""
+    program = compiled("v5e:2x4", 'remat = {keep = ["up"], offload = ["input", "query", "attention"]}')
+    per_token = (EMBED + 2 * HEADS * HEAD_DIM) * BF16_BYTES + HEADS * 4
+    assert cost_of(program).host_bytes == 2 * LAYERS * TOKENS * per_token
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("machine", [GPU, TPU])
 def test_offload_frees_at_least_what_it_moves(machine: str) -> None:
     kept, offloaded = (compiled(machine, f'remat = "{remat}"').memory for remat in ("none", "offload"))

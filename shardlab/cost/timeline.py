@@ -3,10 +3,10 @@
 The scheduled program is walked in its own order. A synchronous collective holds up the compute stream; an
 asynchronous one runs beside it from its start to its done, on its stream: of a GPU one for NCCL collectives
 and one for point-to-point transfers; of a TPU one for each set of mesh axes and one for DCN. Copies that are
-started and awaited (DMA) have a stream too. Transfers that share a tier share its rate (`cost/flows.py`).
-A loop is one iteration from a quiet start, as often as it runs; what is under way when it begins goes on
-beside it. A loop over the ticks of a pipeline is walked tick by tick on every stage (`cost/stages.py`). What
-a computation leaves under way is awaited at its end.
+started and awaited (DMA) have a stream too, and those to and from the host's memory one each. Transfers that
+share a tier share its rate (`cost/flows.py`). A loop is one iteration from a quiet start, as often as it
+runs; what is under way when it begins goes on beside it. A loop over the ticks of a pipeline is walked tick
+by tick on every stage (`cost/stages.py`). What a computation leaves under way is awaited at its end.
 """
 
 from __future__ import annotations

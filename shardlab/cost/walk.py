@@ -14,18 +14,20 @@ from shardlab.cost.stages import staged
 from shardlab.hlo.module import Computation, Instruction, Module
 
 Place = tuple[str, str]  # computation and instruction
-COMPUTE, COPIES = "compute", "copies"
+COMPUTE, COPIES, TO_HOST, FROM_HOST = "compute", "copies", "to host", "from host"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """What the compute stream does for one instruction. time_s: None where it cannot be known."""
+    """What the compute stream does for one instruction. time_s: None where it cannot be known. beside: the
+    stream on which it runs where it is started and awaited."""
 
     name: str
     kind: str
     layer: str
     phase: str
     time_s: float | None
+    beside: str = COPIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,14 +238,14 @@ class _Run:
         event = Event(
             name=kernel.name,
             kind=kernel.kind,
-            stream=COPIES if beside else COMPUTE,
+            stream=kernel.beside if beside else COMPUTE,
             layer=kernel.layer,
             phase=kernel.phase,
             start_s=self.now_s,
             duration_s=kernel.time_s * self.walk.slowed,
         )
         if beside:
-            self._start(instruction.name, event, {COPIES: 1.0})
+            self._start(instruction.name, event, {kernel.beside: 1.0})
         else:
             self._compute(event)
 

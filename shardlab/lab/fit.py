@@ -80,7 +80,7 @@ class _Fitting:
         first = rows[0].needed_bytes
         return Fit(
             rows=tuple(replace(row, saved_bytes=_less(first, row.needed_bytes)) for row in rows),
-            remat=chosen.plan.method.remat if batch is not None else None,
+            remat=str(chosen.plan.method.remat) if batch is not None else None,
             largest_batch=batch,
             longest_seq=seq,
             advice=tuple(self._advice(rows, batch)),
@@ -109,8 +109,8 @@ class _Fitting:
 
     def _grids(self, chosen: Case) -> Iterator[tuple[str, Case]]:
         """Other grids of the same devices with the same rematerialisation, those whose state alone fits."""
-        remat = chosen.plan.method.remat
-        for other in candidates(chosen.model, chosen.load_machine(), remat if remat in REMATS else "full"):
+        remat = next((word for word in REMATS if word == chosen.plan.method.remat), "full")
+        for other in candidates(chosen.model, chosen.load_machine(), remat):
             if other.plan.axes == chosen.plan.axes:
                 continue
             try:

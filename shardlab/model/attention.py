@@ -257,6 +257,7 @@ def _splash_attention(
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
+        residual_checkpoint_name="attention",
         block_sizes=kernel.BlockSizes(
             block_q=tile,
             block_kv=tile,

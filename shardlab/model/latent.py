@@ -14,6 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from shardlab.model.cache import Caches, KeysValues, Latent
 from shardlab.model.layers import Norm, Projection, Shape, rotate, weight
@@ -61,7 +62,7 @@ class MultiHeadLatentAttention(nnx.Module):
             out_BxLxHxV, held = self._attend_to_latents(q_BxLxHxD, latent_BxLxC, caches, position, run)
         out_BxLxHxV = run.constrain(out_BxLxHxV, ("batch", "seq", "heads", None))
         with jax.named_scope("output"):
-            return self.output(out_BxLxHxV, run), held
+            return checkpoint_name(self.output(out_BxLxHxV, run), "output"), held
 
     def _queries(self, x_BxLxE: jax.Array, position: jax.Array, run: Runtime) -> jax.Array:
         """[B, L, H, N + P], the last P numbers of each head rotated."""
@@ -94,8 +95,10 @@ class MultiHeadLatentAttention(nnx.Module):
         plain, v_BxLxHxV = jnp.split(kv_BxLxHxF, [self.to.nope_dim], axis=-1)
         shared = jnp.broadcast_to(key_BxLxP[:, :, None], (*plain.shape[:-1], self.to.rope_dim))
         k_BxLxHxD = jnp.concatenate([plain, shared], axis=-1)
+        names = ("query", "key", "value")
+        q, k, v = map(checkpoint_name, (q_BxLxHxD, k_BxLxHxD, v_BxLxHxV), names)
         with jax.named_scope("kernel"):
-            return run.attention(q_BxLxHxD, k_BxLxHxD, v_BxLxHxV)
+            return run.attention(q, k, v)
 
     def _attend_to_latents(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from shardlab.model.cache import Cached, Caches
 from shardlab.model.experts import Load
@@ -43,6 +44,7 @@ class Layer(nnx.Module):
     ) -> tuple[jax.Array, Cached, Load | None]:
         """Returns the residual stream x_BxLxE, what this layer caches (or the caches of all, written), and
         the load of its experts."""
+        x_BxLxE = checkpoint_name(x_BxLxE, "input")
         with jax.named_scope("attention_norm"):
             normed = for_products(self.attention_norm(x_BxLxE, run), run)
         attention: Callable[..., tuple[jax.Array, Cached]] = self.attention

@@ -15,6 +15,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from shardlab.model.cache import Caches, KeysValues
 from shardlab.model.experts import Kernels, Load, moved_against_load
@@ -172,7 +173,7 @@ class Attention(nnx.Module):
                 out_BxLxHxD, new = run.cached_attention(q_BxLxHxD, new, caches, position)
         out_BxLxHxD = run.constrain(out_BxLxHxD, ("batch", "seq", "heads", None))
         with jax.named_scope("output"):
-            return self.output(out_BxLxHxD, run), new
+            return checkpoint_name(self.output(out_BxLxHxD, run), "output"), new
 
     def _project(self, x_BxLxE: jax.Array, position: jax.Array, run: Runtime) -> tuple[jax.Array, KeysValues]:
         """Queries [B, L, H, D], and keys and values [B, L, K, D]; queries and keys normed and rotated."""
@@ -191,7 +192,8 @@ class Attention(nnx.Module):
                 q_BxLxHxD, k_BxLxKxD = (rotate(a, turns, theta) for a in (q_BxLxHxD, k_BxLxKxD))
         if self.query_scale != 1:
             q_BxLxHxD = q_BxLxHxD * self.query_scale
-        return q_BxLxHxD, KeysValues(k_BxLxKxD, v_BxLxKxD)
+        q, k, v = map(checkpoint_name, (q_BxLxHxD, k_BxLxKxD, v_BxLxKxD), ("query", "key", "value"))
+        return q, KeysValues(k, v)
 
     def _turns(self, position: jax.Array, sees_all: bool | jax.Array) -> tuple[float | jax.Array, jax.Array]:
         """theta and scaled positions, of a layer that sees all or of one that does not; which of them it is a
@@ -232,15 +234,15 @@ class Mlp(nnx.Module):
         """Returns out_BxLxE."""
         axes = ("batch", "seq", "mlp")
         with jax.named_scope("up"):
-            up_BxLxM = run.constrain(self.up(x_BxLxE, run), axes)
+            up_BxLxM = checkpoint_name(run.constrain(self.up(x_BxLxE, run), axes), "up")
         if hasattr(self, "gate"):
             with jax.named_scope("gate"):
-                gate_BxLxM = run.constrain(self.gate(x_BxLxE, run), axes)
+                gate_BxLxM = checkpoint_name(run.constrain(self.gate(x_BxLxE, run), axes), "gate")
             hidden_BxLxM = (jax.nn.silu if self.swish else gelu)(gate_BxLxM) * up_BxLxM
         else:
             hidden_BxLxM = gelu(up_BxLxM)
         with jax.named_scope("down"):
-            return self.down(hidden_BxLxM, run)
+            return checkpoint_name(self.down(hidden_BxLxM, run), "down")
 
 
 def gelu(x: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.extend.core
@@ -18,6 +18,7 @@ from shardlab.model.attention import CausalAttention, reference_attention
 from shardlab.model.cache import CachedAttention, cached_attention
 from shardlab.model.experts import Experts, dropless, grouped_experts
 from shardlab.spec.params import LogicalAxes
+from shardlab.spec.plan_schema import NamedRemat, RematWord
 
 # Pins an activation to where the plan wants it: (array, one logical axis per dimension) -> array.
 Constrain = Callable[[jax.Array, LogicalAxes], jax.Array]
@@ -32,7 +33,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DROPLESS_ALONE = grouped_experts(dropless)
 
-Remat = Literal["none", "full", "selective", "matmuls", "offload"]
+Remat = RematWord | NamedRemat
 
 # What `Shardings.place_weight` returns carries this name, so that no remat policy keeps gathered weights for
 # the backward pass.
@@ -131,10 +132,18 @@ def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function
     arXiv:2205.05198, section 5; `parallel/training.py` sees to that) and what is elementwise; keeps what
     products, attention, and the routing of experts give. matmuls: keeps the
     results of products with weights. offload: keeps those in the host's memory (MaxText's
-    `minimal_offloaded`). Even `none` re-gathers sharded weights in the backward pass, as FSDP does: saved,
-    they would be the whole model.
+    `minimal_offloaded`). Names: keeps what `checkpoint_name` gave them (`spec/remat.py`). Even `none`
+    re-gathers sharded weights in the backward pass, as FSDP does: saved, they would be the whole model.
     """
     policies = jax.checkpoint_policies
+    if isinstance(remat, NamedRemat):
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=remat.keep,
+            names_which_can_be_offloaded=remat.offload,
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+        return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
     policy = {
         "none": _save_all_but_gathers,
         "selective": _save_what_is_costly,

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from shardlab.errors import Infeasible
+from shardlab.model.attention import CausalAttention
 from shardlab.model.cache import Cached, KeysValues, Latent, Slots, first_seen
 from shardlab.model.experts import balance_term
 from shardlab.model.runtime import Runtime
@@ -29,7 +30,7 @@ from shardlab.model.transformer import (
 from shardlab.parallel.context import order_notes, positions_of
 from shardlab.parallel.embedding import mesh_lookup
 from shardlab.parallel.experts import experts_notes, mesh_experts
-from shardlab.parallel.kernels import attention_on, choose_kernel, kv_repeats, locality_of
+from shardlab.parallel.kernels import EVERYWHERE, attention_on, choose_kernel, kv_repeats, locality_of
 from shardlab.parallel.lora import adapted, frozen_and_adapters, split_trained
 from shardlab.parallel.optimizer import (
     OptimizerConfig,
@@ -49,6 +50,7 @@ from shardlab.parallel.shardings import Shardings, shardings_of
 from shardlab.parallel.training import method_notes, training_attention, training_project
 from shardlab.parallel.weights import serving_project, small_weights
 from shardlab.spec.case import Case
+from shardlab.spec.locality import Locality
 from shardlab.spec.lora import is_adapter, trained_specs
 from shardlab.spec.names import accumulation_notes, context_split, reduced_once
 from shardlab.spec.params import LogicalAxes, ParamSpec
@@ -177,12 +179,15 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
     if compute_dtype != jnp.bfloat16 and kernel == "cudnn":
         kernel, notes = "reference", ("attention: reference instead of cudnn, because it needs bf16",)
 
+    def attending(shardings: Shardings, local: Locality) -> CausalAttention:
+        return training_attention(case, kernel, attention_on(case.plan, kernel, shardings, local))
+
     def runtime_on(shardings: Shardings) -> Runtime:
         return Runtime(
             compute_dtype=compute_dtype,
             remat=case.plan.method.remat,
-            attention=training_attention(case, attention_on(case.plan, kernel, shardings, locality_of(case))),
-            global_attention=training_attention(case, attention_on(case.plan, kernel, shardings)),
+            attention=attending(shardings, locality_of(case)),
+            global_attention=attending(shardings, EVERYWHERE),
             positions=positions_of(case.plan, shardings),
             kv_repeats=kv_repeats(case),
             cached_attention=mesh_cached_attention(shardings, partial(first_seen, case.model)),

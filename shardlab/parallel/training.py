@@ -10,6 +10,7 @@ from shardlab.model.quantise import quantised_project
 from shardlab.model.runtime import ATTENDED, Project, project
 from shardlab.parallel.lora import adapted_project
 from shardlab.spec.case import Case
+from shardlab.spec.remat import offloads
 
 
 def training_project(case: Case) -> Project:
@@ -20,9 +21,14 @@ def training_project(case: Case) -> Project:
     return base if method.lora is None else adapted_project(base, method)
 
 
-def training_attention(case: Case, attention: CausalAttention) -> CausalAttention:
-    """The kernel, which `selective` remat runs again in the backward pass: scores are not kept."""
-    return run_again(attention) if case.plan.method.remat == "selective" else attention
+def training_attention(case: Case, kernel: str, attention: CausalAttention) -> CausalAttention:
+    """The kernel, which `selective` remat runs again in the backward pass: scores are not kept. Its result
+    has a name; splash names what it keeps itself."""
+    if case.plan.method.remat == "selective":
+        return run_again(attention)
+    if kernel == "splash":
+        return attention
+    return lambda q, k, v: checkpoint_name(attention(q, k, v), "attention")
 
 
 def run_again(attention: CausalAttention) -> CausalAttention:
@@ -81,6 +87,7 @@ def _weights_note(case: Case) -> str:
 
 
 def _offload_note(case: Case, family: str) -> str:
-    if case.plan.method.remat != "offload" or case.workload != "train" or family != "cpu":
+    if not offloads(case.plan.method) or case.workload != "train" or family != "cpu":
         return ""
-    return "remat = 'offload': emulated devices have no host memory of their own, so nothing moves"
+    remat = str(case.plan.method.remat)
+    return f"remat = {remat!r}: emulated devices have no host memory of their own, so nothing moves"

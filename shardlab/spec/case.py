@@ -19,6 +19,7 @@ from shardlab.spec.params import ParamSpec, parameter_table
 from shardlab.spec.pipeline import layout_of, num_microbatches, obstacles
 from shardlab.spec.plan import Plan
 from shardlab.spec.plan_checks import grid_size
+from shardlab.spec.remat import remat_obstacles
 from shardlab.spec.serving import serving_obstacles
 from shardlab.spec.sharding import (
     ACTIVATION_ARRAYS,
@@ -87,6 +88,8 @@ class Case(BaseModel):
         found |= experts_obstacles(
             self.model, plan.params_in("moe"), plan.activations, plan.method, self.workload
         )
+        if self.workload == "train":
+            found |= remat_obstacles(plan.method, self.model)
         found |= serving_obstacles(plan.method, self.model, self.seq, self.workload)
         return found | context_obstacles(plan, self.model, self.seq, self.workload)
 

@@ -17,6 +17,7 @@ from shardlab.spec.lora import lora_problems
 from shardlab.spec.plan_checks import ACTIVATION_AXES, PARAM_AXES
 from shardlab.spec.plan_file import PlanText, read_flags_file, read_plan_text
 from shardlab.spec.plan_schema import BlockTable, Check, Method, PlanTable, RuleLists, read_table
+from shardlab.spec.remat import remat_problems
 
 __all__ = ["ACTIVATION_AXES", "PARAM_AXES", "Check", "Method", "Plan", "Rules", "load_plan", "plan_from_text"]
 
@@ -153,6 +154,7 @@ def _problems(plan: Plan, table: PlanTable, text: PlanText) -> list[Problem]:
     problems += checks.blocks_problems(table, plan.blocks, where)
     problems += checks.method_problems(plan.method, where)
     problems += lora_problems(plan.method, where)
+    problems += remat_problems(plan.method, where)
     problems += checks.pipeline_problems(plan.params, plan.activations, plan.method, where)
     problems += experts_problems(plan.params_in("moe"), plan.activations, plan.method, where)
     problems += checks.context_problems(plan.activations, plan.method, where)

@@ -260,9 +260,6 @@ def _pipeline_method_problems(method: Method) -> list[tuple[KeyPath, str, str]]:
     if method.loss_parts > 1:
         what = f"{method.loss_parts}: the last stage of a pipeline has a microbatch's logits at once"
         problems.append((("method", "loss_parts"), what, "remove it, or say more microbatches"))
-    if method.remat == "offload":
-        what = f"{quoted(method.remat)} with a pipeline, whose stages keep things in the device's memory"
-        problems.append((("method", "remat"), what, 'use "full", "selective" or "matmuls"'))
     if method.products != "bf16" and method.pipeline == "zb-h1":
         what = f"{quoted(method.products)}: ZB-H1 splits each backward product in two, in bf16"
         problems.append((("method", "products"), what, 'use "bf16", or pipeline = "1f1b"'))

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
 
 from shardlab.errors import Problem
 from shardlab.hardware.toml_file import KeyPath, Table, did_you_mean, quoted, shown
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 RuleLists = dict[str, list[str]]
+
+
+class NamedRemat(BaseModel):
+    """Activations of a layer by name (`spec.remat.ACTIVATIONS`), kept on the device or on its host."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    keep: list[str] = []
+    offload: list[str] = []
+
+    def __str__(self) -> str:
+        return ", ".join(f"{place} {' '.join(names)}" for place, names in self if names)
+
+
+RematWord = Literal["none", "full", "selective", "matmuls", "offload"]
 
 
 class Method(BaseModel):
@@ -27,7 +42,10 @@ class Method(BaseModel):
     loss_parts: int = 1
     context: Literal["none", "all-gather", "ring", "ulysses", "ring+ulysses"] = "none"
     experts: str = "dropless"
-    remat: Literal["none", "full", "selective", "matmuls", "offload"] = "full"
+    remat: Annotated[
+        Annotated[RematWord, Tag("word")] | Annotated[NamedRemat, Tag("names")],
+        Discriminator(lambda value: "names" if isinstance(value, (dict, NamedRemat)) else "word"),
+    ] = "full"
     products: Literal["bf16", "fp8", "int8"] = "bf16"
     lora: int | None = None
     lora_alpha: int | None = None
@@ -88,6 +106,7 @@ class PlanTable(BaseModel):
 _KNOWN_KEYS: Mapping[KeyPath, Sequence[str]] = {
     (): ("extends", *PlanTable.model_fields),
     ("method",): tuple(Method.model_fields),
+    ("method", "remat"): tuple(NamedRemat.model_fields),
     ("compiler",): tuple(CompilerTable.model_fields),
     ("check",): tuple(Check.model_fields),
 }
@@ -125,6 +144,8 @@ def _key_path(location: tuple[int | str, ...], table: Table) -> KeyPath:
     path: list[str] = []
     value: object = table
     for part in location:
+        if part in ("word", "names"):  # pydantic's tags, of which kind of value it took this for
+            continue
         if not isinstance(value, dict) or not isinstance(part, str) or part not in value:
             break
         path.append(part)

@@ -130,6 +130,16 @@ CASES = {
         ),
         Traffic(B, 0, B, B),
     ),
+    "back-from-the-host-a-slice-at-a-time": (
+        (
+            "h = f32[4,64,16]{2,1,0:S(5)} custom-call(), custom_call_target=\"AllocateBuffer\"",
+            "i = s32[] constant(1)",
+            "s = ((f32[4,64,16]{2,1,0:S(5)}, s32[], s32[], s32[]), f32[1,64,16]{2,1,0}, u32[]{:S(2)}) "
+            "dynamic-slice-start(h, i, i, i), dynamic_slice_sizes={1,64,16}",
+            "ROOT d = f32[1,64,16]{2,1,0} dynamic-slice-done(s)",
+        ),
+        Traffic(3 * 4, B, B, B),
+    ),
     "asynchronous-gather-counts-once": (
         (
             "s = (f32[64,16]{1,0}, f32[256,16]{1,0}) all-gather-start(x), channel_id=1, dimensions={0}, "

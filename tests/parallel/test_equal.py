@@ -49,6 +49,9 @@ GPT2 = replace(
 )
 
 
+NAMED = {"keep": ["query", "gate", "attention"], "offload": ["input", "key", "value", "output"]}
+
+
 @dataclass(frozen=True)
 class Row:
     """One combination. when: the set that runs it (default, matrix, full)."""
@@ -101,8 +104,9 @@ def rows() -> list[Row]:
         ),
         Row(asked(F8, remat="selective"), "FSDP", "matrix"),
         Row(asked(FT, "seq", remat="selective"), "FSDP, tensor parallel, sequence parallel (Megatron)"),
-        Row(asked(F8, remat="offload"), "FSDP", "matrix"),
+        Row(asked(F8, remat="offload"), "FSDP"),
         Row(asked(FT, "seq", remat="offload"), "FSDP, tensor parallel, sequence parallel (Megatron)"),
+        Row(asked(FT, "seq", remat=NAMED), "FSDP, tensor parallel, sequence parallel (Megatron)", "matrix"),
         Row(asked(F8, attention="blockwise"), "FSDP", model=GROUPED),
         Row(
             asked(FT, "seq", attention="unfused", remat="selective"),

@@ -100,6 +100,9 @@ def test_every_schedule_trains_as_one_device(schedule: str, grid: str) -> None:
     check_equal(case_of(piped(schedule, grid, **fewer), SIX))
 
 
+NAMED = {"keep": ["query", "attention", "up"]}
+
+
 @pytest.mark.parametrize(
     ("schedule", "grid", "remat"),
     [
@@ -110,9 +113,10 @@ def test_every_schedule_trains_as_one_device(schedule: str, grid: str) -> None:
         pytest.param("zb-h1", "hybrid-zero1", "none", marks=pytest.mark.full),
         pytest.param("gpipe", "tensor", "matmuls", marks=pytest.mark.full),
         pytest.param("zb-h1", "fsdp-tensor", "matmuls", marks=pytest.mark.full),
+        pytest.param("1f1b", "data", NAMED, marks=pytest.mark.full, id="names"),
     ],
 )
-def test_whatever_stages_keep_they_train_as_one_device(schedule: str, grid: str, remat: str) -> None:
+def test_whatever_stages_keep_they_train_as_one_device(schedule: str, grid: str, remat: Any) -> None:
     fewer = {"microbatches": 4} if grid in ("fsdp", "hybrid-zero1") else {}
     check_equal(case_of(piped(schedule, grid, remat=remat, **fewer), SIX))
 

@@ -21,7 +21,7 @@ def attention(remat: Remat) -> CausalAttention:
     """The reference, as a case with this rematerialization has it."""
     one = plan({"data": 8}, {}, {"batch": ("data",)}, remat=remat)
     case = Case(plan=one, model=MODELS["tiny"], machine="cpu:8", batch=8, seq=L)
-    return training_attention(case, reference_attention)
+    return training_attention(case, "reference", reference_attention)
 
 
 def kept(remat: Remat) -> list[tuple[int, ...]]:
