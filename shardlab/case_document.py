@@ -56,6 +56,7 @@ def _prediction_json(report: CaseReport) -> Json:
         compute_s=line.compute_s if line is not None else None,
         communication_s=line.communication_s if line is not None and known else report.communication_s,
         exposed_communication_s=line.exposed_communication_s if line is not None else None,
+        free_stages_step_time_s=report.free_step_s,
         mfu=report.mfu,
         tokens_per_s_per_device=report.tokens_per_s_per_device,
         communication_by_tier_s=dict(report.tier_s) if report.tier_s else None,

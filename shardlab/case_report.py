@@ -24,8 +24,9 @@ from shardlab.cost.together import CostPart, costs_together, flops_together
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.data_files import load_gpu_target
 from shardlab.hardware.machine import Machine
-from shardlab.prediction import Prediction, predict, predictions_together
+from shardlab.prediction import Prediction, free_stages_of, predict, predictions_together
 from shardlab.program import Argument, Program, Refusal
+from shardlab.spec.pipeline import schedule_of, stage_axis
 from shardlab.spec.step import AnyCase, StepCase
 
 EMULATED_NOTE = (
@@ -51,8 +52,10 @@ class CaseReport:
     attention over all devices. cost: FLOPs and HBM traffic, per instruction.
     communication_s: Σ executions · max over tiers of bytes / bandwidth (no
     latency, no overlap).
-    tier_s: the same per tier. predicted: the timeline of a step. mfu: model FLOPs over what all devices could
-    do in that step at their bf16 peak. findings: of the audit. emulated: never ranked among real ones.
+    tier_s: the same per tier. predicted: the timeline of a step. free_step_s: of a pipeline, the step where
+    each stage is a program of its own and waits for nothing but what it needs. mfu: model FLOPs over what all
+    devices could do in that step at their bf16 peak. findings: of the audit. emulated: never ranked among
+    real ones.
     """
 
     case: AnyCase
@@ -67,6 +70,7 @@ class CaseReport:
     communication_s: float | None = None
     tier_s: Mapping[str, float] | None = None
     predicted: Prediction | None = None
+    free_step_s: float | None = None
     mfu: float | None = None
     energy: Energy | None = None
     findings: tuple[Finding, ...] = ()
@@ -146,6 +150,7 @@ def report_case(
         communication_s=time.communication_s,
         tier_s=time.tier_s or None,
         predicted=predicted,
+        free_step_s=_free_step_s(case, parts, costs, machine, attention_kernel),
         mfu=_mfu(known.model_flops, predicted, machine),
         findings=audit_parts(parts, machine),
         notes=(*known.notes, *_flops_notes(cost.flops), *_prediction_notes(predicted)),
@@ -176,6 +181,18 @@ def _predicted(
             for part, cost in zip(parts, costs, strict=True)
         ]
     )
+
+
+def _free_step_s(
+    case: AnyCase, parts: tuple[Attributed, ...], costs: list[StepCost], machine: Machine, kernel: str
+) -> float | None:
+    """None where there is no pipeline, or no step time."""
+    axis = None if isinstance(case, StepCase) else stage_axis(case.plan)
+    if axis is None or len(parts) != 1:
+        return None
+    free = free_stages_of(parts[0], schedule_of(case.plan), axis)
+    found = predict(parts[0], costs[0], machine, attention_kernel=kernel, free=free) if free else None
+    return found.timeline.step_time_s if found is not None else None
 
 
 def figures_of_case(case: AnyCase, program: Program, machine: Machine) -> CaseReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from math import prod
 
 from shardlab.analysis import Attributed, CollectiveRow
 from shardlab.analysis.rows import device_ranges
@@ -15,6 +16,7 @@ from shardlab.attribute.members import Members
 from shardlab.cost.compute_time import ATTENTION_KERNEL, ComputeTimes, compute_times
 from shardlab.cost.hbm import Traffic
 from shardlab.cost.instructions import InstructionCost, StepCost
+from shardlab.cost.stages import FreeStages
 from shardlab.cost.timeline import Timeline, simulate
 from shardlab.cost.together import TimePart, timelines_together
 from shardlab.cost.walk import COPIES, FROM_HOST, TO_HOST, Kernel, Place, Transfer
@@ -23,6 +25,7 @@ from shardlab.hardware.measured import step_errors
 from shardlab.hlo.attributes import channel_id, frontend_attributes
 from shardlab.hlo.lookup import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Operand
+from shardlab.spec.schedule import Schedule
 
 NOT_VALIDATED = "not validated"
 RENDEZVOUS = "_xla_host_transfer_rendezvous"
@@ -55,9 +58,11 @@ def predict(
     slowdown: float = 1.0,
     slow_kind: int = 0,
     attention_kernel: str = ATTENTION_KERNEL,
+    free: FreeStages | None = None,
 ) -> Prediction | None:
     """The timeline of an analysed program on a machine; slowdown: of the compute of one device, of this kind.
-    attention_kernel: what stands in for a fused call (`ComputeTimes`).
+    attention_kernel: what stands in for a fused call (`ComputeTimes`). free: where the stages of a pipeline
+    are programs of their own (`free_stages_of`).
 
     None for emulated devices, programs without a schedule, and chips that no measurement is near.
     """
@@ -73,6 +78,7 @@ def predict(
         slowdown=slowdown,
         slow_kind=slow_kind,
         unknown=[entry.name for entry in part.analysis.ledger if entry.what in _NOT_TIMED],
+        free=free,
     )
     kinds = part.graph.schedule.kinds
     devices = tuple(
@@ -86,6 +92,19 @@ def predict(
         error_class=error_class(machine.chip),
         busy_s=_busy_s(cost, times),
     )
+
+
+def free_stages_of(part: Attributed, schedule: Schedule, axis: str) -> FreeStages | None:
+    """The stages of a program that runs this schedule along a mesh axis, as programs of their own. None where
+    they do not each have a table of their own.
+    """
+    mesh, kinds = part.analysis.mesh or {}, part.graph.schedule.kinds
+    if mesh.get(axis) != schedule.stages or len(kinds) != prod(mesh.values()):
+        return None
+    inner = prod(size for at, size in enumerate(mesh.values()) if at > list(mesh).index(axis))
+    found = {(device // inner % schedule.stages, kind) for device, kind in enumerate(kinds)}
+    stages = tuple(kind for _, kind in sorted(found))
+    return FreeStages(schedule, stages) if len(set(stages)) == len(stages) == schedule.stages else None
 
 
 def predictions_together(parts: Sequence[tuple[str, int, Prediction | None]]) -> Prediction | None:

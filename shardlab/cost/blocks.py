@@ -56,7 +56,7 @@ class Block:
     in which it keeps each link busy. joins: pairs of kinds of devices that its collectives join.
     """
 
-    events: tuple[Event, ...]
+    events: Sequence[Event]
     duration_s: float
     compute_s: float
     communication_s: float

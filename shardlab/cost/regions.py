@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shardlab.attribute.calls import CallGraph
@@ -58,3 +59,18 @@ class Regions:
         if tick is None:
             return None
         return next((at for at, ticks in taken[kind].items() if ticks >> tick & 1), None)
+
+    def chosen(self, name: str, kind: int, ticks: int) -> Sequence[tuple[int | None, ...]]:
+        """What `branch` gives for each conditional that a computation meets, tick by tick."""
+        columns: list[list[int | None]] = []
+        for conditional in self.met[name]:
+            if self.graph.schedule.ticks.get(conditional) is None:
+                columns.append([self.branch(conditional, kind, 0)] * ticks)
+                continue
+            column: list[int | None] = [None] * ticks
+            for at, bits in reversed(tuple(self.graph.schedule.taken[conditional][kind].items())):
+                for tick, bit in enumerate(reversed(f"{bits:0{ticks}b}"[-ticks:])):
+                    if bit == "1":
+                        column[tick] = at
+            columns.append(column)
+        return list(zip(*columns, strict=True)) if columns else [()] * ticks

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from shardlab.attribute.calls import CallGraph
 from shardlab.cost.blocks import Block, PathEntry
+from shardlab.cost.stages import FreeStages
 from shardlab.cost.walk import Kernel, Place, Transfer, Walk
 from shardlab.hlo.module import Module
 
@@ -60,17 +61,19 @@ def simulate(
     slowdown: float = 1.0,
     slow_kind: int = 0,
     unknown: Sequence[str] = (),
+    free: FreeStages | None = None,
 ) -> Timeline:
     """The timeline of a scheduled module.
 
     kernels, transfers: by the computation and the instruction that the schedule has. slowdown: of the compute
     of one device of this kind (of `graph.schedule.kinds`), the straggler that all others wait for. unknown:
-    names of what is neither a kernel nor a transfer and takes its time all the same.
+    names of what is neither a kernel nor a transfer and takes its time all the same. free: where stages run
+    free, instead of in one program.
     Raises ValueError for a module without a schedule.
     """
     if not module.is_scheduled:
         raise ValueError(f"module {module.name} is not scheduled")
-    walk = Walk(module, graph, kernels, transfers, slowdown, slow_kind)
+    walk = Walk(module, graph, kernels, transfers, slowdown, slow_kind, free)
     roots = {kind: walk.on_kind(kind) for kind in walk.kinds}
     root = max(roots.values(), key=lambda block: (block.duration_s, block.compute_s))
     missing = tuple(dict.fromkeys((*unknown, *walk.unknown)))

@@ -10,7 +10,7 @@ from shardlab.attribute.edges import CallSite
 from shardlab.cost.blocks import Block, Event, Issued, made_block
 from shardlab.cost.flows import Flow, Flows
 from shardlab.cost.regions import Regions, is_scheduled
-from shardlab.cost.stages import staged
+from shardlab.cost.stages import FreeStages, free_stages, staged
 from shardlab.hlo.module import Computation, Instruction, Module
 
 Place = tuple[str, str]  # computation and instruction
@@ -56,7 +56,8 @@ class Transfer:
 class Walk:
     """Simulates each computation once, or once for each set of branches that is taken in it.
 
-    kind, tick: for whom and when that is done now.
+    free: how stages wait for each other where they are programs of their own. kind, tick: for whom and when
+    that is done now.
     """
 
     module: Module
@@ -65,6 +66,7 @@ class Walk:
     transfers: Mapping[Place, tuple[Transfer, ...]]
     slowdown: float
     slow_kind: int
+    free: FreeStages | None = None
     unknown: list[str] = field(default_factory=list)
     kind: int = 0
     tick: int | None = None
@@ -131,7 +133,7 @@ class Walk:
     def _key(self, name: str) -> tuple[object, ...]:
         """A computation, the branches taken in it, and the kind of device where that matters."""
         taken = tuple(self.regions.branch(key, self.kind, self.tick) for key in self.regions.met[name])
-        return name, taken, self.kind if name in self.regions.staged or self.slowdown != 1 else 0
+        return name, taken, self.kind if name in self.regions.staged else self.slowed
 
     def _entered(self, name: str) -> Iterator[CallSite]:
         """The call sites of a computation that are simulated as blocks: not loops over ticks, whose turn
@@ -151,13 +153,23 @@ class Walk:
         place = loop.caller, loop.instruction.name
         if place not in self._loops:
             kind, tick = self.kind, self.tick
+            ticks = self.regions.ticks(loop) or 0
+            chosen = {each: self.regions.chosen(loop.callee, each, ticks) for each in self.kinds}
+            apart = loop.callee in self.regions.staged
+            known: dict[tuple[object, ...], Block] = {}
 
             def block(of_kind: int, at_tick: int) -> Block:
-                self.kind, self.tick = of_kind, at_tick
-                return self.block(loop.callee)
+                key = chosen[of_kind][at_tick], of_kind if apart else of_kind == self.slow_kind
+                if key not in known:
+                    self.kind, self.tick = of_kind, at_tick
+                    known[key] = self.block(loop.callee)
+                return known[key]
 
-            ticks = self.regions.ticks(loop) or 0
-            self._loops[place] = staged(loop.instruction.name, ticks, self.kinds, block)
+            name = loop.instruction.name
+            if self.free is not None and len(self.free.schedule.rows) == ticks:
+                self._loops[place] = free_stages(name, self.free, block)
+            else:
+                self._loops[place] = staged(name, ticks, self.kinds, block)
             self.kind, self.tick = kind, tick
         return self._loops[place][self.kind]
 

@@ -30,10 +30,20 @@ def step_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
     return (
         ("step time", f"{format_seconds(line.step_time_s)} predicted, {predicted.error_class}"),
         ("step is", ", ".join(parts)),
+        *_free_facts(report),
         *((("use", ", ".join(used)),) if used else ()),
         *energy_facts(report),
         ("prices", prices),
     )
+
+
+def _free_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
+    """What a pipeline would gain as a program per stage."""
+    free_s, step_s = report.free_step_s, report.step_time_s
+    if free_s is None or not step_s:
+        return ()
+    saved = percent(1 - free_s / step_s)
+    return (("stages apart", f"{format_seconds(free_s)} as a program each, {saved} less"),)
 
 
 def energy_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:

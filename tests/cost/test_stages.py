@@ -9,16 +9,21 @@ from case_reports import case
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardlab.analysis import attribute
 from shardlab.attribute.calls import call_graph
 from shardlab.case_document import to_json
 from shardlab.case_report import report_case
 from shardlab.cost.blocks import Block, Event, PathEntry
-from shardlab.cost.stages import WAIT, staged
+from shardlab.cost.stages import WAIT, FreeStages, free_stages, staged
 from shardlab.cost.timeline import Timeline, simulate
 from shardlab.cost.walk import Kernel, Transfer
 from shardlab.hardware.catalog import load_machine
 from shardlab.hlo.reader import parse
+from shardlab.prediction import free_stages_of
 from shardlab.program import Program
+from shardlab.report.step import step_facts
+from shardlab.spec.plan import Method, Plan
+from shardlab.spec.schedule import make_schedule
 
 Joins = frozenset[tuple[int, int]]
 
@@ -79,6 +84,112 @@ def test_where_all_exchange_each_tick_takes_the_longest(times: list[list[int]]) 
     every = frozenset((one, other) for one in kinds for other in kinds if one < other)
     loops = staged("loop", len(times), kinds, lambda kind, tick: block(times[tick][kind], every))
     assert {loop.duration_s for loop in loops.values()} == {sum(map(max, times))}
+
+
+@st.composite
+def ticks_of_stages(draw: st.DrawFn) -> tuple[list[list[int]], list[Block]]:
+    """Which of a few blocks each kind runs at each tick; blocks of one tick may join different kinds."""
+    kinds = draw(st.integers(1, 5))
+    pairs = st.tuples(st.integers(0, kinds), st.integers(0, kinds)).filter(lambda pair: pair[0] < pair[1])
+    made = st.builds(block, st.integers(0, 9).map(float), st.frozensets(pairs, max_size=3))
+    blocks = draw(st.lists(made, min_size=1, max_size=4))
+    one = st.integers(0, len(blocks) - 1)
+    rows = st.lists(st.lists(one, min_size=kinds, max_size=kinds), min_size=1, max_size=12)
+    return draw(rows), blocks
+
+
+@given(ticks_of_stages())
+def test_ticks_that_share_a_block_are_those_that_have_one_each(
+    asked: tuple[list[list[int]], list[Block]],
+) -> None:
+    """Walked one by one, each with a block of its own, and summed event by event."""
+    table, blocks = asked
+    kinds = range(len(table[0]))
+    loops = staged("loop", len(table), kinds, lambda kind, tick: blocks[table[tick][kind]])
+    ends, starts = dict.fromkeys(kinds, 0.0), {kind: dict[int, float]() for kind in kinds}
+    for tick, row in enumerate(table):
+        done = {kind: ends[kind] + blocks[row[kind]].duration_s for kind in kinds}
+        pairs = {pair for at in row for pair in blocks[at].joins}
+        for kind in kinds:
+            starts[kind][tick] = ends[kind]
+        ends = {
+            kind: max(
+                done[other] for other in kinds if other == kind or {(kind, other), (other, kind)} & pairs
+            )
+            for kind in kinds
+        }
+    for kind in kinds:
+        loop, own = loops[kind], [blocks[row[kind]] for row in table]
+        assert loop.duration_s == ends[kind]
+        assert loop.compute_s == pytest.approx(sum(each.compute_s for each in own))
+        assert loop.joins == {pair for each in own if each.duration_s for pair in each.joins}
+        assert sum(entry.time_s for entry in loop.path) == pytest.approx(loop.duration_s)
+        assert [(event.name, event.start_s, event.body) for event in loop.events] == [
+            (f"loop tick {tick}", starts[kind][tick], each)
+            for tick, each in enumerate(own)
+            if each.duration_s
+        ]
+
+
+F, B = 2.0, 5.0  # seconds of a chunk's forward and backward
+
+
+def free_makespan(name: str, stages: int, microbatches: int, virtual: int = 1) -> float:
+    """The last end of stages that are programs of their own."""
+    schedule = make_schedule(name, stages, microbatches, virtual)
+    seconds = {"F": block(F), "B": block(B)}
+
+    def run(kind: int, tick: int) -> Block:
+        work = schedule.rows[tick][kind]
+        assert work is not None
+        return seconds[work.kind]
+
+    found = free_stages("loop", FreeStages(schedule, tuple(range(stages))), run)
+    for loop in found.values():
+        assert loop.compute_s == microbatches * virtual * (F + B)
+        assert loop.compute_s + loop.waited_s == pytest.approx(loop.duration_s)
+    return max(loop.duration_s for loop in found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "microbatches", "virtual"),
+    [
+        ("gpipe", 4, 8, 1),
+        ("1f1b", 2, 4, 1),
+        ("1f1b", 8, 64, 1),
+        ("interleaved", 4, 8, 2),
+        ("interleaved", 8, 64, 3),
+    ],
+)
+def test_free_stages_take_what_the_papers_have(
+    name: str, stages: int, microbatches: int, virtual: int
+) -> None:
+    """m (t_f + t_b) of work and (p - 1) (t_f + t_b) of bubble, by v for v chunks a stage (arXiv:2104.04473,
+    section 2.2); here times of a chunk."""
+    work, bubble = microbatches * virtual, stages - 1
+    assert free_makespan(name, stages, microbatches, virtual) == (work + bubble) * (F + B)
+
+
+@given(st.data())
+def test_free_stages_never_take_longer_than_one_program(data: st.DataObject) -> None:
+    """Whatever items take; where stages meet only to pass what is needed, both start alike."""
+    stages = data.draw(st.integers(2, 4))
+    virtual = data.draw(st.integers(1, 3))
+    name = "interleaved" if virtual > 1 else data.draw(st.sampled_from(["gpipe", "1f1b"]))
+    schedule = make_schedule(name, stages, 2 * stages, virtual)
+    ring = frozenset((one, other) for one in range(stages) for other in range(stages) if one < other)
+    links = st.lists(st.integers(1, 9), min_size=schedule.links, max_size=schedule.links)
+    seconds = {"F": data.draw(links), "B": data.draw(links)}
+
+    def run(kind: int, tick: int) -> Block:
+        work = schedule.rows[tick][kind]
+        return block(float(seconds[work.kind][work.chunk * stages + kind]) if work else 0.0, ring)
+
+    kinds = tuple(range(stages))
+    apart = free_stages("loop", FreeStages(schedule, kinds), run)
+    together = staged("loop", len(schedule.rows), kinds, run)
+    for kind in kinds:
+        assert apart[kind].duration_s <= together[kind].duration_s
 
 
 TABLE = ((0, 1), (1, 2), (2, 0), (1, 1), (1, 0))  # tick x side: the branch, where side = partition-id / 4
@@ -190,3 +301,44 @@ def test_a_straggler_on_one_stage_holds_up_the_other() -> None:
     line = walked(frozenset({(0, 1)}), slowdown=2.0, slow_kind=1)
     assert line.step_time_s == sum(map(max, seconds_of(0), seconds_of(1, 2.0))) + 5
     assert [one.compute_s for one in line.stages] == [sum(seconds_of(0)), sum(seconds_of(1, 2.0))]
+
+
+def test_stages_are_found_along_their_axis() -> None:
+    """Four devices a stage, of which the program says which kind each is; other schedules have no tables."""
+    (part,) = attribute(
+        Program(name="m", backend="gpu", hlo_text=HLO, num_devices=8, mesh={"stage": 2, "x": 4})
+    )
+    schedule = make_schedule("gpipe", 2, 3)
+    found = free_stages_of(part, schedule, "stage")
+    assert found is not None
+    assert found.kinds == (part.graph.schedule.kinds[0], part.graph.schedule.kinds[4])
+    assert free_stages_of(part, schedule, "x") is None
+    assert free_stages_of(part, make_schedule("gpipe", 4, 3), "x") is None
+
+
+def test_a_report_says_what_stages_apart_would_take() -> None:
+    """1F1B of equal items: m + p - 1 of each kind one after another (arXiv:2104.04473, section 2.2.1). In one
+    program the last stage's forward and the first's backward wait for an exchange that they do not need."""
+    schedule = make_schedule("1f1b", 2, 2)
+    rows = [[{"F": 1, "B": 2}[work.kind] if work else 0 for work in row] for row in schedule.rows]
+    literal = "{ " + ", ".join("{ " + ", ".join(map(str, row)) + " }" for row in rows) + " }"
+    text = HLO.replace(LITERAL, literal).replace("s32[5,2]", "s32[6,2]").replace("constant(5)", "constant(6)")
+    program = Program(name="m", backend="gpu", hlo_text=text, num_devices=8, mesh={"stage": 2, "x": 4})
+    piped = Plan(
+        name="piped",
+        axes={"stage": 2, "x": 4},
+        params={"stage": ("stage",)},
+        optimizer={},
+        activations={},
+        method=Method(pipeline="1f1b", microbatches=2),
+    )
+    made = report_case(case().model_copy(update={"plan": piped}), program, load_machine("h100:1x8"))
+    assert made.predicted is not None and made.predicted.timeline.step_time_s
+    (loop,) = (event.body for event in made.predicted.timeline.root.events if event.body is not None)
+    item_s = max(tick.duration_s for tick in loop.events)
+    beside_s = made.predicted.timeline.step_time_s - loop.duration_s
+    assert made.free_step_s == pytest.approx(6 * item_s + beside_s)
+    prediction = to_json(made)["prediction"]
+    assert isinstance(prediction, dict)
+    assert prediction["free_stages_step_time_s"] == made.free_step_s
+    assert dict(step_facts(made))["stages apart"].endswith(" as a program each, 0 % less")
