@@ -63,4 +63,4 @@ class Programs:
             raise _NotNow
         self.left -= 1
         print(f"compiling {case.plan.name} on {case.machine}", file=sys.stderr, flush=True)
-        return compile_case(case, **options)  # type: ignore[arg-type]
+        return compile_case(case, scheduled_only=True, **options)  # type: ignore[arg-type]

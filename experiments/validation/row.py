@@ -68,14 +68,15 @@ def plan_text(
     fsdp: Iterable[str] = ("fsdp",),
     batch: Iterable[str] = ("fsdp",),
     sequence_parallel: bool = False,
-    method: Mapping[str, str | int] | None = None,
-    mlp: Mapping[str, Sequence[str]] | None = None,
+    method: Mapping[str, object] | None = None,
+    blocks: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
     flags: Sequence[str] = (),
 ) -> str:
     """A mesh file. Axes of size one are left out, and with them what they would split.
 
     fsdp, batch: the axes that split `embed` of the weights, and the batch; `tensor` splits heads, MLP and
-    vocabulary, `stage` the layers, `expert` the experts. mlp: what splits the MLP's weights instead.
+    vocabulary, `stage` the layers, `expert` the experts. method: values as JSON writes them, a mapping as an
+    inline table. blocks: by block family the rules of its parameters.
     """
     used = {name: size for name, size in axes.items() if size > 1}
     params = {"embed": [axis for axis in fsdp if axis in used]}
@@ -88,15 +89,23 @@ def plan_text(
     tables = {
         "axes": {name: str(size) for name, size in used.items()},
         "params": {name: _list(names) for name, names in params.items() if names},
-        "blocks.mlp.params": {name: _list(names) for name, names in (mlp or {}).items()},
         "activations": {name: _list(names) for name, names in activations.items() if names},
-        "method": {key: json.dumps(value) for key, value in (method or {}).items()},
+        "method": {key: _value(value) for key, value in (method or {}).items()},
         "compiler": {"flags": json.dumps(list(flags))} if flags else {},
     }
+    for name, rules in (blocks or {}).items():
+        kept = {key: [axis for axis in split if axis in used] for key, split in rules.items()}
+        tables[f"blocks.{name}.params"] = {key: _list(split) for key, split in kept.items()}
     lines = [f'on = "{machine}"']
     for table, entries in tables.items():
         lines += [f"[{table}]", *(f"{key} = {value}" for key, value in entries.items())] if entries else []
     return "\n".join(lines) + "\n"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {json.dumps(entry)}" for key, entry in value.items()) + "}"
+    return json.dumps(value)
 
 
 def _list(names: Iterable[str]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from shardlab.spec.models import MODELS, ModelConfig
+from shardlab.spec.remat import ACTIVATIONS
 from validation.row import Row, plan_text, read_table, with_case
 
 TORI = {  # chips of one slice -> its torus; Google Cloud TPU documentation, v6e and v5p topologies
@@ -23,8 +25,51 @@ NO_MODEL = {
     "llama4-17b-128e": "Llama 4's layers (chunked attention, experts in every second layer)",
     "llama4-17b-16e": "Llama 4's layers (chunked attention)",
 }
-LOSS_PARTS = {"gemma3-12b": 16}  # num_vocab_tiling of its three recipes; the others have none
-OFFLOAD_NOTE = "full recomputation on the device; theirs keeps some inputs of products on the host"
+# num_vocab_tiling, where a recipe has it.
+LOSS_PARTS = {("gemma3-12b", "v6e"): 16, ("llama3-405b", "v5p"): 4}
+# MaxText's names of activations, as `remat_policy: custom` has them; the reference data shortens three.
+NAMES = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"q": "query", "k": "key", "v": "value"}
+QKV = "query_proj key_proj value_proj"
+CAPACITY = "capacity 1.25"  # mixtral_8x7b_dropped and mixtral_8x22b_dropped, which the recipes run
+# AI-Hypercomputer/maxtext benchmarks/xla_flags_library.py @e591f30cb: what the recipes' models set (in
+# maxtext_trillium_model_configs.py and maxtext_v5p_model_configs.py). Left out: SparseCore flags, and
+# fused gathers, which libtpu 0.0.50 refuses on anything but v5e.
+FLAGS = {
+    "dense vmem": ("--xla_tpu_scoped_vmem_limit_kib=98304",),
+    "gemma vmem": ("--xla_tpu_scoped_vmem_limit_kib=122880",),
+    "moe vmem": ("--xla_tpu_scoped_vmem_limit_kib=81920",),
+    "data parallel overlap": (
+        "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
+        "--xla_tpu_data_parallel_opt_different_sized_ops=true",
+    ),
+    "plain fusion costs": ("--xla_tpu_use_bundle_aware_cost_model_for_fusions=false",),
+    "scatter layout": (
+        "--xla_tpu_use_minor_sharding_for_major_trivial_input=true",
+        "--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1",
+        "--xla_tpu_assign_all_reduce_scatter_layout=true",
+    ),
+    "host offload": (
+        "--xla_tpu_enable_all_experimental_scheduler_features=true",
+        "--xla_tpu_enable_scheduler_memory_pressure_tracking=true",
+        "--xla_tpu_host_transfer_overlap_limit=24",
+        "--xla_tpu_aggressive_opt_barrier_removal=ENABLED",
+        "--xla_lhs_prioritize_async_depth_over_stall=ENABLED",
+        "--xla_tpu_enable_ag_backward_pipelining=true",
+        "--xla_should_allow_loop_variant_parameter_in_chain=ENABLED",
+        "--xla_should_add_loop_invariant_op_in_chain=ENABLED",
+        "--xla_max_concurrent_host_send_recv=100",
+        "--xla_tpu_scheduler_percent_shared_memory_limit=100",
+        "--xla_latency_hiding_scheduler_rerun=2",
+    ),
+    "no collective matmul": ("--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",),
+}
+WITHOUT_COLLECTIVE_MATMUL = {
+    ("llama3.1-8b", "8"),
+    ("llama3.1-8b", "16"),
+    ("llama3.1-8b", "32"),
+    ("llama3.1-70b", "32"),
+    ("mistral-7b", "8"),
+}
 
 
 def mistral() -> ModelConfig:
@@ -56,23 +101,60 @@ def _case(row: Row, line: Mapping[str, str], chips: int) -> Row:
     tensor, expert = int(line["ici_tensor"] or 1), int(line["ici_expert"] or 1)
     inside = chips // slices // tensor // expert
     axes = {"data": slices // dcn_fsdp, "fsdp": inside * dcn_fsdp, "tensor": tensor, "expert": expert}
-    method: dict[str, str | int] = {"remat": "full"}
+    # Every recipe sets use_iota_embed, GPT-3's in the model's own file.
+    method: dict[str, object] = {"remat": remat_of(line["remat_policy"]), "lookup": "one-hot"}
     if "int8" in line["quantization"]:
         method["products"] = "int8"
     if model.num_experts:
-        method["experts"] = "dropless"
-    if name in LOSS_PARTS:
-        method["loss_parts"] = LOSS_PARTS[name]
+        method["experts"] = CAPACITY
+    if line["weight_dtype"] == "bfloat16":
+        method["state"] = "bf16"
+    if (name, row.chip) in LOSS_PARTS:
+        method["loss_parts"] = LOSS_PARTS[name, row.chip]
     text = plan_text(
         f"{row.chip}:{torus}" + (f"*{slices}" if slices > 1 else ""),
         axes,
         batch=("data", "fsdp"),
         sequence_parallel=True,
         method=method,
-        # MaxText's fsdp_transpose splits kernels of the MLP along its width, all others along `embed`.
-        mlp={"embed": (), "mlp": ("fsdp",)} if line["ici_fsdp_transpose"] == "-1" else None,
+        blocks=_blocks(line, expert),
+        flags=flags_of(row, line),
     )
-    if line["remat_policy"] != "full":
-        row = replace(row, notes=(OFFLOAD_NOTE,))
     batch = round(float(line["per_device_batch_seqs"]) * chips)
     return with_case(row, text, model, batch, int(line["seq_len_tokens"]))
+
+
+def remat_of(policy: str) -> str | dict[str, list[str]]:
+    """MaxText's `remat_policy` in our names; what it keeps on the device is the layer's input, as we do."""
+    offloaded = QKV if policy == "qkv_proj_offloaded" else policy.partition("offload")[2].partition(";")[0]
+    words = re.findall(r"\w+", offloaded.partition("(")[0])
+    return {"offload": [NAMES[word] for word in words if word in NAMES]} if words else "full"
+
+
+def _blocks(line: Mapping[str, str], expert: int) -> dict[str, dict[str, list[str]]]:
+    """Where parameters lie otherwise than `embed` over fsdp (`logical_axis_rules` of MaxText's base.yml):
+    `fsdp_transpose` splits `mlp` where a weight has it, and what is no expert's lies over its axis too."""
+    if line["ici_fsdp_transpose"]:
+        return {"mlp": {"embed": [], "mlp": ["fsdp"]}}
+    return {"attention": {"embed": ["fsdp", "expert"]}} if expert > 1 else {}
+
+
+def flags_of(row: Row, line: Mapping[str, str]) -> tuple[str, ...]:
+    """The recipe's compiler flags (`FLAGS`)."""
+    model = line["model"]
+    sets: tuple[str, ...]
+    if row.chip == "v5p":
+        sets = ("dense vmem", "host offload") if model != "gpt3-175b" else ()
+    elif model == "gpt3-175b":
+        sets = ("dense vmem", "data parallel overlap", "plain fusion costs")
+    elif model == "gemma3-12b":
+        sets = ("gemma vmem",)
+    elif model.startswith("mixtral"):
+        sets = ("moe vmem", "data parallel overlap")
+    elif model in ("llama2-70b", "llama3.1-405b"):
+        sets = ("dense vmem", "host offload") if model == "llama3.1-405b" else ("dense vmem",)
+    else:
+        sets = ("dense vmem", "host offload", "scatter layout", "data parallel overlap")
+    if (model, line["chips_total"]) in WITHOUT_COLLECTIVE_MATMUL:
+        sets = (*sets, "no collective matmul")
+    return tuple(flag for name in sets for flag in FLAGS[name])

@@ -37,12 +37,16 @@ def open_case(case: AnyCase) -> OpenedCase:
 
 
 def compile_here(
-    case: AnyCase, opened: OpenedCase, kept: Callable[[str], Program | None] | None = None
+    case: AnyCase,
+    opened: OpenedCase,
+    kept: Callable[[str], Program | None] | None = None,
+    before: Callable[[Program], None] | None = None,
 ) -> Compiled:
     """Build the case's step and compile it in this process, unless `kept` has it: as in `compile_lowered`.
     Raises UserError for what is wrong with the user's own step, which is compiled whatever is kept.
 
-    Shapes only: nothing of the model's size is allocated. Raises Infeasible or CompileFailed.
+    before: gets what is known of a case's program when it is compiled next. Shapes only: nothing of the
+    model's size is allocated. Raises Infeasible or CompileFailed.
     """
     target = opened.target
     template = Program(
@@ -64,4 +68,5 @@ def compile_here(
         lambda: step.function.trace(*step.arguments).lower(lowering_platforms=(target.platform,)),
         replace(template, notes=(*opened.notes, *step.notes)),
         kept=kept,
+        before=before,
     )

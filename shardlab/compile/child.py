@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from shardlab.compile.key import lowered_key
@@ -25,6 +26,7 @@ from shardlab.compile.request import (
     OUTCOME_FILE,
     PROGRAM_FILE,
     PROTO_FILE,
+    TEMPLATE_FILE,
     Request,
 )
 from shardlab.errors import CompileFailed, Infeasible, ShardlabError, TargetMissing, UserError
@@ -38,7 +40,12 @@ def answer(request: Request) -> None:
     from shardlab.compile.build import compile_here, open_case
 
     opened = open_case(request.case)
-    compiled = compile_here(request.case, opened, _kept(request, opened.device_ids))
+    compiled = compile_here(
+        request.case,
+        opened,
+        _kept(request, opened.device_ids),
+        before=partial(save, path=request.folder / TEMPLATE_FILE) if request.scheduled_only else None,
+    )
     if request.want_proto and compiled.executable is not None:
         from shardlab.compile.collect import serialized_modules
 

@@ -40,11 +40,13 @@ def compile_lowered(
     template: Program,
     compiler_options: Mapping[str, str] | None = None,
     kept: Callable[[str], Program | None] | None = None,
+    before: Callable[[Program], None] | None = None,
 ) -> Compiled:
     """Lower and compile; fill in what `template` does not know yet: text, memory, seconds, or the refusal.
 
     kept: the program compiled before from StableHLO (text with debug information), if there is one; it is
-    not compiled again. Raises CompileFailed when the compiler gives up for another reason than memory.
+    not compiled again. before: gets the template when it is. Raises CompileFailed when the compiler gives up
+    for another reason than memory.
     """
     started = time.monotonic()
     try:
@@ -52,6 +54,8 @@ def compile_lowered(
         found = kept(lowered.as_text(debug_info=True)) if kept is not None else None
         if found is not None:
             return Compiled(program=_as_compiled_before(template, found), executable=None)
+        if before is not None:
+            before(template)
         executable = lowered.compile(dict(compiler_options) if compiler_options else None)
     except jax.errors.JaxRuntimeError as error:
         refused = refusal(str(error))

@@ -12,6 +12,7 @@ from shardlab.spec.step import AnyCase
 # lowered, and what the store had to say.
 PROGRAM_FILE, PROTO_FILE, OUTCOME_FILE = "program", "module.pb", "outcome.json"
 KEY_FILE, MESSAGES_FILE = "lowered-key", "messages"
+TEMPLATE_FILE = "template"  # the program as far as it is known before it is compiled
 LOWERED = "lowered-"  # before a key in the store
 
 
@@ -19,7 +20,7 @@ class Request(BaseModel):
     """What the parent asks for; `folder` is an empty folder that the answer goes to.
 
     store: of programs by what they lower to, in which the child looks before it compiles; target_key: of the
-    target, for that key.
+    target, for that key. scheduled_only: the parent stops the child when the module is scheduled.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,3 +31,4 @@ class Request(BaseModel):
     find_largest_batch: bool = True
     store: Path | None = None
     target_key: str = ""
+    scheduled_only: bool = False

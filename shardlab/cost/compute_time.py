@@ -69,15 +69,14 @@ class ComputeTimes:
         if isinstance(work.shape, AttentionShape):
             if self.attention_kernel == UNFUSED:
                 return unfused_s(work.shape, work.instances, self.matmul.time_s, self._moving_s)
-            return self._kernel_s + work.flops / self._attention_rate(work.shape)
+            padded = work.flops * self._padding(work.shape.head_dim)
+            return self._kernel_s + padded / self._attention_rate(work.shape)
         edge = max(1, round((work.flops / 2) ** (1 / 3)))
         return self.matmul.time_s(MatmulShape(1, edge, edge, edge, "bf16"))
 
     def peak_s(self, flops_by_dtype: Mapping[str, int]) -> float:
         """Seconds of this work at the chip's datasheet peak for each type: what keeps it busy."""
-        classes = compute_constants()["dtype_peak"][self.chip.family]
-        rates = {dtype: self._peak * float(classes[dtype_class(dtype)]) for dtype in flops_by_dtype}
-        return sum(flops / rates[dtype] for dtype, flops in flops_by_dtype.items())
+        return sum(flops / self.matmul.peak(dtype_class(dtype)) for dtype, flops in flops_by_dtype.items())
 
     def memory_s(self, traffic: Traffic) -> float:
         """Seconds that the bytes take, without overhead. What is neither HBM nor the host's is VMEM."""
@@ -94,21 +93,22 @@ class ComputeTimes:
         """Seconds of a kernel that does no more than move these."""
         return self._kernel_s + self.memory_s(Traffic(read_bytes, written_bytes))
 
+    def _padding(self, head_dim: int) -> float:
+        """How much longer than its FLOPs say a TPU's matrix unit is busy with attention: each of its products
+        sums over a head or has one as its width, and both are padded to the unit, as of other products."""
+        unit = self.tables.mxu or 1
+        return -(-head_dim // unit) * unit / head_dim
+
     @property
     def _kernel_s(self) -> float:
         return float(compute_constants()[self.chip.family]["kernel_s"])
-
-    @property
-    def _peak(self) -> float:
-        return self.matmul.peak_flops_per_s
 
     def _attention_rate(self, shape: AttentionShape) -> float:
         """FLOP/s: the measured share of the measured chip's peak times this chip's."""
         kind = dtype_class(shape.dtype)
         if self.chip.family == "gpu" and kind == "f32":
             kind = "bf16"  # fused kernels exist for 16 bits only
-        rate = self._peak * float(compute_constants()["dtype_peak"][self.chip.family][kind])
-        return rate * attention_share(shape, self.tables.attention, self.attention_kernel)
+        return self.matmul.peak(kind) * attention_share(shape, self.tables.attention, self.attention_kernel)
 
     @property
     def basis(self) -> Mapping[str, str]:

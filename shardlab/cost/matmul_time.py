@@ -37,10 +37,12 @@ _Corner = tuple[int, ...]  # batch, m, n, k
 
 
 def dtype_class(dtype: str) -> str:
-    """Which column of the tables a dtype of HLO belongs to: f8, bf16 (with f16 and narrow integers), f32."""
+    """Which column of the tables a dtype of HLO belongs to: f8, s8 (narrow integers), bf16 (f16 too), f32."""
     if dtype.startswith(("f8", "f4e", "f6e")):
         return "f8"
-    return "bf16" if dtype in ("bf16", "f16", "s8", "u8", "s4", "u4") else "f32"
+    if dtype in ("s8", "u8", "s4", "u4"):
+        return "s8"
+    return "bf16" if dtype in ("bf16", "f16") else "f32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,20 +57,24 @@ class MatmulTimes:
     def time_s(self, shape: MatmulShape) -> float:
         """Seconds of one product, launch included."""
         kind = dtype_class(shape.dtype)
-        return self._unscaled_s(shape, kind) * self.scale.get(kind, 1.0)
+        # Integers were not measured: they reach the share of their peak that bf16 reaches.
+        return self._unscaled_s(shape, kind) * self.scale.get("bf16" if kind == "s8" else kind, 1.0)
+
+    def peak(self, kind: str) -> float:
+        """Operations per second of a `dtype_class` at most."""
+        if kind == "s8" and self.tables.s8_over_bf16 is not None:
+            return self.peak_flops_per_s * self.tables.s8_over_bf16
+        return self.peak_flops_per_s * float(compute_constants()["dtype_peak"][self.family][kind])
 
     def _unscaled_s(self, shape: MatmulShape, kind: str) -> float:
         if self.family == "cpu":
             flops = 2 * shape.batch * shape.m * shape.n * shape.k
-            return float(compute_constants()["cpu"]["kernel_s"]) + flops / self._peak(kind)
+            return float(compute_constants()["cpu"]["kernel_s"]) + flops / self.peak(kind)
         if self.family == "gpu":
             left = _grid_residual(self.tables.matmul, kind, shape.batch, shape.m, shape.n, shape.k)
-            return _tiled_s(shape, self._peak(kind), self.tables.cores) * left
+            return _tiled_s(shape, self.peak(kind), self.tables.cores) * left
         left = _curve_residual(self.tables.matmul, shape)
-        return _padded_s(shape, self._peak(kind), self.tables.mxu) * left
-
-    def _peak(self, kind: str) -> float:
-        return self.peak_flops_per_s * float(compute_constants()["dtype_peak"][self.family][kind])
+        return _padded_s(shape, self.peak(kind), self.tables.mxu) * left
 
 
 @lru_cache(maxsize=64)

@@ -72,7 +72,8 @@ class ChipTables:
     cores: streaming multiprocessors of a GPU. mxu: edge of a TPU's matrix unit. matmul: the grid (GPU) or
     the chip (TPU) whose curve is taken; measured: whether that is this chip's own. gemm, hbm, attention:
     the chip whose rows in these tables are taken. host_gb_per_s: to the host's memory, one way, per
-    chip; None where no source says.
+    chip; None where no source says. s8_over_bf16: peak of 8-bit integers as a multiple of the bf16 peak;
+    None for the family's.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ChipTables:
     mxu: int = 0
     measured: bool = False
     host_gb_per_s: float | None = None
+    s8_over_bf16: float | None = None
     source: str = ""
 
 

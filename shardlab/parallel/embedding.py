@@ -2,8 +2,7 @@
 summed.
 
 Left to the partitioner, a lookup in a table split by vocabulary gathers the whole table, and its gradient
-moves
-the activations of the whole batch.
+moves the activations of the whole batch.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ from shardlab.model.runtime import Lookup
 from shardlab.parallel.shardings import Shardings
 
 
-def mesh_lookup(shardings: Shardings) -> Lookup:
-    """table_VxE, tokens_BxL -> x_BxLxE, placed as the residual stream is.
+def mesh_lookup(shardings: Shardings, *, one_hot: bool = False) -> Lookup:
+    """table_VxE, tokens_BxL -> x_BxLxE, placed as the residual stream is. one_hot: by a product of one-hot
+    tokens with the table, as MaxText does (`use_iota_embed`), whose gradient is a product too.
 
     Where norm_seq is split by the same mesh axes as the vocabulary (sequence parallelism) the parts
     reduce-scatter.
@@ -32,7 +32,7 @@ def mesh_lookup(shardings: Shardings) -> Lookup:
         scatter = bool(vocab_axes) and stream_spec[1] == vocab_axes and tokens_spec[1] is None
 
         def local(table_VxE: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
-            x_BxLxE = _rows(table_VxE, tokens_BxL, vocab_axes)
+            x_BxLxE = (_product if one_hot else _rows)(table_VxE, tokens_BxL, vocab_axes)
             if scatter:
                 return jax.lax.psum_scatter(x_BxLxE, vocab_axes, scatter_dimension=1, tiled=True)
             return jax.lax.psum(x_BxLxE, vocab_axes) if vocab_axes else x_BxLxE
@@ -61,3 +61,9 @@ def _rows(table_VxE: jax.Array, tokens_BxL: jax.Array, vocab_axes: tuple[str, ..
     held_BxL = (local_BxL >= 0) & (local_BxL < rows)
     x_BxLxE = table_VxE.at[jnp.clip(local_BxL, 0, rows - 1)].get(mode="clip")
     return jnp.where(held_BxL[..., None], x_BxLxE, 0)
+
+
+def _product(table_VxE: jax.Array, tokens_BxL: jax.Array, vocab_axes: tuple[str, ...]) -> jax.Array:
+    """The same: the one-hot vector of a token that another device holds is zero."""
+    first = jax.lax.axis_index(vocab_axes) * table_VxE.shape[0] if vocab_axes else 0
+    return jax.nn.one_hot(tokens_BxL - first, table_VxE.shape[0], dtype=table_VxE.dtype) @ table_VxE

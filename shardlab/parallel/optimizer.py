@@ -42,7 +42,8 @@ def is_choice_bias(path: str) -> bool:
 
 def global_norm(gradients: Mapping[str, jax.Array]) -> jax.Array:
     """Of all gradients but those of choices' biases, which are loads."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for path, g in gradients.items() if not is_choice_bias(path)))
+    kept = (g.astype(jnp.float32) for path, g in gradients.items() if not is_choice_bias(path))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in kept))
 
 
 def make_optimizer(config: OptimizerConfig, table: tuple[ParamSpec, ...]) -> optax.GradientTransformation:

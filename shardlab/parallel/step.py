@@ -56,9 +56,11 @@ from shardlab.spec.names import accumulation_notes, context_split, reduced_once
 from shardlab.spec.params import LogicalAxes, ParamSpec
 from shardlab.spec.pipeline import num_microbatches, pipeline_notes
 
+STATE_DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+
 
 class TrainState(NamedTuple):
-    """What a training step updates: f32 parameters by path, and optax's state."""
+    """What a training step updates: parameters by path, and optax's state, in the type that the plan says."""
 
     params: Params
     optimizer: Any
@@ -158,7 +160,9 @@ def init_state(case: Case, mesh: Mesh, seed: int, *, optimizer: OptimizerConfig 
     adapters = tuple(spec for spec in table if is_adapter(spec.path))
 
     def create(key: jax.Array) -> TrainState:
-        base = to_stages(init_params(case.model, key, scan_layers=case.scan_layers), case)
+        fresh = init_params(case.model, key, scan_layers=case.scan_layers)
+        dtype = STATE_DTYPES[case.plan.method.state]
+        base = to_stages({path: array.astype(dtype) for path, array in fresh.items()}, case)
         params = frozen_and_adapters(base, adapters, key)
         return TrainState(params, tx.init(split_trained(params, case.plan.method)[0]))
 
@@ -194,7 +198,7 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
             last_token=mesh_last_token(case.plan, shardings),
             constrain=shardings.constrain,
             place_weight=shardings.place_weight,
-            lookup=mesh_lookup(shardings),
+            lookup=mesh_lookup(shardings, one_hot=case.plan.method.lookup == "one-hot"),
             experts=mesh_experts(case, shardings, family),
             block=(lambda name: runtime_on(shardings.within(name))) if shardings.blocks else None,
             project=training_project(case) if case.workload == "train" else serving_project(case),
@@ -238,11 +242,12 @@ def _train_step(setup: _Setup, config: OptimizerConfig, z_loss: float) -> Step:
             gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
             norm = global_norm(gradients)
             trained, frozen = split_trained(state.params, method)
+            gradients = {path: g.astype(trained[path].dtype) for path, g in gradients.items()}
             updates, optimizer = tx.update(gradients, state.optimizer, trained)
             params = {**frozen, **optax.apply_updates(trained, updates)}
         return TrainState(params, optimizer), Metrics(loss, norm)
 
-    trained, _ = split_trained(setup.abstract_params(jnp.float32), method)
+    trained, _ = split_trained(setup.abstract_params(STATE_DTYPES[method.state]), method)
     params = {**setup.abstract_params(jnp.bfloat16), **trained}  # what LoRA freezes has no f32 copy
     abstract, placed = optimizer_shardings(tx, trained, table, shardings)
     optimizer = jax.tree.map(

@@ -103,12 +103,13 @@ def _halvings(value: int) -> list[int]:
 
 
 def state_bytes(case: Case) -> int:
-    """Bytes per device of a training step's parameters and Adam's two moments, all in f32: a lower bound of
-    what it needs, known before anything is compiled. Raises Infeasible as `array_sharding` does."""
+    """Bytes per device of a training step's parameters and Adam's two moments, all of one type: a lower bound
+    of what it needs, known before anything is compiled. Raises Infeasible as `array_sharding` does."""
     plan, total = case.plan, 0
+    item_bytes = F32_BYTES if plan.method.state == "f32" else F32_BYTES // 2
     for spec in case.parameters():
         for rules, arrays in ((plan.params, 1), (plan.optimizer, 2)):
             split = array_sharding(spec.shape, spec.axes, rules, plan.axes, what=spec.path)
             ways = prod(plan.axes[axis] for axes in split for axis in axes)
-            total += arrays * F32_BYTES * spec.size // ways
+            total += arrays * item_bytes * spec.size // ways
     return total

@@ -53,6 +53,8 @@ class Method(BaseModel):
     attention: Literal["auto", "reference", "unfused", "blockwise", "cudnn", "splash"] = "auto"
     chunk: int = 1
     weights: Literal["bf16", "int8", "fp8"] = "bf16"
+    state: Literal["f32", "bf16"] = "f32"
+    lookup: Literal["rows", "one-hot"] = "rows"
 
 
 class Check(BaseModel):

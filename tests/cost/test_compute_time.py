@@ -95,6 +95,15 @@ def test_an_instruction_takes_the_longer_of_arithmetic_and_memory() -> None:
     assert times.work_s([], much) == pytest.approx(2e10 / 2.90e12 + 1e-6, rel=1e-3)
 
 
+@pytest.mark.parametrize(("head_dim", "times"), [(64, 2), (128, 2), (192, 1), (256, 1)])
+def test_heads_are_padded_to_a_tpu_s_matrix_unit(head_dim: int, times: float) -> None:
+    """Units are 256 x 256 on v6e and 128 x 128 on v5p (Google Cloud TPU docs): heads of 128 fill half of the
+    one, and all of the other; heads of 64 a quarter and a half."""
+    shape = AttentionShape(8192, 8192, head_dim, True, False, "bf16")
+    v6e, v5p = (times_of(chip).product_s(Work("attention", 10**18, shape=shape)) for chip in ("v6e", "v5p"))
+    assert v6e * 918 / (v5p * 459) == pytest.approx(times, rel=1e-3)
+
+
 def test_vmem_of_a_tpu_is_not_hbm() -> None:
     """22 times HBM's datasheet rate (scaling book, v5e), and no start of a transfer to wait for."""
     times = times_of("v5e")

@@ -29,7 +29,7 @@ from validation.row import Row, read_table
 from validation.scores import Score, ranks, score, spearman, top1_regret
 from validation.substitution import SHARED_LAYERS, SHARED_MICROBATCHES
 from validation.tables import group_lines, score_lines
-from validation.tpu_rows import tpu_recipes
+from validation.tpu_rows import remat_of, tpu_recipes
 
 from shardlab.compile import program_key
 from shardlab.errors import CompileFailed
@@ -107,11 +107,25 @@ def test_what_is_excluded_lacks_a_feature() -> None:
     reasons = {row.excluded_because for make, _ in SOURCES.values() for row in make()} - {""}
     assert {reason.split(":")[0].split(" (")[0] for reason in reasons} == {
         "fused attention in ring context parallelism",
-        "Gemma 3's layers",
         "Llama 4's layers",
         "multi-token prediction, as MaxText trains DeepSeek-V3",
         "no GPU was attached",
     }
+
+
+@pytest.mark.parametrize(
+    ("policy", "names"),
+    [
+        ("full", None),
+        ("qkv_proj_offloaded", ["query", "key", "value"]),
+        ("custom: offload decoder_layer_input", ["input"]),
+        ("custom: offload decoder_layer_input,out_proj,q,k,v", ["input", "output", "query", "key", "value"]),
+        ("custom: offload context, mlpwo (see maxtext_v5p_model_configs.py)", ["attention", "down"]),
+        ("custom: offload  ; keep decoder_layer_input ; remat query_proj+key_proj+value_proj", None),
+    ],
+)
+def test_recipes_offload_what_they_say(policy: str, names: list[str] | None) -> None:
+    assert remat_of(policy) == ("full" if names is None else {"offload": names})
 
 
 def test_mistral_has_its_published_size() -> None:

@@ -79,6 +79,8 @@ def rows() -> list[Row]:
     ONE_F_ONE_B = {"pipeline": "1f1b", "microbatches": 4}
     return [
         Row(asked(D8), "data parallel"),
+        Row(asked(D8, lookup="one-hot"), "data parallel"),
+        Row(asked(T8, "vocab", lookup="one-hot"), "tensor parallel", "matrix"),
         Row(asked(D8, "zero1"), "data parallel, ZeRO-1"),
         Row(asked(D8, "zero2"), "data parallel, ZeRO-2"),
         Row(asked(F8), "FSDP"),
