@@ -25,11 +25,14 @@ _LOCAL = frozenset({
     # markers of sharding, layout and memory, which leave no code behind
     "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "InspectSharding", "LayoutConstraint",
     "annotate_device_placement", "shape_assertion", "dce_sink", "GetPartitionId",
+    "SliceId",
     # buffers, copies on the device or to its own host, and ends of a transfer that is counted where it starts
     "AllocateBuffer", "CreateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone",
     "MoveToHost", "MoveToDevice", "PinToDevice", "PinToDeviceSram", "AssumeGatherIndicesInBound",
     "GatherScatterIndicesBitpacked", "PadToStatic", "SliceToDynamic", "X64Combine", "X64SplitHigh",
     "X64SplitLow",
+    # zeroes what pads a shard to whole tiles before it leaves its TPU slice, in place (libtpu 0.0.50)
+    "ZeroCrop",
     # arithmetic on one device
     "TopK", "ApproxTopK", "PartialReduce", "Eigh", "Qr", "LuDecomposition",
     "ProductOfElementaryHouseholderReflectors", "InvertDiagBlocksLowerTriangular",

@@ -41,7 +41,7 @@ _FREE = frozenset(_FREE_WORDS.split())
 _FREE_CALLS = frozenset({
     "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked",
     "GetPartitionId", "LayoutConstraint", "MoveToDevice", "MoveToHost", "PinToDevice", "SPMDFullToShardShape",
-    "SPMDShardToFullShape", "Sharding", "annotate_device_placement",
+    "SPMDShardToFullShape", "Sharding", "SliceId", "annotate_device_placement",
 })  # fmt: skip
 _MANY_PASSES = frozenset({"TopK", "__cub$DeviceRadixSort", "__gpu$TopK"})
 _OPAQUE = "a kernel whose memory traffic the program does not show"

@@ -32,8 +32,8 @@ NO_FLOPS = frozenset({
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart",
     "ConcatBitcast", "GatherScatterIndicesBitpacked", "GetPartitionId", "LayoutConstraint", "MoveToDevice",
     "MoveToHost", "PadToStatic", "PinToDevice", "SPMDFullToShardShape", "SPMDShardToFullShape", "Sharding",
-    "SliceToDynamic", "TopK", "X64Combine", "X64SplitHigh", "X64SplitLow", "__cub$DeviceRadixSort",
-    "__gpu$TopK", "annotate_device_placement",
+    "SliceId", "SliceToDynamic", "TopK", "X64Combine", "X64SplitHigh", "X64SplitLow", "ZeroCrop",
+    "__cub$DeviceRadixSort", "__gpu$TopK", "annotate_device_placement",
 })  # fmt: skip
 
 
