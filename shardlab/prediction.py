@@ -16,6 +16,8 @@ from shardlab.attribute.members import Members
 from shardlab.cost.compute_time import ATTENTION_KERNEL, ComputeTimes, compute_times
 from shardlab.cost.hbm import Traffic
 from shardlab.cost.instructions import InstructionCost, StepCost
+from shardlab.cost.kernels import Work
+from shardlab.cost.pieces import Pieces, in_pieces
 from shardlab.cost.stages import FreeStages
 from shardlab.cost.timeline import Timeline, simulate
 from shardlab.cost.together import TimePart, timelines_together
@@ -58,10 +60,12 @@ def predict(
     slowdown: float = 1.0,
     slow_kind: int = 0,
     attention_kernel: str = ATTENTION_KERNEL,
+    in_pieces_over: str | None = None,
     free: FreeStages | None = None,
 ) -> Prediction | None:
     """The timeline of an analysed program on a machine; slowdown: of the compute of one device, of this kind.
-    attention_kernel: what stands in for a fused call (`ComputeTimes`). free: where the stages of a pipeline
+    attention_kernel: what stands in for a fused call (`ComputeTimes`). in_pieces_over: a mesh axis whose
+    gathers and scatters run beside their products (`cost/pieces.py`). free: where the stages of a pipeline
     are programs of their own (`free_stages_of`).
 
     None for emulated devices, programs without a schedule, and chips that no measurement is near.
@@ -70,11 +74,14 @@ def predict(
     if times is None:
         return None
     times = replace(times, attention_kernel=attention_kernel)
+    found = Pieces(kernels(part, cost, times), transfers(part, machine.family))
+    if in_pieces_over is not None:
+        found = _in_pieces(part, cost, times, found, in_pieces_over)
     timeline = simulate(
         part.module,
         part.graph,
-        kernels(part, cost, times),
-        transfers(part, machine.family),
+        found.kernels,
+        found.transfers,
         slowdown=slowdown,
         slow_kind=slow_kind,
         unknown=[entry.name for entry in part.analysis.ledger if entry.what in _NOT_TIMED],
@@ -139,6 +146,21 @@ def _busy_s(cost: StepCost, times: ComputeTimes) -> float | None:
     if cost.flops.unknown or len(by_dtype) < len(cost.flops.by_dtype):
         return None
     return times.peak_s(by_dtype)
+
+
+def _in_pieces(part: Attributed, cost: StepCost, times: ComputeTimes, found: Pieces, axis: str) -> Pieces:
+    """With those collectives in pieces that run along this axis alone."""
+    sites, products = part.graph.sites, dict[Place, Sequence[Work]]()
+    for row in cost.instructions:
+        if row.matmul_flops and not row.attention_flops:
+            products[scheduled_place(sites, row.computation, row.name)] = row.products
+    ways: dict[Place, int] = {}
+    for one, collective in zip(part.analysis.collectives, part.collectives, strict=True):
+        place = scheduled_place(sites, collective.computation, collective.instruction.name)
+        cut = one.kind in ("all-gather", "reduce-scatter") and one.axes == (axis,)
+        if cut and one.group_size and len(found.transfers[place]) == 1:
+            ways[place] = one.group_size
+    return in_pieces(part.module, products, found.kernels, found.transfers, ways, times.matmul.time_s)
 
 
 def kernels(part: Attributed, cost: StepCost, times: ComputeTimes) -> dict[Place, Kernel]:

@@ -13,7 +13,8 @@ Which tests hold which strategy's bytes to a closed form (c: CPU, g: GPU, t: TPU
 - context parallelism and experts inside a pipeline: test_meeting_volumes.py c g t.
 - experts: parallel/test_experts.py, capacity c g t; dropless c, and g t as upper bounds.
 - serving: parallel/test_serving_volumes.py, decoding c g t, context parallel prefill c.
-- fp8 products under FSDP, and a TPU's scatters through windows: test_training_volumes.py g t.
+- fp8 products under FSDP g t and sequence parallelism g, and a TPU's scatters through windows:
+  test_training_volumes.py.
 - what may not appear: test_forbidden.py, one table, c g t.
 """
 

@@ -120,6 +120,51 @@ def test_fp8_products_gather_one_byte_per_weight(machine: str) -> None:
     assert gathered(list(analyze(program).collectives)) == expected
 
 
+TENSOR_PLAN = """\
+on = "h100:1x8"
+[axes]
+fsdp = 2
+tensor = 4
+[params]
+embed = ["fsdp"]
+heads = ["tensor"]
+kv_heads = ["tensor"]
+mlp = ["tensor"]
+[activations]
+batch = ["fsdp"]
+norm_seq = ["tensor"]
+[method]
+products = "{products}"
+"""
+
+
+@pytest.mark.matrix
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("products", "gathered_bytes"), [("fp8", 1), pytest.param("fp8-rowwise", 2, marks=pytest.mark.full)]
+)
+def test_fp8_partial_sums_add_up_before_they_are_scattered(products: str, gathered_bytes: int) -> None:
+    """Megatron's sequence parallelism under full remat: a layer gathers tokens before its two halves, forward
+    and again, and the gradients of the two results; it scatters the two results, one of them again (the
+    other only enters a sum), and the gradients of the two inputs, each the sum of two or three products'.
+    torchao gathers what is scaled per tensor in 8 bits, and what is scaled per row in 16. Rows of what is
+    summed over shards, 2 results, 1 again and 5 gradients, need the maxima of all shards, and so do as many
+    kernels' columns; scalars, of a scale per tensor, are not counted."""
+    plan = plan_from_text(TENSOR_PLAN.format(products=products))
+    program, _ = compiled_case(make_case(plan, MODEL, batch=BATCH, seq=SEQ))
+    sent: Counter[str] = Counter()
+    for row in analyze(program).collectives:
+        if row.axes == ("tensor",) and row.layer.startswith("layers") and row.dtypes != ("f32",):
+            assert row.executions[0] == row.executions[1]
+            sent[row.kind] += row.wire_bytes * row.executions[0]  # type: ignore[assignment]
+    tokens = BATCH // 2 * SEQ
+    once = LAYERS * Fraction(3, 4) * tokens * EMBED
+    expected = {"all-gather": 6 * once * gathered_bytes, "reduce-scatter": 5 * once * BF16_BYTES}
+    if products == "fp8-rowwise":
+        expected["all-reduce"] = LAYERS * 8 * 2 * Fraction(3, 4) * (tokens + EMBED) * BF16_BYTES
+    assert sent == expected
+
+
 @pytest.mark.full
 @pytest.mark.tpu
 def test_gradients_are_scattered_through_windows() -> None:
@@ -148,6 +193,24 @@ def test_an_h100_multiplies_in_fp8() -> None:
     again = once - 2 * LAYERS * TOKENS * EMBED * MLP
     in_fp8 = sum(flops or 0 for dtype, flops in by_dtype.items() if dtype.startswith("f8"))
     assert in_fp8 == 3 * once + again
+
+
+@pytest.mark.full
+@pytest.mark.gpu
+def test_cudnn_attention_that_is_kept_is_not_run_again() -> None:
+    """2 products forward, 5 backward; its row sums are kept with its result."""
+    flops = cost_of(compiled("h100:1x8", 'remat = {keep = ["attention"]}')).flops
+    assert flops.attention == LAYERS * (2 + 5) * 2 * BATCH // SHARDS * HEADS * HEAD_DIM * triangle(SEQ)
+
+
+@pytest.mark.matrix
+@pytest.mark.gpu
+@pytest.mark.parametrize(("loss", "arrays"), [("auto", 0), ("unfused", 4)])
+def test_an_unfused_loss_has_its_f32_arrays_in_memory(loss: str, arrays: int) -> None:
+    """Logits, their log-probabilities, and the gradients of both."""
+    rows = cost_of(compiled("h100:1x8", f'loss = "{loss}"')).instructions
+    large = [row for row in rows if row.traffic and row.traffic.written_bytes >= 4 * TOKENS * VOCAB]
+    assert sum(row.layer in ("head", "loss") for row in large) == arrays
 
 
 @pytest.mark.matrix

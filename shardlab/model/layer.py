@@ -14,7 +14,7 @@ from shardlab.model.cache import Cached, Caches
 from shardlab.model.experts import Load
 from shardlab.model.latent import MultiHeadLatentAttention
 from shardlab.model.layers import Attention, Mlp, Moe, Norm, Shape
-from shardlab.model.runtime import Runtime
+from shardlab.model.runtime import Runtime, gathered_tokens
 from shardlab.spec.models import ModelConfig
 
 
@@ -84,12 +84,12 @@ class Layer(nnx.Module):
         return residual(x_BxLxE, out_BxLxE, run), cached, load
 
 
-def for_products(x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
-    """A norm's output, first pinned where the norm was computed, then where the products want it.
-
-    Pinned at both ends the gather of sequence parallelism moves the compute type, not the norm's f32.
-    """
-    return run.constrain(run.constrain(x_BxLxE, ("batch", "norm_seq", "embed")), ("batch", "seq", "embed"))
+def for_products(x_BxLxE: jax.Array, run: Runtime) -> Any:
+    """A norm's output as products take it: gathered in the compute type, not the norm's f32; or in a smaller
+    one (`Runtime.small_tokens`)."""
+    if run.small_tokens is None:
+        return gathered_tokens(x_BxLxE, run)
+    return run.small_tokens(run.constrain(x_BxLxE, ("batch", "norm_seq", "embed")), run)
 
 
 def residual(x_BxLxE: jax.Array, out_BxLxE: jax.Array, run: Runtime) -> jax.Array:
@@ -107,7 +107,9 @@ def from_products(out_BxLxE: jax.Array, run: Runtime) -> jax.Array:
         return run.constrain(out, ("batch", "norm_seq", "embed"))
 
     def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
-        return (for_products(cotangent, run),)
+        if run.small_tokens is None:
+            return (gathered_tokens(cotangent, run),)
+        return (run.constrain(cotangent, ("batch", "norm_seq", "embed")),)
 
     place.defvjp(lambda out: (run.constrain(out, ("batch", "norm_seq", "embed")), None), backward)
     return place(out_BxLxE)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 # (the head's weight, x_BxLxE, targets_BxL) -> mean loss.
 HeadLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (f32 logits_BxLxV, targets_BxL, *, z_loss) -> mean over tokens.
+Loss = Callable[..., jax.Array]
 
 
 def cross_entropy(logits_BxLxV: jax.Array, targets_BxL: jax.Array, *, z_loss: float = 0.0) -> jax.Array:
@@ -21,12 +23,51 @@ def cross_entropy(logits_BxLxV: jax.Array, targets_BxL: jax.Array, *, z_loss: fl
     """
     with jax.named_scope("loss"):
         logsumexp_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
-        is_target_BxLxV = jnp.arange(logits_BxLxV.shape[-1])[None, None] == targets_BxL[..., None]
-        target_BxL = jnp.sum(jnp.where(is_target_BxLxV, logits_BxLxV, 0.0), axis=-1)
-        loss_BxL = logsumexp_BxL - target_BxL
-        if z_loss:
-            loss_BxL = loss_BxL + z_loss * jnp.square(logsumexp_BxL)
-        return jnp.mean(loss_BxL)
+        return _mean(logsumexp_BxL - _of_targets(logits_BxLxV, targets_BxL), logsumexp_BxL, z_loss)
+
+
+def unfused_cross_entropy(
+    logits_BxLxV: jax.Array, targets_BxL: jax.Array, *, z_loss: float = 0.0
+) -> jax.Array:
+    """The same, as frameworks compute it that run one kernel after another: logits, their log-probabilities,
+    and the gradients of both are f32 arrays in memory (PyTorch: `cross_entropy(logits.float(), targets)`)."""
+    with jax.named_scope("loss"):
+        log_p_BxLxV = _log_softmax(logits_BxLxV)
+        logsumexp_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1) if z_loss else None
+        return _mean(-_of_targets(log_p_BxLxV, targets_BxL), logsumexp_BxL, z_loss)
+
+
+def _of_targets(scores_BxLxV: jax.Array, targets_BxL: jax.Array) -> jax.Array:
+    is_target_BxLxV = jnp.arange(scores_BxLxV.shape[-1])[None, None] == targets_BxL[..., None]
+    return jnp.sum(jnp.where(is_target_BxLxV, scores_BxLxV, 0.0), axis=-1)
+
+
+def _mean(loss_BxL: jax.Array, logsumexp_BxL: jax.Array | None, z_loss: float) -> jax.Array:
+    if logsumexp_BxL is not None and z_loss:
+        loss_BxL = loss_BxL + z_loss * jnp.square(logsumexp_BxL)
+    return jnp.mean(loss_BxL)
+
+
+_in_memory = jax.lax.optimization_barrier  # nothing is fused across it
+
+
+@jax.custom_vjp
+def _log_softmax(logits_BxLxV: jax.Array) -> jax.Array:
+    return _keep_log_p(logits_BxLxV)[0]
+
+
+def _keep_log_p(logits_BxLxV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    log_p_BxLxV = _in_memory(jax.nn.log_softmax(_in_memory(logits_BxLxV)))
+    return log_p_BxLxV, log_p_BxLxV
+
+
+def _from_log_p(log_p_BxLxV: jax.Array, cotangent_BxLxV: jax.Array) -> tuple[jax.Array]:
+    d_BxLxV = _in_memory(cotangent_BxLxV)
+    total_BxL = jnp.sum(d_BxLxV, axis=-1, keepdims=True)
+    return (_in_memory(d_BxLxV - jnp.exp(log_p_BxLxV) * total_BxL),)
+
+
+_log_softmax.defvjp(_keep_log_p, _from_log_p)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from shardlab.model.attention import CausalAttention, reference_attention
 from shardlab.model.cache import CachedAttention, cached_attention
 from shardlab.model.experts import Experts, dropless, grouped_experts
+from shardlab.model.loss import Loss, cross_entropy
 from shardlab.spec.params import LogicalAxes
 from shardlab.spec.plan_schema import NamedRemat, RematWord
 
@@ -42,6 +43,9 @@ GATHERED_WEIGHT = "gathered_weight"
 # What attention gives under `selective` remat carries this name: it is kept.
 ATTENDED = "attended"
 
+# What cuDNN's attention is in a forward pass: its result and its row sums.
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+
 # What `selective` remat does not do again: products, and finding and sending experts' tokens.
 COSTLY = {
     "dot_general",
@@ -58,6 +62,12 @@ def keep(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     """Leave the array where it is: what `constrain` and `place_weight` do without a mesh."""
     del axes
     return x
+
+
+def whole(axis: str | None) -> int:
+    """The shards of an axis without a mesh: one."""
+    del axis
+    return 1
 
 
 def take_rows(table_VxE: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
@@ -92,7 +102,10 @@ class Runtime:
     cached_attention: of new tokens to a KV cache, which it writes. last_token: that of a prompt.
     constrain: places activations. place_weight: gathers a parameter for use, and places its gradient.
     lookup: the token embedding. experts: what a layer's experts do.
-    project: every product with a projection's kernel.
+    project: every product with a projection's kernel. small_tokens: what it takes of a norm's output instead
+    of the array, where it gathers in a smaller type; the gradients that it gets are then not gathered either.
+    ways: in how many devices' shards an activation's logical axis lies.
+    loss: of a training step.
     block: what differs for the parameters of a block family (`spec.sharding.BLOCK_ARRAYS`), where some does.
     """
 
@@ -110,6 +123,9 @@ class Runtime:
     lookup: Lookup = take_rows
     experts: Experts = DROPLESS_ALONE
     project: Project = project
+    small_tokens: Callable[[jax.Array, Runtime], Any] | None = None
+    ways: Callable[[str | None], int] = whole
+    loss: Loss = cross_entropy
 
     block: Callable[[str], Runtime] | None = None
 
@@ -125,6 +141,14 @@ class Runtime:
         return jnp.arange(length) if self.positions is None else self.positions(length)
 
 
+def gathered_tokens(x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
+    """From where a norm leaves them to where products want them.
+
+    Pinned at both ends the gather of sequence parallelism moves x's own type.
+    """
+    return run.constrain(run.constrain(x_BxLxE, ("batch", "norm_seq", "embed")), ("batch", "seq", "embed"))
+
+
 def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function:
     """`function` under the remat policy. in_scan: the loop already keeps XLA from undoing the recomputation.
 
@@ -137,13 +161,7 @@ def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function
     """
     policies = jax.checkpoint_policies
     if isinstance(remat, NamedRemat):
-        policy = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=remat.keep,
-            names_which_can_be_offloaded=remat.offload,
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-        return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
+        return jax.checkpoint(function, policy=_saving(remat), prevent_cse=not in_scan)
     policy = {
         "none": _save_all_but_gathers,
         "selective": _save_what_is_costly,
@@ -152,6 +170,23 @@ def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function
         "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     }[remat]
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
+
+
+def _saving(remat: NamedRemat) -> Callable[..., Any]:
+    """By name; of cuDNN's attention that is kept, its row sums too."""
+    by_name = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=remat.keep,
+        names_which_can_be_offloaded=remat.offload,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+    def policy(primitive: jax.extend.core.Primitive, *inputs: Any, **params: Any) -> Any:
+        if primitive.name == CUDNN_FORWARD and "attention" in remat.keep:
+            return True
+        return by_name(primitive, *inputs, **params)
+
+    return policy
 
 
 def _save_what_is_costly(primitive: jax.extend.core.Primitive, *_: Any, **params: Any) -> bool:

@@ -15,10 +15,10 @@ from shardlab.model.attention import MASKED
 from shardlab.model.cache import Cached, Caches, Slots, last_of, sees_all
 from shardlab.model.experts import Load
 from shardlab.model.groups import Body, scan_in_groups
-from shardlab.model.layer import Layer, for_products
+from shardlab.model.layer import Layer
 from shardlab.model.layers import Norm, Projection, parameter, weight
-from shardlab.model.loss import cross_entropy, in_parts
-from shardlab.model.runtime import Runtime, checkpointed
+from shardlab.model.loss import in_parts
+from shardlab.model.runtime import Runtime, checkpointed, gathered_tokens
 from shardlab.spec.models import ModelConfig, Stack
 
 # Path (`layers/attention/query/kernel`) -> array. The paths are those of `spec.params.parameter_table`.
@@ -84,14 +84,14 @@ class Transformer(nnx.Module):
         table_VxE = self._table(run)
         x_BxLxE, load = self._states(table_VxE, tokens_BxL, run)
         if parts == 1:
-            return cross_entropy(self._logits(table_VxE, x_BxLxE, run), targets_BxL, z_loss=z_loss), load
+            return run.loss(self._logits(table_VxE, x_BxLxE, run), targets_BxL, z_loss=z_loss), load
         tied = self.config.tied_embeddings
         head, product = (table_VxE, "ble,ve->blv") if tied else (weight(self.head.kernel, run), "ble,ev->blv")
 
         def loss_of(head: jax.Array, x_BxLxE: jax.Array, targets_BxL: jax.Array) -> jax.Array:
             with jax.named_scope("head"):
                 logits = self._masked(jnp.einsum(product, x_BxLxE, head), run)
-            return cross_entropy(logits, targets_BxL, z_loss=z_loss)
+            return run.loss(logits, targets_BxL, z_loss=z_loss)
 
         return in_parts(loss_of, parts, head, x_BxLxE, targets_BxL), load
 
@@ -171,7 +171,7 @@ class Transformer(nnx.Module):
 
     def _final(self, x_BxLxE: jax.Array, run: Runtime) -> jax.Array:
         with jax.named_scope("final_norm"):
-            return for_products(self.final_norm(x_BxLxE, run), run)
+            return gathered_tokens(self.final_norm(x_BxLxE, run), run)
 
     def _through_layers(
         self,

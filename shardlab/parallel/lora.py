@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from shardlab.model.quantise import Tokens
 from shardlab.model.runtime import Project, Runtime, project
 from shardlab.model.transformer import Params
 from shardlab.spec.lora import INWARD, OUTWARD, is_adapter, is_trained
@@ -46,11 +47,12 @@ def adapted_project(base: Project, method: Method) -> Project:
     scale = (method.lora_alpha or method.lora or 1) / (method.lora or 1)
 
     def product(
-        kernel: jax.Array | Adapted, axes: LogicalAxes, x: jax.Array, num_inputs: int, run: Runtime
+        kernel: jax.Array | Adapted, axes: LogicalAxes, x: Any, num_inputs: int, run: Runtime
     ) -> jax.Array:
         if not isinstance(kernel, Adapted):
             return base(kernel, axes, x, num_inputs, run)
         y = base(kernel.kernel, axes, x, num_inputs, run)
+        x = x.x if isinstance(x, Tokens) else x
         with jax.named_scope("lora"):
             low = project(kernel.inward, (*axes[:num_inputs], None), x, num_inputs, run)
             return y + scale * project(kernel.outward, (None, *axes[num_inputs:]), low, 1, run)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -77,6 +78,11 @@ class Shardings:
     def constrain(self, x: jax.Array, axes: LogicalAxes) -> jax.Array:
         """Pin an activation to where the plan wants it."""
         return jax.lax.with_sharding_constraint(x, self.activation(x.shape, axes))
+
+    def ways(self, axis: str | None) -> int:
+        """In how many shards an activation's axis lies, by mesh axes that no shard_map around has taken."""
+        names = self.activations.get(axis, ()) if axis is not None else ()
+        return prod(self.mesh.shape[name] for name in names if name in self.free_axes)
 
     def place_weight(self, weight: jax.Array, axes: LogicalAxes) -> jax.Array:
         """Gather a parameter for use; its gradient goes to where the optimizer state is.

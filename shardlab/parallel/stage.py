@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 
 from shardlab.model.experts import Load, balance_term
-from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime, checkpointed
 from shardlab.model.transformer import Params, Transformer, to_params, with_params
 from shardlab.parallel import residuals
@@ -86,7 +85,7 @@ class StageModel:
     def loss(self, outer: Params, stream: Stream, targets_BxL: jax.Array) -> jax.Array:
         """Mean loss of what the last layer gives."""
         logits_BxLxV = self._whole(outer).logits(stream.x, self.run)
-        loss = cross_entropy(logits_BxLxV, targets_BxL, z_loss=self.z_loss)
+        loss = self.run.loss(logits_BxLxV, targets_BxL, z_loss=self.z_loss)
         if stream.balance is None:
             return loss
         config = self.model.config

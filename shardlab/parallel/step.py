@@ -47,8 +47,8 @@ from shardlab.parallel.serving import (
     mesh_last_token,
 )
 from shardlab.parallel.shardings import Shardings, shardings_of
-from shardlab.parallel.training import method_notes, training_attention, training_project
-from shardlab.parallel.weights import serving_project, small_weights
+from shardlab.parallel.training import as_trained, method_notes, training_attention
+from shardlab.parallel.weights import as_served, small_weights
 from shardlab.spec.case import Case
 from shardlab.spec.locality import Locality
 from shardlab.spec.lora import is_adapter, trained_specs
@@ -187,7 +187,7 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
         return training_attention(case, kernel, attention_on(case.plan, kernel, shardings, local))
 
     def runtime_on(shardings: Shardings) -> Runtime:
-        return Runtime(
+        run = Runtime(
             compute_dtype=compute_dtype,
             remat=case.plan.method.remat,
             attention=attending(shardings, locality_of(case)),
@@ -201,8 +201,9 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
             lookup=mesh_lookup(shardings, one_hot=case.plan.method.lookup == "one-hot"),
             experts=mesh_experts(case, shardings, family),
             block=(lambda name: runtime_on(shardings.within(name))) if shardings.blocks else None,
-            project=training_project(case) if case.workload == "train" else serving_project(case),
+            ways=shardings.ways,
         )
+        return as_trained(run, case) if case.workload == "train" else as_served(run, case)
 
     return _Setup(
         case=case,

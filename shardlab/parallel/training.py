@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from shardlab.model.attention import CausalAttention
-from shardlab.model.quantise import quantised_project
-from shardlab.model.runtime import ATTENDED, Project, project
+from shardlab.model.loss import Loss, cross_entropy, unfused_cross_entropy
+from shardlab.model.quantise import quantised_project, quantised_tokens
+from shardlab.model.runtime import ATTENDED, Runtime, project
 from shardlab.parallel.lora import adapted_project
 from shardlab.spec.case import Case
+from shardlab.spec.plan_schema import NamedRemat
 from shardlab.spec.remat import offloads
 
+# By `[method] loss`.
+LOSSES: Mapping[str, Loss] = {"auto": cross_entropy, "unfused": unfused_cross_entropy}
 
-def training_project(case: Case) -> Project:
-    """The products with projections' kernels in training: quantised, and with LoRA's adapters, where the plan
-    says so."""
+
+def as_trained(run: Runtime, case: Case) -> Runtime:
+    """The runtime with the products and the loss that the plan trains with: products quantised, and with
+    LoRA's adapters, where it says so."""
     method = case.plan.method
     base = project if method.products == "bf16" else quantised_project(method.products)
-    return base if method.lora is None else adapted_project(base, method)
+    return replace(
+        run,
+        project=base if method.lora is None else adapted_project(base, method),
+        small_tokens=quantised_tokens if method.products == "fp8" else None,
+        loss=LOSSES[method.loss],
+    )
 
 
 def training_attention(case: Case, kernel: str, attention: CausalAttention) -> CausalAttention:
     """The kernel, which `selective` remat runs again in the backward pass: scores are not kept. Its result
-    has a name; splash names what it keeps itself."""
+    has a name; splash names what it keeps itself, and cuDNN's is known without one."""
     if case.plan.method.remat == "selective":
         return run_again(attention)
-    if kernel == "splash":
+    remat = case.plan.method.remat
+    kept = remat.keep if isinstance(remat, NamedRemat) else ()
+    if kernel == "splash" or (kernel == "cudnn" and "attention" in kept):
         return attention
     return lambda q, k, v: checkpoint_name(attention(q, k, v), "attention")
 

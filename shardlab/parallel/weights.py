@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from shardlab.model.quantise import E4M3, Quantised, quantised
-from shardlab.model.runtime import Project, Runtime, project
+from shardlab.model.runtime import Runtime, project
 from shardlab.spec.case import Case
 from shardlab.spec.params import LogicalAxes, ParamSpec
 from shardlab.spec.serving import shared_dimensions
@@ -23,9 +23,9 @@ from shardlab.spec.serving import shared_dimensions
 TYPES: Mapping[str, DTypeLike] = {"int8": jnp.int8, "fp8": E4M3}
 
 
-def serving_project(case: Case) -> Project:
-    """The products with projections' kernels, in a step that does not train."""
-    return project if case.plan.method.weights == "bf16" else _project
+def as_served(run: Runtime, case: Case) -> Runtime:
+    """The runtime with the products of a step that does not train."""
+    return run if case.plan.method.weights == "bf16" else replace(run, project=_project)
 
 
 def _project(

@@ -39,6 +39,7 @@ class Method(BaseModel):
     microbatches: int | None = None
     virtual_stages: int | None = None
     accumulate: int = 1
+    loss: Literal["auto", "unfused"] = "auto"
     loss_parts: int = 1
     context: Literal["none", "all-gather", "ring", "ulysses", "ring+ulysses"] = "none"
     experts: str = "dropless"
@@ -46,7 +47,7 @@ class Method(BaseModel):
         Annotated[RematWord, Tag("word")] | Annotated[NamedRemat, Tag("names")],
         Discriminator(lambda value: "names" if isinstance(value, (dict, NamedRemat)) else "word"),
     ] = "full"
-    products: Literal["bf16", "fp8", "int8"] = "bf16"
+    products: Literal["bf16", "fp8", "fp8-rowwise", "int8"] = "bf16"
     lora: int | None = None
     lora_alpha: int | None = None
     lora_targets: list[str] = ["query", "value"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shardlab.model.cache import Slots
-from shardlab.model.loss import cross_entropy, in_parts
+from shardlab.model.loss import Loss, cross_entropy, in_parts, unfused_cross_entropy
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import Params, abstract_model, as_used, to_params, with_params
 from shardlab.spec.models import ModelConfig
@@ -211,12 +211,16 @@ def test_prefill_then_decode_equals_the_whole_sequence(config: ModelConfig, scan
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_cross_entropy_of_known_logits(z_loss: float) -> None:
-    """Two tokens with probabilities 1/4 and 3/4: logits log 1 and log 3, log Σ exp = log 4."""
+@pytest.mark.parametrize("function", [cross_entropy, unfused_cross_entropy])
+def test_cross_entropy_of_known_logits(function: Loss, z_loss: float) -> None:
+    """Two tokens with probabilities 1/4 and 3/4: logits log 1 and log 3, log Σ exp = log 4. The gradient is
+    (p (1 + 2 z log 4) - 1 at the target), over two tokens."""
     logits = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 3.0]]]))
     expected = (np.log(4) + np.log(4 / 3)) / 2 + z_loss * np.log(4) ** 2
-    loss = cross_entropy(logits, jnp.array([[0, 1]]), z_loss=z_loss)
+    loss, gradient = jax.value_and_grad(function)(logits, jnp.array([[0, 1]]), z_loss=z_loss)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    p = np.array([1 / 4, 3 / 4]) * (1 + 2 * z_loss * np.log(4))
+    np.testing.assert_allclose(gradient, [[p - [1, 0], p - [0, 1]]] / np.array(2.0), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2, EXPERTS], ids=lambda config: config.name)
