@@ -30,7 +30,13 @@ class Analysed:
         """The step of the row, or why there is none."""
         assert self.row.case is not None
         machine = at_efficiency(load_machine(self.row.case.machine), efficiency)
-        predicted = predict(self.part, self.cost, machine, attention_kernel=self.row.attention_kernel)
+        predicted = predict(
+            self.part,
+            self.cost,
+            machine,
+            attention_kernel=self.row.attention_kernel,
+            in_pieces_over=self.row.in_pieces_over,
+        )
         if predicted is None:
             return "no step time: nothing is known of the machine"
         line = predicted.timeline

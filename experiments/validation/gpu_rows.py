@@ -8,6 +8,7 @@ from dataclasses import replace
 from shardlab.cost.compute_time import UNFUSED
 from shardlab.spec.models import MODELS, ModelConfig
 from validation.data_ways import SHARED_DATA
+from validation.memory import fsdp2_pool_bytes
 from validation.row import Row, plan_text, read_table, with_case
 from validation.substitution import SHARED_LAYERS, SHARED_MICROBATCHES, Counts
 
@@ -15,14 +16,19 @@ GIB = 1 << 30
 # Named features that shardlab lacks; a row that needs one is not scored.
 ONE_HOST = "stages of more than one host: of figure 1, only 22B is compiled"
 FUSED_CONTEXT_PARALLEL = "fused attention in ring context parallelism: ours attends blockwise, unfused"
-# Async tensor parallelism: products are cut up, and each part runs beside a hop of its gather or scatter.
-WINDOWED_EINSUM = (
-    "--xla_gpu_threshold_for_windowed_einsum_mib=0",
-    "--xla_gpu_multi_streamed_windowed_einsum=true",
-)
 # What scaled_dot_product_attention dispatches to on H100 unless told otherwise: pytorch/torchtitan#1042.
 PYTORCH_ATTENTION = "flash-attention-2"
-KEPT_PRODUCTS = "keeps every product, recomputes attention; theirs keeps attention and every second product"
+# Of December 2024, when the loss was not compiled: train.py of pytorch/torchtitan @9dec370 ("compiling loss
+# function causes CUDA errors, turning off for now").
+TABLES_OF_2024 = ("1", "2", "3", "4", "5", "6")
+# An eager framework fuses nothing: each operation reads its operands from memory and writes its result there.
+# XLA still fuses most of a norm: with its casts it reads and writes 36 bytes per number, as PyTorch's six do.
+FUSIONS = ("priority-fusion", "multi_output_fusion", "horizontal-loop-fusion", "horizontal-input-fusion")
+EAGER = (f"--xla_disable_hlo_passes={','.join(FUSIONS)}",)
+# Selective checkpointing by operator, `_save_list` of torchtitan/parallelisms/parallelize_llama.py @9dec370:
+# attention, every second product of query, key, value, output, gate, up, down, and what is reduce-scattered.
+EVERY_SECOND_PRODUCT = ["query", "value", "attention", "gate"]
+SCATTERED = ["output"]
 
 
 def korthikanti(attention: str = "auto") -> Iterator[Row]:
@@ -108,6 +114,7 @@ def torchtitan() -> Iterator[Row]:
             measured_step_s=float(line["derived_step_time_s"]),
             measured_bytes=memory,
             attention_kernel=PYTORCH_ATTENTION,
+            in_pieces_over="tensor" if line["async_tp"] == "yes" else None,
         )
         if line["context_parallel"] != "1":
             yield replace(row, excluded_because=FUSED_CONTEXT_PARALLEL)
@@ -116,23 +123,20 @@ def torchtitan() -> Iterator[Row]:
 
 
 def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
-    method: dict[str, str | int] = {"remat": "full"}
+    method: dict[str, object] = {"remat": "full"}
     notes = []
     if line["activation_checkpointing"] != "full":
-        method["remat"] = "matmuls"
-        notes.append(KEPT_PRODUCTS)
+        scattered = SCATTERED if line["tensor_parallel"] != "1" else []
+        method["remat"] = {"keep": EVERY_SECOND_PRODUCT + scattered}
     if "float8" in line["precision"]:
-        method["products"] = "fp8"
-    if "rowwise" in line["precision"]:
-        notes.append("one fp8 scale per tensor for theirs per row")
-    if line["torch_compile"] == "no":
-        notes.append("compiled and fused; theirs ran eagerly")
+        method["products"] = "fp8-rowwise" if "rowwise" in line["precision"] else "fp8"
+    if line["table"] in TABLES_OF_2024 or line["torch_compile"] == "no":
+        method["loss"] = "unfused"
     stages = int(line["pipeline_parallel"])
     if stages > 1:  # as many microbatches as stages, torchtitan's default
         method |= {"pipeline": "1f1b", "microbatches": stages}
         if line["pipeline_schedule"] != "1F1B":
             notes.append("1F1B for their interleaved schedule: a bubble twice as long")
-    flags = WINDOWED_EINSUM if line["async_tp"] == "yes" else ()
     model = MODELS["llama3-" + line["model"].rpartition(" ")[2].lower()]
     seq = int(line["seq_len_tokens"])
     text = plan_text(
@@ -140,10 +144,11 @@ def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
         {"fsdp": int(line["fsdp"]), "stage": stages, "tensor": int(line["tensor_parallel"])},
         sequence_parallel=True,
         method=method,
-        flags=flags,
+        flags=EAGER if line["torch_compile"] == "no" else (),
     )
     model = replace(model, context=max(seq, model.context))
-    return with_case(replace(row, notes=tuple(notes)), text, model, int(line["global_batch_seqs"]), seq)
+    row = with_case(replace(row, notes=tuple(notes)), text, model, int(line["global_batch_seqs"]), seq)
+    return row if row.case is None else replace(row, pool_bytes=fsdp2_pool_bytes(row.case))
 
 
 def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:

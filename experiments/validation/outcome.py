@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from shardlab.case_report import CaseReport
+from shardlab.case_report import CaseReport, report_case
 from shardlab.cost.energy import step_energy
 from shardlab.cost.flops import model_flops
 from shardlab.cost.memory import memory_report
@@ -80,9 +80,16 @@ def memory_outcome(row: Row, answer: Program | str) -> Outcome:
     there is none."""
     if isinstance(answer, str) or row.case is None:
         return _outcome(row, row.measured_bytes, None, str(answer))
-    fit = memory_report(answer.memory, answer.refusal, load_machine(row.case.machine))
-    needed = None if fit.needed_bytes is None else float(fit.needed_bytes)
-    return _outcome(row, row.measured_bytes, needed, "" if needed is not None else "no memory analysis")
+    machine = load_machine(row.case.machine)
+    fit = memory_report(answer.memory, answer.refusal, machine)
+    if fit.needed_bytes is None:
+        return _outcome(row, row.measured_bytes, None, "no memory analysis")
+    needed = float(fit.needed_bytes)
+    if row.pool_bytes is not None:
+        owners = report_case(row.case, answer, machine).owners
+        held = {} if owners is None else owners.by_owner
+        needed += row.pool_bytes - held.get("gradients", 0) - held.get("collectives", 0)
+    return _outcome(row, row.measured_bytes, needed, "")
 
 
 def _outcome(row: Row, measured: float | None, predicted: float | None, why: str) -> Outcome:

@@ -26,7 +26,10 @@ class Row:
     compiled; None where `excluded_because` names the feature that shardlab lacks, or the contradiction that
     the source holds. counts: what stands in this row for the numbers that the shared program of `case` has;
     None where the case is the row itself. measured_bytes: peak memory of one device.
-    attention_kernel: the kernel that the row ran, as `predict` has it.
+    pool_bytes: of those what other streams than that of compute reserve, gradients and what collectives
+    receive; None where what is alive was measured.
+    attention_kernel: the kernel that the row ran, in_pieces_over: the axis whose collectives it ran beside
+    its products, both as `predict` has them.
     group: rows of one group are what a user would choose among. notes: where the case is only near the row.
     """
 
@@ -38,7 +41,9 @@ class Row:
     excluded_because: str = ""
     counts: Counts | None = None
     measured_bytes: float | None = None
+    pool_bytes: int | None = None
     attention_kernel: str = ATTENTION_KERNEL
+    in_pieces_over: str | None = None
     group: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
