@@ -161,6 +161,7 @@ def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:
     width a layer of 8 sequences takes 8.9 ms longer, for 618 GFLOP of projections forward. With backward and
     recomputation that were 278 TFLOP/s, and no product reaches more than 271 (`gemm.csv`); and of two stages
     each further layer adds to filling and draining what it takes forward and backward once, and no more.
+    Gradients have 16 bits, as parameters (`predictor.py`: what is reduced is their `element_size`).
 
     Rows that differ only in their layers, microbatches and ways of data parallelism share a program.
     """
@@ -172,7 +173,9 @@ def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:
         split = f"TP {tensor} DP {data} PP {stages}"
         # Eight GPUs at most: those that are full without data parallelism have none.
         shared = SHARED_DATA if tensor * stages < 8 else 1
-        method: dict[str, str | int] = {"remat": "none", "attention": attention}
+        method: dict[str, str | int] = {
+            "remat": "none", "attention": attention, "gradient_sums": "bf16",
+        }  # fmt: skip
         if stages > 1:
             method |= {"pipeline": "1f1b", "microbatches": SHARED_MICROBATCHES}
         else:

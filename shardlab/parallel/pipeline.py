@@ -15,6 +15,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import Params, Transformer, as_used
@@ -32,13 +33,15 @@ from shardlab.spec.tick_table import tick_table
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """A case's pipeline on the mesh of `shardings`. runtime_on: how the model runs under given shardings."""
+    """A case's pipeline on the mesh of `shardings`. runtime_on: how the model runs under given shardings.
+    sum_dtype: of gradients' sums over the microbatches."""
 
     case: Case
     model: Transformer
     shardings: Shardings
     runtime_on: Callable[[Shardings], Runtime]
     z_loss: float
+    sum_dtype: DTypeLike
 
     @property
     def axis(self) -> str:
@@ -67,7 +70,7 @@ class Pipeline:
     def loss_and_gradients(
         self, params: Params, tokens_BxL: jax.Array, targets_BxL: jax.Array
     ) -> tuple[jax.Array, Params]:
-        """Mean loss over the batch, and its gradients, f32, where the optimizer state is."""
+        """Mean loss over the batch, and its gradients, in the type of their sums, where the optimizer is."""
         count = schedule_of(self.case.plan).microbatches
         micro = [microbatches(a, count, self.shardings) for a in (tokens_BxL, targets_BxL)]
         losses, partial = self._mapped()(params, *micro)
@@ -145,6 +148,7 @@ class Pipeline:
             tokens=tokens,
             targets=targets,
             place=place,
+            sum_dtype=self.sum_dtype,
         )
 
 

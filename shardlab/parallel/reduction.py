@@ -16,6 +16,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from shardlab.model.transformer import Params
 from shardlab.parallel.shardings import Shardings, microbatches
@@ -33,12 +34,13 @@ def accumulated(
     once: tuple[str, ...],
     table: tuple[ParamSpec, ...],
     shardings: Shardings,
+    dtype: DTypeLike,
 ) -> LossAndGradients:
     """The mean over `count` microbatches, taken in turn; each is a slice of every device's own sequences.
 
     on: the loss and its gradients under given shardings. once: the data axes over which gradients are summed
     after the last microbatch alone (see `spec.names.reduced_once`); empty leaves all to the partitioner. The
-    sums are f32, where the optimizer state is but for `once`. table: the parameters that have gradients.
+    sums are `dtype`, where the optimizer state is but for `once`. table: the parameters that have gradients.
     """
 
     def loop(params: Params, tokens: jax.Array, targets: jax.Array) -> Sums:
@@ -46,9 +48,10 @@ def accumulated(
         where = {spec.path: inside.optimizer_state(spec) for spec in table}
 
         def add(total: Sums, micro: tuple[jax.Array, jax.Array]) -> tuple[Sums, None]:
-            return jax.tree.map(jnp.add, total, on(inside)(params, *micro)), None
+            found = on(inside)(params, *micro)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, found), None
 
-        zero = {spec.path: jnp.zeros(params[spec.path].shape, jnp.float32) for spec in table}
+        zero = {spec.path: jnp.zeros(params[spec.path].shape, dtype) for spec in table}
         start = (jnp.zeros(()), jax.lax.with_sharding_constraint(zero, where))
         total, _ = jax.lax.scan(add, start, (tokens, targets))
         return jax.tree.map(lambda x: x / count, total)

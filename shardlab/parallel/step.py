@@ -273,6 +273,7 @@ def _loss_and_gradients(setup: _Setup, z_loss: float) -> LossAndGradients:
             shardings=setup.shardings,
             runtime_on=setup.runtime_on,
             z_loss=z_loss,
+            sum_dtype=STATE_DTYPES[setup.case.plan.method.gradient_sums],
         )
         return pipeline.loss_and_gradients
 
@@ -298,7 +299,8 @@ def _loss_and_gradients(setup: _Setup, z_loss: float) -> LossAndGradients:
     if plan.method.accumulate == 1:
         return on(setup.shardings)
     table = trained_specs(setup.table, plan.method)
-    return accumulated(on, plan.method.accumulate, reduced_once(plan), table, setup.shardings)
+    dtype, once = STATE_DTYPES[plan.method.gradient_sums], reduced_once(plan)
+    return accumulated(on, plan.method.accumulate, once, table, setup.shardings, dtype)
 
 
 def _prefill_step(setup: _Setup) -> Step:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from shardlab.model.transformer import Params
 from shardlab.parallel.residuals import Residuals
@@ -42,7 +43,7 @@ class Inbox(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What branches alone write. gradients: f32, by path. loss: f32 scalar.
+    """What branches alone write. gradients: by path. loss: f32 scalar.
 
     stash: what layers keep from forward to backward [slots, layers, …]. pairs: factors of kernels' gradients
     [slots, layers, …], empty unless backwards are split. A loop that reads one of them hands it on as well
@@ -88,6 +89,7 @@ class Executor:
 
     tokens, targets: [microbatches, B, L]. chunk_slots: layer slots of a chunk. axis: the mesh axis of the
     stages. place: pins a part of the stream ("x") or a gradient (by path) to where the plan wants it.
+    sum_dtype: of the gradients' sums.
     """
 
     stage: StageModel
@@ -99,6 +101,7 @@ class Executor:
     tokens: jax.Array
     targets: jax.Array
     place: Place
+    sum_dtype: DTypeLike
 
     def run(self) -> tuple[jax.Array, Params]:
         """The loss and the gradients of this stage, means over the microbatches."""
@@ -212,7 +215,8 @@ class Executor:
     def _added(self, gradients: Params, found: Params, slot: jax.Array | None = None) -> Params:
         """The sums with these gradients: of the layer in this slot, or of parameters of no layer."""
         if slot is None:
-            return {**gradients, **{path: gradients[path] + array for path, array in found.items()}}
+            sums = {path: gradients[path] + array.astype(self.sum_dtype) for path, array in found.items()}
+            return {**gradients, **sums}
         sums = {LAYERS + path: _add(gradients[LAYERS + path], array, slot) for path, array in found.items()}
         return {**gradients, **sums}
 
@@ -223,7 +227,7 @@ class Executor:
         kept = jax.eval_shape(self.stage.forward, layer, x)[1]
         pairs = jax.eval_shape(self.stage.backward, layer, kept, x)[2]
         gradients = {
-            path: self.place(path, jnp.zeros(a.shape, jnp.float32))
+            path: self.place(path, jnp.zeros(a.shape, self.sum_dtype))
             for path, a in {**self.layers, **self.outer}.items()
         }
         inbox = Inbox(self._zeros(x, self.table.input_slots), self._zeros(x, self.table.cotangent_slots))

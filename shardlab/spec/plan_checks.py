@@ -200,6 +200,9 @@ def grid_size(axes: Mapping[str, int]) -> tuple[str, int]:
 def method_problems(method: Method, where: Where) -> list[Problem]:
     """Numbers that mean nothing, and methods that exclude each other."""
     problems: list[Problem] = []
+    if method.gradient_sums != "f32" and method.accumulate < 2 and method.pipeline == "none":
+        what = f"{quoted(method.gradient_sums)} without microbatches, whose gradients would be summed"
+        problems.append(Problem(where(("method", "gradient_sums")), what, "remove it, or say accumulate = 2"))
     if method.accumulate < 1:
         what = f"{method.accumulate} microbatches"
         problems.append(Problem(where(("method", "accumulate")), what, "use 1 or more"))

@@ -39,6 +39,7 @@ class Method(BaseModel):
     microbatches: int | None = None
     virtual_stages: int | None = None
     accumulate: int = 1
+    gradient_sums: Literal["f32", "bf16"] = "f32"
     loss: Literal["auto", "unfused"] = "auto"
     loss_parts: int = 1
     context: Literal["none", "all-gather", "ring", "ulysses", "ring+ulysses"] = "none"
