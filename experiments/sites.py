@@ -25,7 +25,9 @@ from shardlab.errors import Problem, UserError
 
 PREFIX = "shardlab-wire-"
 HEADER_BYTES = 66
+EFFICIENCY = 1448 / 1514  # payload of a full frame
 HOSTS = Path("/etc/netns")
+BURST_SECONDS = 0.00025  # what a link that was idle sends at once is no more than this of its rate
 QUEUE_BYTES = 64 << 20  # what a shaped link holds: nothing is dropped, TCP waits
 
 
@@ -96,8 +98,6 @@ class Sites:
         _in(name, "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
         _in(name, "ip", "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", self._hub)
         _in(name, "ip", "addr", "add", f"{self.address(site)}/24", "dev", "eth0")
-        for where, interface in ((name, "eth0"), (self._hub, port)):
-            _in(where, "ip", "link", "set", interface, "gso_max_segs", "1")
         _in(self._hub, "ip", "link", "set", port, "master", "br0", "up")
         _in(name, "ip", "link", "set", "lo", "up")
         _in(name, "ip", "link", "set", "eth0", "up")
@@ -106,10 +106,12 @@ class Sites:
     def shape(self, site: int, rate_mbit_per_s: float | None) -> None:
         """Let a site's link carry this much from now on, each way."""
         self.rates[site] = rate_mbit_per_s
+        segments = 44 if rate_mbit_per_s is None else max(1, min(44, int(rate_mbit_per_s / 100)))
         for where, interface in ((self.names[site], "eth0"), (self._hub, f"port{site}")):
+            _in(where, "ip", "link", "set", interface, "gso_max_segs", str(segments))
             _in(where, "tc", "qdisc", "del", "dev", interface, "root", check=False)
             if rate_mbit_per_s is not None:
-                burst = max(8_000, int(rate_mbit_per_s * 125_000 * 0.002))  # two milliseconds
+                burst = max(3_200, int(rate_mbit_per_s * 125_000 * BURST_SECONDS))
                 shaped = ("rate", f"{rate_mbit_per_s}mbit", "burst", str(burst), "limit", str(QUEUE_BYTES))
                 _in(where, "tc", "qdisc", "add", "dev", interface, "root", "tbf", *shaped)
 

@@ -2,9 +2,9 @@
 
 python experiments/launch_local.py -n 2 --program=soak.py -- --mesh=meshes/cpu8-fsdp.toml --steps=20000
 
-Takes train.py's flags. Of every process: resident memory and open descriptors at a tenth of the steps (when
-everything has run once) and at the end. Exit code 1 when memory grew by more than --growth_mb, or descriptors
-by more than --growth_fds, in between.
+Takes train.py's flags. Of every process: resident memory and open descriptors after every tenth of the steps;
+at the first, everything has run once. Exit code 1 when a later sample has more than --growth_mb or
+--growth_fds above it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def main(argv: Sequence[str]) -> None:
     """Train and compare."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    samples: dict[int, tuple[float, int]] = {}
-    first = max(train.STEPS.value // 10, 1)
+    samples: list[tuple[float, int]] = []
+    every = max(train.STEPS.value // 10, 1)
 
     @contextmanager
     def reports(first_step: int) -> Iterator[Report]:
@@ -47,8 +47,10 @@ def main(argv: Sequence[str]) -> None:
 
             def report(record: Record) -> None:
                 inner(record)
-                if record.step in (first, train.STEPS.value):
-                    samples[record.step] = held()
+                if record.step % every == 0 or record.step == train.STEPS.value:
+                    samples.append(held())
+                    said = f"{samples[-1][0]:.1f} MB, {samples[-1][1]} descriptors"
+                    sys.stderr.write(f"after step {record.step}: {said}\n")
 
             yield report
 
@@ -63,12 +65,11 @@ def main(argv: Sequence[str]) -> None:
     except ShardlabError as error:
         sys.stderr.write(f"{error}\n")
         leave(error.exit_code)
-    (memory_mb, fds), (end_mb, end_fds) = samples[first], samples[train.STEPS.value]
-    sys.stderr.write(
-        f"after step {first}: {memory_mb:.1f} MB, {fds} descriptors; after step {train.STEPS.value}: "
-        f"{end_mb:.1f} MB, {end_fds} descriptors\n"
-    )
-    if end_mb - memory_mb > _GROWTH_MB.value or end_fds - fds > _GROWTH_FDS.value:
+    (memory_mb, descriptors), *later = samples
+    growth_mb = max((mb for mb, _ in later), default=memory_mb) - memory_mb
+    growth_fds = max((count for _, count in later), default=descriptors) - descriptors
+    sys.stderr.write(f"since then at most {growth_mb:+.1f} MB, {growth_fds:+} descriptors\n")
+    if growth_mb > _GROWTH_MB.value or growth_fds > _GROWTH_FDS.value:
         sys.exit(1)
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,6 +53,7 @@ METRICS = flags.DEFINE_string("metrics", None, "CSV file to write: step, loss, g
 TENSORBOARD = flags.DEFINE_string("tensorboard", None, "Folder for TensorBoard event files.")
 CHECKPOINTS = flags.DEFINE_string("checkpoints", None, "Folder to keep checkpoints in, and to go on from.")
 CHECKPOINT_EVERY = flags.DEFINE_integer("checkpoint_every", 100, "Steps between them.", lower_bound=1)
+COMPILED = flags.DEFINE_string("compile_cache", None, "Folder of compiled programs, for quicker restarts.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, when there are several.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of the processes this is, from 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
@@ -87,6 +89,9 @@ def prepare_environment(case: Case, processes: Processes | None) -> None:
     on_cpu = machine.family == "cpu"
     if processes is not None and on_cpu:  # this process has a part of the devices
         environment["XLA_FLAGS"] = " ".join(kept)
+    if COMPILED.value is not None:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(Path(COMPILED.value).absolute())
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ.clear()
     os.environ.update(environment)
     if processes is not None:

@@ -19,7 +19,8 @@ from statistics import median
 
 from absl import app, flags
 from sites import Sites
-from wire_lab import machine_file, predict, read_rows, start, wait
+from wire_lab import machine_file, predict
+from wire_measure import read_rows, start, wait
 from wire_plans import PLANS
 
 from shardlab.compile import compile_case

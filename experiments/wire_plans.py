@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 _SPLIT_HEADS = 'heads = ["tensor"]\nkv_heads = ["tensor"]\nmlp = ["tensor"]\nvocab = ["tensor"]'
 # Code is generated without optimisation, most of a small compile: it comes after all that is counted.
-_QUICK = '[compiler]\nflags = ["--xla_backend_optimization_level=0"]'
+FLAGS = ("--xla_backend_optimization_level=0",)
+_QUICK = f"[compiler]\nflags = {list(FLAGS)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,6 +44,9 @@ _FREE_CALLS = frozenset({
     "SPMDShardToFullShape", "Sharding", "SliceId", "annotate_device_placement",
 })  # fmt: skip
 _MANY_PASSES = frozenset({"TopK", "__cub$DeviceRadixSort", "__gpu$TopK"})
+_ON_CPU_ONE = (
+    "TopK"  # a partial sort of a row at a time (xla/service/cpu/runtime_topk.cc): as `sort`, one pass
+)
 _OPAQUE = "a kernel whose memory traffic the program does not show"
 
 
@@ -99,7 +102,7 @@ def instruction_traffic(
         callee = computation_names(instruction, "calls")
         traffic = fused.get(callee[0]) if callee else None
     else:
-        _check_call(instruction, shapes)
+        _check_call(instruction, shapes, backend)
         traffic = _alone(instruction, shapes, results)
     if traffic is None or len(traffic.writes) != len(results):
         raise NotCountedError("the result is not that of the fused computation")
@@ -182,11 +185,13 @@ def _is_free_call(instruction: Instruction) -> bool:
     )
 
 
-def _check_call(instruction: Instruction, shapes: list[Shape | None]) -> None:
+def _check_call(instruction: Instruction, shapes: list[Shape | None], backend: str) -> None:
     """Raises NotCountedError for a kernel that may read its operands in part, or more than once."""
     if not instruction.opcode.startswith("custom-call"):
         return
     target = instruction.attributes.get("custom_call_target", "").strip('"')
+    if backend == "cpu" and target == _ON_CPU_ONE:
+        return
     if target in _MANY_PASSES:
         raise NotCountedError(_OPAQUE)
     if target not in NO_FLOPS and not {"calls", "called_computations"} & instruction.attributes.keys():

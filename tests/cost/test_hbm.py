@@ -348,6 +348,14 @@ ENTRY main {{
     assert rows == {"s": Traffic(2048, 8192), "f": Traffic(256, 256)}
 
 
+def test_topk_on_a_cpu_is_one_pass() -> None:
+    """A partial sort row by row reads 64 x 16 values and writes 64 x 4 of them, and as many s32 indices."""
+    line = 'ROOT k = (f32[64,4]{1,0}, s32[64,4]{1,0}) custom-call(x), custom_call_target="TopK"'
+    cost = cost_of(entry(X, line), "cpu")
+    assert cost.not_counted == ()
+    assert [row.traffic for row in cost.instructions] == [Traffic(64 * 16 * 4, 2 * 64 * 4 * 4)]
+
+
 @pytest.mark.parametrize(
     ("line", "what"),
     [

@@ -9,13 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sites
 from sites import HEADER_BYTES, Sites, check_privileges, remove_leftovers
-from wire_lab import bulk, payload, read_measured
+from wire_calibrate import stream
+from wire_measure import payload, read_measured
 from wire_plans import PLANS
+from wire_plot import Point, write_plot
+from wire_table import Row, read_csv, write_csv
 
 from shardlab.errors import UserError
 from shardlab.spec.case import make_case
@@ -89,14 +93,41 @@ def test_counters_become_bytes_per_step() -> None:
     assert payload(rows[2], rows[3], "eth0") == 1000
 
 
+ROW = Row(
+    plan="data", sites=2, devices_per_site=1, link_mbit_per_s=20.0, predicted_wire_bytes=10,
+    measured_wire_bytes=11, predicted_step_s=None, measured_step_s=1.5, predicted_communication_s=None,
+    gloo_header_bytes=1, site_error=0.01, predicted_loopback_bytes=0, measured_loopback_bytes=0,
+    frame_bytes=12, startup_bytes=3, idle_bytes_per_s=0, measured_cpu_s=0.25,
+)  # fmt: skip
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """A step that is not known stays so; a file of something else is one sentence."""
+    rows = [ROW, replace(ROW, plan="ring", predicted_step_s=0.5, predicted_communication_s=0.25)]
+    write_csv(tmp_path / "wire.csv", rows)
+    assert read_csv(tmp_path / "wire.csv") == rows
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"other\.csv: is no table of the wire lab"):
+        read_csv(tmp_path / "other.csv")
+
+
+def test_the_plot_has_a_point_for_each_measured_step(tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
+    points = [Point("data", "2 x 1", rate, None, 1 / rate) for rate in (10.0, 20.0, 50.0)]
+    write_plot(tmp_path / "wire.svg", [*points, Point("ring", "2 x 1", 10.0, 0.2, 0.1)])
+    drawing = (tmp_path / "wire.svg").read_text()
+    assert drawing.count('aria-roledescription="point"') == 4
+    assert drawing.count('aria-roledescription="line mark"') == 1  # what is predicted of the ring
+
+
 @pytest.mark.wire
 def test_headers_are_66_bytes_a_frame_and_the_link_has_its_rate() -> None:
     size = 5_000_000
     with Sites(2, 50) as network:
-        sent, packets, back, took_s = bulk(network, size)
-    assert sent - HEADER_BYTES * packets == size
-    assert back < 0.05 * size
-    assert 0.85 * 50e6 < size * 8 / took_s < 50e6
+        found = stream(network, size)
+    assert found.sent_bytes - HEADER_BYTES * found.frames == size
+    assert found.received_bytes < 0.05 * size
+    assert 0.85 * 50e6 < size * 8 / found.time_s < 50e6
 
 
 @pytest.mark.wire
@@ -131,7 +162,7 @@ def test_measured_bytes_are_the_predicted_ones(tmp_path: Path) -> None:
     ]
     started_s = time.monotonic()
     done = subprocess.run(
-        [*command, "--nobulk", f"--csv={table}", "--warm_steps=1", "--count_steps=2"],
+        [*command, f"--csv={table}", "--warm_steps=1", "--count_steps=2"],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
@@ -184,4 +215,5 @@ def test_a_soak_of_300_steps_holds_no_more_at_its_end(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("descriptors; after step 300") == 2
+    assert done.stderr.count("after step 300: ") == 2
+    assert done.stderr.count("since then at most ") == 2

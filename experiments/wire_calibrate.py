@@ -1,0 +1,268 @@
+"""Measures what `lab.toml` says: this computer's cores, its links, and how gloo waits. Needs quiet cores.
+
+sudo python experiments/wire_calibrate.py            # all; --parts=cores,links,gloo for some
+python experiments/wire_calibrate.py --parts=cores   # needs no root
+
+cores: as many processes at once as there are cores, each one device, compiled as the lab compiles: products,
+loops over memory, and what an instruction costs beyond that. links: a TCP stream one way, and one both ways
+at once over the same connection, at each rate and unshaped, and over loopback. gloo: single collectives
+between two sites, by kind and size, as multiples of the time of their bytes, and their cost in core time.
+No training step is run: what the lab predicts of those is not fitted to them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+from absl import app, flags
+from sites import EFFICIENCY, HEADER_BYTES, Sites, check_privileges
+from wire_plans import FLAGS
+
+from shardlab.errors import ShardlabError
+
+_PARTS = flags.DEFINE_list("parts", ["cores", "links", "gloo"], "What to measure.")
+_RATES = flags.DEFINE_list("rates", ["20", "100", "500", "2000"], "Mbit/s of the links.")
+_WORKER = flags.DEFINE_string("worker", None, "Internal: what this process measures.")
+_AT = flags.DEFINE_string("at", None, "Internal: coordinator and process number.")
+_SIZES = flags.DEFINE_list("sizes", ["65536", "262144", "1048576"], "Bytes that a rank sends, of gloo.")
+_REPEATS = 7
+_CHAIN = 20  # instructions of one kind that wait for each other in a measured program
+_PORT = 9913
+_TIMEOUT_S = 300
+_MIB = 1 << 20
+
+
+def timed_s(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
+    """The median of several runs, after one that compiles."""
+    import jax
+
+    jax.block_until_ready(run())
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        found.append(time.perf_counter() - began)
+    return median(found)
+
+
+def core_rates() -> dict[str, float]:
+    """What one process gets: FLOP/s of products, bytes/s of loops, seconds of a tiny instruction."""
+    import jax
+    import jax.numpy as jnp
+
+    def chain(one: Callable[[Any], Any], start: Any, count: int = _CHAIN) -> float:
+        def run(x: Any) -> Any:
+            for _ in range(count):
+                x = jax.lax.optimization_barrier(one(x))
+            return x
+
+        return timed_s(partial(jax.jit(run), start)) / count
+
+    found = {}
+    tiny_s = found["instruction_s"] = chain(lambda x: x * 1.5, jnp.ones((8,)), 400)
+    for m, k in ((512, 128), (512, 512), (2048, 256)):
+        weight = jnp.full((k, k), 1 / k)
+        found[f"product {m}x{k}x{k}"] = 2 * m * k * k / chain(lambda x, w=weight: x @ w, jnp.ones((m, k)))
+    loops: dict[str, tuple[Callable[[Any], Any], int]] = {
+        "scale": (lambda x: x * 1.5, 2),
+        "add": (lambda x: x + x[::-1], 3),
+        "exp": (lambda x: jnp.exp(-x), 2),
+        "row sum": (lambda x: x.at[:, 0].set(x.sum(-1)), 2),
+        "transpose": (lambda x: x.T, 2),
+        "cast": (lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), 2),
+    }
+    for name, (one, touched) in loops.items():
+        array = jnp.ones((512, 512))
+        found[f"loop {name}"] = touched * array.nbytes / (chain(one, array) - tiny_s)
+    return found
+
+
+def cores() -> None:
+    """All cores at once; the sum of what the processes get."""
+    count = os.cpu_count() or 1
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS)}
+    command = [sys.executable, __file__, "--worker=cores"]
+    running = [
+        subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE) for _ in range(count)
+    ]
+    told = [json.loads(process.communicate()[0]) for process in running]
+    print(f"{count} processes at once, XLA flags {' '.join(FLAGS)}")
+    for name in told[0]:
+        values = [one[name] for one in told]
+        if name.endswith("_s"):
+            print(f"  {name}: {median(values) * 1e6:.1f} us")
+        else:
+            apart = f"{min(values) / 1e9:.2f} to {max(values) / 1e9:.2f}"
+            print(f"  {name}: {sum(values) / 1e9:.2f} G/s together, {apart} each")
+
+
+_STREAM = """
+import socket, sys, threading, time
+first, both, peer, size = sys.argv[1] == "0", sys.argv[2] == "both", sys.argv[3], int(sys.argv[4])
+def count():
+    line = next(line for line in open("/proc/net/dev") if "eth0" in line)
+    return [int(value) for value in line.split(":")[1].split()]
+if first:
+    for _ in range(200):
+        try:
+            stream = socket.create_connection((peer, 5556))
+            break
+        except OSError:
+            time.sleep(0.05)
+else:
+    stream = socket.create_server(("", 5556)).accept()[0]
+def take():
+    left = size
+    while left:
+        left -= len(stream.recv(min(left, 1 << 20)))
+def send():
+    stream.sendall(bytes(size))
+stream.send(b"r"), stream.recv(1)
+time.sleep(0.3)
+before, started = count(), time.monotonic()
+threads = [threading.Thread(target=one) for one in ([send, take] if both else [send if first else take])]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+if not both:
+    stream.recv(1) if first else stream.send(b"x")
+took = time.monotonic() - started
+time.sleep(0.2)
+after = count()
+print(after[8] - before[8], after[9] - before[9], after[0] - before[0], took)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """A TCP stream of site 0: bytes in frames and frames that left it, bytes in frames that came, seconds."""
+
+    sent_bytes: int
+    frames: int
+    received_bytes: int
+    time_s: float
+
+
+def stream(sites: Sites, size: int, *, both: bool = False, local: bool = False) -> Stream:
+    """`size` bytes from site 0 to site 1. both: the other way too, over one connection; local: in site 0."""
+    running = []
+    for index in (1, 0):
+        peer = "127.0.0.1" if local else sites.address(1)
+        command = [sys.executable, "-c", _STREAM, str(index), "both" if both else "one", peer, str(size)]
+        running.append(sites.start(0 if local else index, command, stdout=subprocess.PIPE))
+    _, told = [process.communicate(timeout=_TIMEOUT_S)[0].split() for process in running]
+    return Stream(
+        sent_bytes=int(told[0]), frames=int(told[1]), received_bytes=int(told[2]), time_s=float(told[3])
+    )
+
+
+def links() -> None:
+    """What streams reach of each rate, and how many headers they have."""
+    with Sites(2, None) as sites:
+        for local in (False, True):
+            one, two = (stream(sites, 64 * _MIB, both=both, local=local).time_s for both in (False, True))
+            where = "loopback" if local else "unshaped link"
+            rates = [64 * _MIB / took_s / 1e6 for took_s in (one, two)]
+            print(f"{where}: {rates[0]:.1f} MB/s one way, {rates[1]:.1f} each way at once")
+    for rate in map(float, _RATES.value):
+        size = int(min(rate * 125_000 * 2, 128 * _MIB))
+        with Sites(2, rate) as sites:
+            one, two = (stream(sites, size, both=both) for both in (False, True))
+        shares = [size * 8 / each.time_s / 1e6 / rate for each in (one, two)]
+        left = one.sent_bytes - HEADER_BYTES * one.frames
+        print(
+            f"{rate:g} Mbit/s: {size:,} bytes left as {one.sent_bytes:,} in {one.frames:,} frames, less "
+            f"{HEADER_BYTES} each {left:,}; {one.received_bytes / size:.4f} of it came back; {shares[0]:.3f} "
+            f"of the rate one way, {shares[1]:.3f} each way at once",
+            flush=True,
+        )
+
+
+def gloo_times() -> dict[str, list[float]]:
+    """`KIND BYTES` -> seconds of one execution, and its core time in this process."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from processes import Processes, join
+
+    coordinator, index = _AT.value.split(",")
+    join(Processes(coordinator=coordinator, index=int(index), count=2))
+    mesh = Mesh(jax.devices(), ("all",))
+    whole, split = PartitionSpec(), PartitionSpec("all")
+    kinds: dict[str, tuple[Callable[[Any], Any], Any, Any, float]] = {  # and the part of S that a rank sends
+        "all-reduce": (lambda a: jax.lax.psum(a, "all"), whole, whole, 1.0),
+        "all-gather": (lambda a: jax.lax.all_gather(a, "all", tiled=True), split, whole, 0.5),
+        "reduce-scatter": (lambda a: jax.lax.psum_scatter(a, "all", tiled=True), whole, split, 0.5),
+        "all-to-all": (
+            lambda a: jax.lax.all_to_all(a.reshape(2, -1), "all", 0, 0, tiled=True).reshape(-1),
+            whole,
+            split,
+            0.5,
+        ),
+        "collective-permute": (lambda a: jax.lax.ppermute(a, "all", [(0, 1), (1, 0)]), split, split, 0.5),
+    }
+    found = {}
+    for kind, (inside, given, got, share) in kinds.items():
+        run = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=given, out_specs=got, check_vma=False))
+        for size in map(int, _SIZES.value):
+            count = int(size / share) // 4
+            array = jax.make_array_from_callback(
+                (count,),
+                NamedSharding(mesh, given),
+                lambda at, n=count: jnp.ones(len(range(*at[0].indices(n)))),
+            )
+            busy_s = time.process_time()
+            took_s = timed_s(partial(run, array), 9)
+            found[f"{kind} {size}"] = [took_s, (time.process_time() - busy_s) / 10]
+    return found
+
+
+def gloo() -> None:
+    """Single collectives at each rate: how many times as long as their bytes on the link."""
+    for rate in [*map(float, _RATES.value), None]:
+        with Sites(2, rate) as sites:
+            running = []
+            for site in (0, 1):
+                command = [sys.executable, __file__, "--worker=gloo", f"--sizes={','.join(_SIZES.value)}",
+                           f"--at={sites.address(0)}:{_PORT},{site}"]  # fmt: skip
+                environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS)}
+                running.append(sites.start(site, command, stdout=subprocess.PIPE, env=environment))
+            told = [json.loads(process.communicate(timeout=_TIMEOUT_S)[0]) for process in running]
+        print(f"gloo at {rate:g} Mbit/s" if rate else "gloo, unshaped", flush=True)
+        for name in told[0]:
+            took_s, busy_s = (max(one[name][i] for one in told) for i in (0, 1))
+            size = int(name.split()[1])
+            bytes_s = size / ((rate or 1) * 125_000 * EFFICIENCY)
+            turns = f", {took_s / bytes_s:.3f} of its bytes' time" if rate else ""
+            print(f"  {name}: {took_s * 1e3:.2f} ms{turns}, {busy_s / size * 1e9:.2f} ns of core a byte")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure what was asked for."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if _WORKER.value:
+        told = core_rates() if _WORKER.value == "cores" else gloo_times()
+        print(json.dumps(told), flush=True)
+        time.sleep(2)  # the other may still need this one
+        os._exit(0)
+    try:
+        if set(_PARTS.value) & {"links", "gloo"}:
+            check_privileges()
+        for part in _PARTS.value:
+            {"cores": cores, "links": links, "gloo": gloo}[part]()
+    except ShardlabError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    app.run(main)
