@@ -55,7 +55,7 @@ def ours() -> OneStep:
         head_dim=_EMBED.value // _HEADS.value, mlp=_MLP.value, vocab=_VOCAB.value, context=_SEQ.value,
         norm="layernorm", norm_epsilon=1e-6, activation="gelu", positions="learned", tied_embeddings=True,
     )  # fmt: skip
-    plan = plan_from_text("[axes]\ndata = 1\n")
+    plan = plan_from_text('[axes]\ndata = 1\n[method]\nremat = "none"\n')  # as nanodo, by default
     case = make_case(plan, model, "cpu:1", _BATCH.value, _SEQ.value, scan_layers=_SCAN.value)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), tuple(case.plan.axes))
     optimizer = OptimizerConfig(

@@ -113,7 +113,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="shardlab-kill-") as name:
             folder = Path(name)
-            arguments.append(f"--compile_cache={folder}/compiled")  # a restart compiles nothing
+            if not any(argument.startswith("--compile_cache") for argument in arguments):
+                arguments.append(f"--compile_cache={folder}/compiled")  # a restart compiles nothing
             plain = launch([*arguments, f"--metrics={folder}/plain.csv"], folder / "plain.log")
             if plain.wait(_TIMEOUT_S):
                 raise UserError(

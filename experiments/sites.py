@@ -4,10 +4,11 @@
         process = sites.start(0, ["python", "train.py"])
 
 Linux, root and iproute2 only. Each site has one interface, `eth0`; its names resolve through a hosts file of
-its own, since gloo binds to what the host name resolves to. Segmentation offload is off, so that what the
-interface counts are Ethernet frames: TCP payload is exactly bytes - 66 · packets (14 Ethernet, 20 IP, 32 TCP
-with timestamps; `wire_lab.py --bulk` shows it). Everything is removed at the end, whatever happens, and
-what a killed run left is removed by the next.
+its own, since gloo binds to what the host name resolves to. Up to 100 Mbit/s segmentation offload is off, so
+that what the interface counts are Ethernet frames; on faster links, which cores would hold up, some leave as
+one and are counted with one header, while `tbf` counts each. TCP payload is exactly bytes - 66 · packets (14
+Ethernet, 20 IP, 32 TCP with timestamps; `wire_calibrate.py` shows it). Everything is removed at the end,
+whatever happens, and what a killed run left is removed by the next.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class Sites:
     def shape(self, site: int, rate_mbit_per_s: float | None) -> None:
         """Let a site's link carry this much from now on, each way."""
         self.rates[site] = rate_mbit_per_s
+        # Frames that leave as one: an eighth of a millisecond of the link.
         segments = 44 if rate_mbit_per_s is None else max(1, min(44, int(rate_mbit_per_s / 100)))
         for where, interface in ((self.names[site], "eth0"), (self._hub, f"port{site}")):
             _in(where, "ip", "link", "set", interface, "gso_max_segs", str(segments))

@@ -119,8 +119,23 @@ def build(case: Case) -> tuple[Callable[[], Any], Step, Any]:
     step = build_step(case, mesh, target=target.family, compute_dtype=dtype, optimizer=optimizer)
     for note in (*notes, *case.notes(), *step.notes):
         sys.stderr.write(f"note: {note}\n")
-    compiled = step.function.lower(*step.arguments).compile()
+    compiled = compile_once(step.function.lower(*step.arguments))
     return lambda: init_state(case, mesh, SEED.value, optimizer=optimizer), step, compiled
+
+
+def compile_once(lowered: Any) -> Any:
+    """The compiled step; with --compile_cache process 0 compiles, and the others take what it kept."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if COMPILED.value is None or jax.process_count() == 1:
+        return lowered.compile()
+    if jax.process_index():
+        multihost_utils.sync_global_devices("compiled")
+        return lowered.compile()
+    compiled = lowered.compile()
+    multihost_utils.sync_global_devices("compiled")
+    return compiled
 
 
 def train(case: Case, text: np.ndarray, reports: Callable[[int], AbstractContextManager[Report]]) -> Any:

@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import app, flags
 from sites import EFFICIENCY, HEADER_BYTES, Sites, check_privileges
-from wire_plans import FLAGS
+from wire_plans import PLANS
 
 from shardlab.errors import ShardlabError
 
@@ -55,51 +55,82 @@ def timed_s(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
 
 
 def core_rates() -> dict[str, float]:
-    """What one process gets: FLOP/s of products, bytes/s of loops, seconds of a tiny instruction."""
+    """What one process gets: FLOP/s of products, bytes/s of loops, seconds of a tiny instruction.
+
+    Each runs inside a loop of the program, whose iterations wait for each other and cannot be fused.
+    """
     import jax
     import jax.numpy as jnp
 
-    def chain(one: Callable[[Any], Any], start: Any, count: int = _CHAIN) -> float:
-        def run(x: Any) -> Any:
-            for _ in range(count):
-                x = jax.lax.optimization_barrier(one(x))
-            return x
+    def each_s(one: Callable[[Any], Any], start: Any, count: int) -> float:
+        run = jax.jit(lambda x: jax.lax.fori_loop(0, count, lambda _, x: one(x), x))
+        return timed_s(partial(run, start)) / count
 
-        return timed_s(partial(jax.jit(run), start)) / count
+    def tiny(x: Any) -> Any:
+        for _ in range(_CHAIN):
+            x = x @ x  # products are not fused with each other
+        return x
 
-    found = {}
-    tiny_s = found["instruction_s"] = chain(lambda x: x * 1.5, jnp.ones((8,)), 400)
-    for m, k in ((512, 128), (512, 512), (2048, 256)):
-        weight = jnp.full((k, k), 1 / k)
-        found[f"product {m}x{k}x{k}"] = 2 * m * k * k / chain(lambda x, w=weight: x @ w, jnp.ones((m, k)))
-    loops: dict[str, tuple[Callable[[Any], Any], int]] = {
+    found = {"instruction_s": each_s(tiny, jnp.eye(8), 50) / _CHAIN}
+    for dtype, m, k in (("bf16", 512, 128), ("bf16", 512, 512), ("f32", 512, 128), ("f32", 512, 512)):
+        given = jnp.bfloat16 if dtype == "bf16" else jnp.float32
+        weight, rows = jnp.full((k, k), 1 / k, given), jnp.ones((m, k), given)
+        flops = 2 * m * k * k
+        found[f"product {dtype} {m}x{k}x{k}"] = flops / each_s(lambda x, w=weight: x @ w, rows, 50)
+    loops: dict[str, tuple[Callable[[Any], Any], int]] = {  # and how many arrays its kernels read and write
         "scale": (lambda x: x * 1.5, 2),
-        "add": (lambda x: x + x[::-1], 3),
         "exp": (lambda x: jnp.exp(-x), 2),
-        "row sum": (lambda x: x.at[:, 0].set(x.sum(-1)), 2),
+        "sum and add": (lambda x: x + x.sum(-1, keepdims=True), 3),
         "transpose": (lambda x: x.T, 2),
-        "cast": (lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), 2),
+        "scale bf16": (lambda x: x * jnp.bfloat16(1.5), 2),
     }
     for name, (one, touched) in loops.items():
-        array = jnp.ones((512, 512))
-        found[f"loop {name}"] = touched * array.nbytes / (chain(one, array) - tiny_s)
+        array = jnp.ones((512, 512), jnp.bfloat16 if name.endswith("bf16") else jnp.float32)
+        found[f"loop {name}"] = touched * array.nbytes / each_s(one, array, 50)
+    found["step_s"] = step_s()
     return found
+
+
+def step_s() -> float:
+    """A step of the plan `data` on one device, which nothing joins to others: no row of the lab."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from shardlab.parallel.step import build_step, init_state
+    from shardlab.spec.case import make_case
+    from shardlab.spec.plan import plan_from_text
+
+    made = PLANS["data"]
+    case = make_case(plan_from_text(made.text(1)), made.model, "cpu:1", made.batch, made.seq)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    step = build_step(case, mesh, target="cpu", compute_dtype=jnp.bfloat16)
+    compiled = step.function.lower(*step.arguments).compile()
+    state = init_state(case, mesh, 0)
+    batch = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), step.arguments[1])
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return metrics
+
+    return timed_s(run, 20)
 
 
 def cores() -> None:
     """All cores at once; the sum of what the processes get."""
     count = os.cpu_count() or 1
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS)}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, "--worker=cores"]
     running = [
         subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE) for _ in range(count)
     ]
     told = [json.loads(process.communicate()[0]) for process in running]
-    print(f"{count} processes at once, XLA flags {' '.join(FLAGS)}")
+    print(f"{count} processes at once")
     for name in told[0]:
         values = [one[name] for one in told]
         if name.endswith("_s"):
-            print(f"  {name}: {median(values) * 1e6:.1f} us")
+            print(f"  {name.removesuffix('_s')}: {median(values) * 1e6:.1f} us")
         else:
             apart = f"{min(values) / 1e9:.2f} to {max(values) / 1e9:.2f}"
             print(f"  {name}: {sum(values) / 1e9:.2f} G/s together, {apart} each")
@@ -233,7 +264,7 @@ def gloo() -> None:
             for site in (0, 1):
                 command = [sys.executable, __file__, "--worker=gloo", f"--sizes={','.join(_SIZES.value)}",
                            f"--at={sites.address(0)}:{_PORT},{site}"]  # fmt: skip
-                environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS)}
+                environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
                 running.append(sites.start(site, command, stdout=subprocess.PIPE, env=environment))
             told = [json.loads(process.communicate(timeout=_TIMEOUT_S)[0]) for process in running]
         print(f"gloo at {rate:g} Mbit/s" if rate else "gloo, unshaped", flush=True)

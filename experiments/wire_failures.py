@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory(prefix="shardlab-wire-") as name:
             folder = Path(name)
             mesh, made = folder / "plan.toml", PLANS[_PLAN.value]
-            mesh.write_text(made.text(2))
+            mesh.write_text(made.text(2, quick=True))
             on = f"{machine_file(folder, _RATE.value)}:2x1"
             case = make_case(load_plan(mesh), made.model, on, made.batch, made.seq)
             expected = undisturbed(folder, mesh, case)

@@ -48,6 +48,7 @@ _WARM = flags.DEFINE_integer("warm_steps", 2, "Steps before the first that count
 _STEPS = flags.DEFINE_integer("count_steps", 4, "Steps that count.", lower_bound=1)
 _CSV = flags.DEFINE_string("csv", None, "Table to write.", allow_override=True)  # validate has one too
 _CACHE = flags.DEFINE_string("cache", None, "Folder of compiled programs.", allow_override=True)
+_QUICK = flags.DEFINE_bool("quick", False, "Compile without optimisation: where only bytes matter.")
 _PLOT = flags.DEFINE_string("plot", None, "SVG file to write: steps over rates, predicted and measured.")
 _MEASURED = flags.DEFINE_string(
     "measured", None, "Run nothing: a table of before, whose steps are predicted."
@@ -135,7 +136,7 @@ class Lab:
     def case(self, plan: str, sites: int, devices: int, rate: float) -> tuple[Path, Case]:
         """A plan over so many devices: its mesh file, and the case."""
         mesh = self.folder / f"{plan}{sites * devices}.toml"
-        mesh.write_text(PLANS[plan].text(sites * devices))
+        mesh.write_text(PLANS[plan].text(sites * devices, quick=_QUICK.value))
         return mesh, case_of(mesh, plan, f"{machine_file(self.folder, rate)}:{sites}x{devices}")
 
     def predict(self, plan: str, sites: int, devices: int, rate: float) -> Predicted:

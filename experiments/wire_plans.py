@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 _SPLIT_HEADS = 'heads = ["tensor"]\nkv_heads = ["tensor"]\nmlp = ["tensor"]\nvocab = ["tensor"]'
 # Code is generated without optimisation, most of a small compile: it comes after all that is counted.
-FLAGS = ("--xla_backend_optimization_level=0",)
-_QUICK = f"[compiler]\nflags = {list(FLAGS)}"
+_QUICK = '[compiler]\nflags = ["--xla_backend_optimization_level=0"]\n'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +19,10 @@ class WirePlan:
     batch: int = 8
     seq: int = 64
 
-    def text(self, devices: int) -> str:
-        """The mesh file for this many devices."""
+    def text(self, devices: int, *, quick: bool = False) -> str:
+        """The mesh file for this many devices. quick: compiles in less time, and computes in more."""
         axes = self.axes.replace("N/2", str(devices // 2)).replace("N", str(devices))
-        return f"[axes]\n{axes}\n{self.rules}\n{_QUICK}\n"
+        return f"[axes]\n{axes}\n{self.rules}\n{_QUICK if quick else ''}"
 
 
 PLANS = {

@@ -20,8 +20,10 @@ A message is sent when its receiver has said that it is ready, and that word wai
 sending to the same rank itself (`gloo/transport/tcp/pair.cc`: one queue for each pair). So where two ranks
 send to each other and post their send first, as all but all-reduce do, they take turns: a permute, an
 all-to-all or a reduce-scatter between two ranks takes twice as long as its bytes on a full-duplex link, an
-all-gather, which sends two halves, one and a half times (measured between two namespaces: 1.97 and 1.50).
-An all-reduce posts what it receives first, of four pieces two at a time: 1.07 to 1.12 times, taken as 9/8.
+all-gather, which sends two halves, one and a half times. Measured on quiet cores by
+`experiments/wire_calibrate.py`, 256 KiB and 1 MiB over 20 to 500 Mbit/s: 1.95 to 2.07, and 1.48 to 1.55. A
+plain TCP stream both ways over one connection has the full rate each way. An all-reduce posts what it
+receives first, of four pieces two at a time: 1.03 to 1.39 times, 1.09 in the middle, taken as 9/8.
 Among more ranks the pairs of an all-to-all fill part of each other's gaps: taken as half of them.
 
 Each message also has three headers of 48 bytes: the data's own, and a word of either side that it is ready.

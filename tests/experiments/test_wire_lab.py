@@ -159,6 +159,7 @@ def test_measured_bytes_are_the_predicted_ones(tmp_path: Path) -> None:
         str(ROOT / "experiments" / "wire_lab.py"),
         "--plans=fsdp,ulysses",
         "--rates=1000",
+        "--quick",
     ]
     started_s = time.monotonic()
     done = subprocess.run(
@@ -181,7 +182,7 @@ def test_measured_bytes_are_the_predicted_ones(tmp_path: Path) -> None:
 @pytest.mark.wire
 def test_three_kills_lose_nothing(tmp_path: Path) -> None:
     plan, text = tmp_path / "plan.toml", tmp_path / "text.txt"
-    plan.write_text('on = "cpu:2"\n' + PLANS["fsdp"].text(2))
+    plan.write_text('on = "cpu:2"\n' + PLANS["fsdp"].text(2, quick=True))
     text.write_text("the quick brown fox jumps over the lazy dog. " * 50)
     run = ["--kills=3", "-n", "2", "--", f"--mesh={plan}", f"--text={text}", "--batch=4", "--seq=16"]
     done = subprocess.run(
@@ -204,7 +205,7 @@ def test_three_kills_lose_nothing(tmp_path: Path) -> None:
 @pytest.mark.wire
 def test_a_soak_of_300_steps_holds_no_more_at_its_end(tmp_path: Path) -> None:
     plan, text = tmp_path / "plan.toml", tmp_path / "text.txt"
-    plan.write_text('on = "cpu:2"\n' + PLANS["fsdp"].text(2))
+    plan.write_text('on = "cpu:2"\n' + PLANS["fsdp"].text(2, quick=True))
     text.write_text("the quick brown fox jumps over the lazy dog. " * 50)
     run = ["-n", "2", "--program=soak.py", "--", f"--mesh={plan}", f"--text={text}", "--batch=4", "--seq=16"]
     done = subprocess.run(
