@@ -140,19 +140,30 @@ def write_csv(path: Path, kind: str, rows: Iterable[Outcome]) -> None:
         writer.writerows(csv_line(row) for row in rows)
 
 
+def read_together(row: Row) -> str:
+    """Rows whose programs have one text are of one name."""
+    if row.case is None or row.counts is None:
+        return ""
+    case, counts = row.case, row.counts
+    return f"{case.model.name} {case.batch} {case.plan.axes} {counts.layers} {counts.microbatches}"
+
+
 def tables(programs: Programs) -> dict[str, tuple[list[Outcome], list[Outcome]]]:
     """The rows of each kind of table, raw and calibrated."""
     sources = SOURCE_LIST.value
     known = efficiencies(calibrating(programs, sources))
-    raw: list[Outcome] = []
-    calibrated: list[Outcome] = []
-    memory: list[Outcome] = []
-    for row in (row for name in sources for row in SOURCES[name]()):
-        program = program_of(row, programs)
-        for steps, one in zip((raw, calibrated), steps_of(row, program, known), strict=True):
-            steps.append(one)
-        if row.measured_bytes is not None:
-            memory.append(memory_outcome(row, program))
+    rows = [row for name in sources for row in SOURCES[name]()]
+    steps: dict[int, tuple[Outcome, Outcome]] = {}
+    held: dict[int, Outcome] = {}
+    for done, at in enumerate(sorted(range(len(rows)), key=lambda at: (read_together(rows[at]), at)), 1):
+        program = program_of(rows[at], programs)
+        steps[at] = steps_of(rows[at], program, known)
+        if rows[at].measured_bytes is not None:
+            held[at] = memory_outcome(rows[at], program)
+        if done % 100 == 0:
+            print(f"{done} of {len(rows)} rows", file=sys.stderr, flush=True)
+    raw, calibrated = ([steps[at][which] for at in range(len(rows))] for which in (0, 1))
+    memory = [held[at] for at in sorted(held)]
     memory += figure_1_outcomes()
     for row in figure_1_rows():
         memory += figure_1_compiled(row, _reported(row, program_of(row, programs)))

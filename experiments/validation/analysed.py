@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from shardlab.analysis import Attributed, attribute
 from shardlab.cost.instructions import StepCost, step_cost
@@ -50,10 +51,27 @@ def analysed(row: Row, program: Program) -> Analysed | str:
         sizes = f"{format_bytes(refusal.needed_bytes)} of {format_bytes(refusal.limit_bytes)}"
         return f"the compiler refuses it: {sizes}"
     try:
-        program = program if row.counts is None else with_counts(program, row.counts)
-        (part,) = attribute(program, machine=load_machine(row.case.machine))
+        text = program.hlo_text if row.counts is None else with_counts(program.hlo_text, row.counts)
+        part, cost = _read(_Text(text, program), row.case.machine)
         if row.counts is not None and row.counts.data is not None:
             part = with_data_ways(part, row.counts.data, load_machine(row.counts.machine))
-        return Analysed(row=row, part=part, cost=step_cost(part.module, program.backend))
+        return Analysed(row=row, part=part, cost=cost)
     except (ShardlabError, ValueError) as error:
         return f"not analysed: {error}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A program, known by its text."""
+
+    text: str
+    program: Program = field(compare=False)
+
+
+@lru_cache(maxsize=8)
+def _read(of: _Text, machine: str) -> tuple[Attributed, StepCost]:
+    """Rows that differ in their ways of data parallelism alone are read once, if they come one after the
+    other."""
+    program = replace(of.program, hlo_text=of.text)
+    (part,) = attribute(program, machine=load_machine(machine))
+    return part, step_cost(part.module, program.backend)

@@ -174,7 +174,7 @@ def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:
         # Eight GPUs at most: those that are full without data parallelism have none.
         shared = SHARED_DATA if tensor * stages < 8 else 1
         method: dict[str, str | int] = {
-            "remat": "none", "attention": attention, "gradient_sums": "bf16",
+            "remat": "none", "attention": attention, "gradient_sums": "bf16", "loss": "unfused",
         }  # fmt: skip
         if stages > 1:
             method |= {"pipeline": "1f1b", "microbatches": SHARED_MICROBATCHES}

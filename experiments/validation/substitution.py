@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from shardlab.program import Program
 from shardlab.spec.schedule import make_schedule
 from shardlab.spec.stages import StageLayout, split_layers
 from shardlab.spec.tick_table import TickTable, Transfer, tick_table
@@ -37,17 +36,15 @@ class Counts:
     machine: str = ""
 
 
-def with_counts(program: Program, counts: Counts) -> Program:
-    """A shared program with a row's numbers in the place of the shared ones.
+def with_counts(text: str, counts: Counts) -> str:
+    """The text of a shared program with a row's numbers in the place of the shared ones.
 
     Raises ValueError where it is no shared program.
     """
-    text = _with_layers(program.hlo_text, counts.layers)
+    text = _with_layers(text, counts.layers)
     if counts.stages > 1:
-        text = _with_ticks(text, counts.stages, counts.microbatches)
-    else:
-        text = _with_trips(text, SHARED_MICROBATCHES, counts.microbatches)
-    return replace(program, hlo_text=text)
+        return _with_ticks(text, counts.stages, counts.microbatches)
+    return _with_trips(text, SHARED_MICROBATCHES, counts.microbatches)
 
 
 def _with_trips(text: str, shared: int, count: int) -> str:
