@@ -10,13 +10,15 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from shardlab.errors import Problem, UserError
 
 JOIN_SECONDS = 25
+_COMPILE_SECONDS = 3600
 # What each scheduler sets in the processes of a job, and how many of them there are.
 _COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
@@ -128,6 +130,22 @@ def _deadline(processes: Processes) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def first_on_process_0(make: Callable[[], Any]) -> Any:
+    """What `make` gives; the other processes begin when process 0 has done it.
+
+    They wait for the coordinator, not in a collective, whose own deadline is shorter than a compile.
+    """
+    import jax
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    if client is None or jax.process_count() == 1:
+        return make()
+    made = make() if jax.process_index() == 0 else None
+    client.wait_at_barrier("first on process 0", _COMPILE_SECONDS * 1000)
+    return made if made is not None else make()
 
 
 def leave(code: int) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 from checkpoints import open_checkpoints
 from metrics import Record, Report, open_reports
-from processes import Processes, asked_for, join, leave
+from processes import Processes, asked_for, first_on_process_0, join, leave
 from windows import Windows, read_text, windows_of_steps
 
 from shardlab.errors import Problem, ShardlabError, UserError
@@ -119,23 +119,10 @@ def build(case: Case) -> tuple[Callable[[], Any], Step, Any]:
     step = build_step(case, mesh, target=target.family, compute_dtype=dtype, optimizer=optimizer)
     for note in (*notes, *case.notes(), *step.notes):
         sys.stderr.write(f"note: {note}\n")
-    compiled = compile_once(step.function.lower(*step.arguments))
+    lowered = step.function.lower(*step.arguments)
+    # With --compile_cache process 0 compiles, and the others take what it kept.
+    compiled = lowered.compile() if COMPILED.value is None else first_on_process_0(lowered.compile)
     return lambda: init_state(case, mesh, SEED.value, optimizer=optimizer), step, compiled
-
-
-def compile_once(lowered: Any) -> Any:
-    """The compiled step; with --compile_cache process 0 compiles, and the others take what it kept."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    if COMPILED.value is None or jax.process_count() == 1:
-        return lowered.compile()
-    if jax.process_index():
-        multihost_utils.sync_global_devices("compiled")
-        return lowered.compile()
-    compiled = lowered.compile()
-    multihost_utils.sync_global_devices("compiled")
-    return compiled
 
 
 def train(case: Case, text: np.ndarray, reports: Callable[[int], AbstractContextManager[Report]]) -> Any:

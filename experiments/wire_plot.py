@@ -10,6 +10,7 @@ from shardlab.errors import Problem, UserError
 
 _COLOURS = ("#1f6fb2", "#d1603d", "#2f8f5b", "#8a5fb0")
 _MARKS = {"predicted": {"type": "line"}, "measured": {"type": "point", "filled": True, "size": 45}}
+_SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
 _INK, _GRID = "#333", "#ddd"
 
 
@@ -44,8 +45,10 @@ def spec_of(points: Sequence[Point]) -> dict[str, object]:
         for of, step_s in (("predicted", point.predicted_s), ("measured", point.measured_s))
         if step_s is not None
     ]
-    x = {"field": "rate", "type": "quantitative", "scale": {"type": "log"}, "title": "Mbit/s"}
-    y = {"field": "step", "type": "quantitative", "scale": {"type": "log"}, "title": "s per step"}
+    rates = sorted({point.mbit_per_s for point in points})
+    log: dict[str, object] = {"type": "quantitative", "scale": {"type": "log", "nice": False}}
+    x = {**log, "field": "rate", "title": "Mbit/s", "axis": {"values": rates, "format": "~g"}}
+    y = {**log, "field": "step", "title": "s per step", "axis": {"values": _SECONDS, "format": "~g"}}
     colour = {"field": "where", "scale": {"range": list(_COLOURS)}, "title": "sites x devices"}
     layers = [
         {
