@@ -144,7 +144,8 @@ def flags_of(row: Row, line: Mapping[str, str]) -> tuple[str, ...]:
     model = line["model"]
     sets: tuple[str, ...]
     if row.chip == "v5p":
-        sets = ("dense vmem", "host offload") if model != "gpt3-175b" else ()
+        # GPT-3's script sets what suited the compiler of 2023; with it this one's step is twice as long.
+        sets = () if model == "gpt3-175b" else ("dense vmem", "host offload")
     elif model == "gpt3-175b":
         sets = ("dense vmem", "data parallel overlap", "plain fusion costs")
     elif model == "gemma3-12b":
