@@ -32,9 +32,18 @@ NAMES = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"q": "query", 
 QKV = "query_proj key_proj value_proj"
 CAPACITY = "capacity 1.25"  # mixtral_8x7b_dropped and mixtral_8x22b_dropped, which the recipes run
 # AI-Hypercomputer/maxtext benchmarks/xla_flags_library.py @e591f30cb: what the recipes' models set (in
-# maxtext_trillium_model_configs.py and maxtext_v5p_model_configs.py). Left out: SparseCore flags, and
-# fused gathers, which libtpu 0.0.50 refuses on anything but v5e.
+# maxtext_trillium_model_configs.py and maxtext_v5p_model_configs.py). They let gathers run beside compute by
+# continuation fusion, which libtpu 0.0.50 refuses on anything but v5e; its other way is the SparseCore, which
+# takes those over one axis. SparseCore flags for all-reduces change no program here, and are left out.
 FLAGS = {
+    "gathers beside compute": (
+        "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true",
+        "--xla_tpu_enable_all_gather_offload_tracing=true",
+        "--xla_tpu_use_tc_device_shape_on_sc=true",
+        "--xla_sc_enable_instruction_fusion=false",
+        "--xla_sc_disjoint_spmem=false",
+        "--xla_sc_disable_megacore_partitioning=true",
+    ),
     "dense vmem": ("--xla_tpu_scoped_vmem_limit_kib=98304",),
     "gemma vmem": ("--xla_tpu_scoped_vmem_limit_kib=122880",),
     "moe vmem": ("--xla_tpu_scoped_vmem_limit_kib=81920",),
@@ -142,20 +151,20 @@ def _blocks(line: Mapping[str, str], expert: int) -> dict[str, dict[str, list[st
 def flags_of(row: Row, line: Mapping[str, str]) -> tuple[str, ...]:
     """The recipe's compiler flags (`FLAGS`)."""
     model = line["model"]
-    sets: tuple[str, ...]
-    if row.chip == "v5p":
-        # GPT-3's script sets what suited the compiler of 2023; with it this one's step is twice as long.
-        sets = () if model == "gpt3-175b" else ("dense vmem", "host offload")
-    elif model == "gpt3-175b":
-        sets = ("dense vmem", "data parallel overlap", "plain fusion costs")
-    elif model == "gemma3-12b":
+    sets: tuple[str, ...] = ("dense vmem", "gathers beside compute")
+    if model == "gemma3-12b":
         sets = ("gemma vmem",)
+    elif row.chip == "v5p":
+        # The rest of GPT-3's script suited the compiler of 2023; with it this one's step is twice as long.
+        sets = sets[1:] if model == "gpt3-175b" else (*sets, "host offload")
+    elif model == "gpt3-175b":
+        sets = (*sets, "data parallel overlap", "plain fusion costs")
     elif model.startswith("mixtral"):
-        sets = ("moe vmem", "data parallel overlap")
-    elif model in ("llama2-70b", "llama3.1-405b"):
-        sets = ("dense vmem", "host offload") if model == "llama3.1-405b" else ("dense vmem",)
-    else:
-        sets = ("dense vmem", "host offload", "scatter layout", "data parallel overlap")
+        sets = ("moe vmem", "gathers beside compute", "data parallel overlap")
+    elif model == "llama3.1-405b":
+        sets = (*sets, "host offload")
+    elif model != "llama2-70b":
+        sets = (*sets, "host offload", "scatter layout", "data parallel overlap")
     if (model, line["chips_total"]) in WITHOUT_COLLECTIVE_MATMUL:
         sets = (*sets, "no collective matmul")
     return tuple(flag for name in sets for flag in FLAGS[name])
