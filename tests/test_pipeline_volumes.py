@@ -237,6 +237,29 @@ def test_tensor_parallel_in_stages(sequence: bool) -> None:
     assert near(high - low, MICROBATCHES * (one + 3 * SEQ * F32_BYTES + final))
 
 
+@pytest.mark.gpu
+@pytest.mark.full
+def test_hops_that_are_split_and_gathered() -> None:
+    """Megatron's scatter and gather (arXiv:2104.04473, section 4.1): of t devices each sends a part of its
+    own, and the t-th part of the bytes; what arrives, an activation and a cotangent per microbatch, is
+    gathered within the stage."""
+    found = {}
+    for hops in ("", '"tensor"'):
+        text = BESIDE_TENSOR.format(sequence="").replace("[method]", f"hop_seq = [{hops}]\n[method]")
+        case = make_case(plan_from_text(text), MODEL, "h100:1x8", MICROBATCHES, SEQ)
+        analysis = analyze(compiled_case(case)[0])
+        permutes = [row for row in analysis.collectives if row.kind == PERMUTE]
+        assert all(row.executions[0] == row.executions[1] for row in permutes)
+        passed = sum(row.executions[0] * row.wire_bytes for row in permutes)
+        low, _ = analysis.totals.by_axes["tensor"]["wire_bytes"]
+        found[hops] = passed, low
+    one = Fraction(SEQ * MODEL.embed * 2)
+    whole, split = found.values()
+    assert whole[0] == 2 * (MICROBATCHES + STAGES - 1) * one
+    assert split[0] == whole[0] / 2
+    assert split[1] - whole[1] == MICROBATCHES * 2 * one / 2
+
+
 def test_stages_need_nothing_else_of_each_other() -> None:
     """No weight, gradient of a layer or optimizer state passes between stages: permutes of activations, and
     once per step the gradients of what belongs to no layer, and scalars."""
@@ -258,3 +281,19 @@ def test_weights_are_cast_once_and_gradients_added_in_place() -> None:
     sums = [body for body in computations if re.search(rf"f32\[2,{layer}\]\S* dynamic-update-slice\(", body)]
     assert sums
     assert all(re.search(rf"f32\[1,{layer}\]\S* dynamic-slice\(", body) for body in sums)
+
+
+@pytest.mark.gpu
+@pytest.mark.full
+def test_layers_that_are_written_out_are_multiplied_where_they_are() -> None:
+    """No kernel is taken out of a stack, and a gradient's sum is part of its product: the f32 sum goes in,
+    and comes out with the product added. Of the MLP's last kernel: XLA joins the first two."""
+    text = BESIDE_DATA.format(schedule="1f1b", zero1="") + "scan_layers = false\n"
+    model = replace(MODEL, layers=STAGES, embed=1_024, head_dim=128, mlp=4_096)
+    case = make_case(plan_from_text(text), model, "h100:1x8", BATCH, SEQ)
+    computations = compiled_case(case)[0].hlo_text.split("\n\n")
+    layer = f"{model.mlp},{model.embed}"
+    assert not any(re.search(rf"bf16\[(1,)?{layer}\]\S* dynamic-slice\(", body) for body in computations)
+    products = [body for body in computations if re.search(rf"f32\[{layer}\]\S* dot\(", body)]
+    sums = [body for body in products if re.search(rf"ROOT \S+ = f32\[{layer}\]\S* add\(", body)]
+    assert len(sums) == len(products) == 2  # backward of the first stage, and of others

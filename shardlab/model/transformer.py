@@ -284,10 +284,11 @@ def as_used(model: Transformer, params: Params, run: Runtime) -> Params:
         "/".join(map(str, path)): variable.in_f32
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
-    return {
-        path: array.astype(jnp.float32 if in_f32[path] else run.compute_dtype)
-        for path, array in params.items()
-    }
+
+    def cast(path: str, array: jax.Array) -> jax.Array:
+        return array.astype(jnp.float32 if in_f32[path] else run.compute_dtype)
+
+    return {path: jax.tree.map(partial(cast, path), arrays) for path, arrays in params.items()}
 
 
 def init_params(config: ModelConfig, key: jax.Array, *, scan_layers: bool = True) -> Params:

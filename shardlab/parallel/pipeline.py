@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,11 @@ from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import Params, Transformer, as_used
 from shardlab.parallel.reduction import reduced, shardings_inside
 from shardlab.parallel.shardings import Shardings, microbatches
-from shardlab.parallel.stage import BALANCE, LAYERS, STREAM, StageModel
+from shardlab.parallel.stage import BALANCE, HOP, LAYERS, STREAM, StageModel, Stream
 from shardlab.parallel.ticks import Executor
 from shardlab.spec.case import Case
 from shardlab.spec.names import reduced_once
-from shardlab.spec.params import ParamSpec
+from shardlab.spec.params import LogicalAxes, ParamSpec
 from shardlab.spec.pipeline import layout_of, schedule_of, stage_axis
 from shardlab.spec.stages import StageLayout
 from shardlab.spec.tick_table import tick_table
@@ -119,22 +120,24 @@ class Pipeline:
         """Inside the map: one stage's program."""
         inside = shardings_inside(self.shardings, {self.axis, *self.data})
         run = self.runtime_on(inside)
-        params = as_used(self.model, params, run)
+        layers, outer = self._of_stage(params)
+        layers, outer = as_used(self.model, layers, run), as_used(self.model, outer, run)
         axes = {p.path: p.axes for p in self.case.parameters()}
 
         def place(name: str, array: jax.Array) -> jax.Array:
             if name not in axes:
-                stream = STREAM if name == "x" else BALANCE
+                stream = HOP if name == "x" else BALANCE
                 return inside.constrain(array, (*(None,) * (array.ndim - len(stream)), *stream))
             spec = ParamSpec(name, array.shape, axes[name][-array.ndim :])
             return jax.lax.with_sharding_constraint(array, inside.optimizer_state(spec))
 
-        table = tick_table(schedule_of(self.case.plan), self.layout)
+        table = tick_table(schedule_of(self.case.plan), self.layout, apart=not self.case.scan_layers)
         stage = StageModel(
             model=self.model,
             run=run,
             z_loss=self.z_loss,
             split=table.pair_slots > 0,
+            wide=self._wide,
             data=self.data,
             groups=_groups(inside),
         )
@@ -143,13 +146,44 @@ class Pipeline:
             table=table,
             axis=self.axis,
             chunk_slots=self.layout.chunk_slots,
-            layers={path: a.squeeze(0) for path, a in params.items() if path.startswith(LAYERS)},
-            outer={path: a for path, a in params.items() if not path.startswith(LAYERS)},
+            layers=layers,
+            outer=outer,
             tokens=tokens,
             targets=targets,
             place=place,
             sum_dtype=self.sum_dtype,
+            arriving=_moved_to(STREAM, inside),
+            leaving=_moved_to(HOP, inside),
         )
+
+    @property
+    def _wide(self) -> bool:
+        """Whether gradients of kernels are found in f32: where they are no part of a stack, and are not
+        reduced for every microbatch, in 16 bits."""
+        plan, used = self.case.plan, self.shardings.compute
+        whole = all(used[axis] == names for axis, names in self.shardings.params.items() if axis != "stage")
+        method = plan.method
+        plain = method.products == "bf16" and method.gradient_sums == "f32" and method.lora is None
+        return not self.case.scan_layers and whole and plain and not plan.blocks
+
+    def _of_stage(self, params: Params) -> tuple[Any, Params]:
+        """This stage's layers, a stack of each parameter or one array per slot, and what is in no layer."""
+        scanned, slots = self.case.scan_layers, range(self.layout.slots)
+        layers = {
+            path: a.squeeze(0) if scanned else tuple(a[0, slot] for slot in slots)
+            for path, a in params.items()
+            if path.startswith(LAYERS)
+        }
+        return layers, {path: a for path, a in params.items() if not path.startswith(LAYERS)}
+
+
+def _moved_to(axes: LogicalAxes, inside: Shardings) -> Callable[[Stream], Stream]:
+    """Places what passes between stages, where it lies otherwise on the way: Megatron's scatter and gather
+    (arXiv:2104.04473, section 4.1), which send over slow links what each device of a stage has alone."""
+    if inside.activations["hop_seq"] == inside.activations["norm_seq"]:
+        return lambda stream: stream
+    # Pinned where it comes from as well, or the partitioner splits the layers' stream too.
+    return lambda stream: stream._replace(x=inside.constrain(inside.constrain(stream.x, STREAM), axes))
 
 
 def _groups(inside: Shardings) -> tuple[int, int]:

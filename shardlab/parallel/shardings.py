@@ -18,7 +18,7 @@ from shardlab.spec.plan import Plan, Rules
 from shardlab.spec.sharding import array_sharding, block_of
 
 # Logical axes that count tokens of the step's own input; decode and the last logits of prefill have one.
-SEQUENCE_AXES = ("seq", "norm_seq", "kv_seq")
+SEQUENCE_AXES = ("seq", "norm_seq", "hop_seq", "kv_seq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,12 +117,13 @@ def shardings_of(plan: Plan, mesh: Mesh) -> Shardings:
 
     A weight in use keeps the mesh axes that its activations of the same logical axis have (tensor
     parallelism) and is
-    gathered over the others (FSDP). norm_seq follows seq unless the plan says otherwise, kv_seq does in
-    context parallelism.
+    gathered over the others (FSDP). norm_seq follows seq unless the plan says otherwise, hop_seq follows
+    norm_seq, and kv_seq does seq in context parallelism.
     """
     split = plan.activations.get("seq", ())
     keys = split if plan.method.context != "none" else ()
     activations = {"norm_seq": split, "kv_seq": keys, **plan.activations}
+    activations = {"hop_seq": activations["norm_seq"], **activations}
 
     def of(params: Rules, optimizer: Rules, blocks: Mapping[str, Shardings]) -> Shardings:
         compute = {

@@ -30,6 +30,7 @@ from shardlab.spec.params import LogicalAxes
 
 LAYERS = "layers/"
 STREAM: LogicalAxes = ("batch", "norm_seq", "embed")
+HOP: LogicalAxes = ("batch", "hop_seq", "embed")
 BALANCE: LogicalAxes = (None, "batch", "norm_seq", None)
 
 
@@ -63,7 +64,9 @@ class _Product(NamedTuple):
 class StageModel:
     """The parts of a model, as functions of their parameters. outer: those that belong to no layer.
 
-    split: whether kernels' gradients are found later, by `kernel_gradients`. data: mesh axes along which
+    split: whether kernels' gradients are found later, by `kernel_gradients`. wide: whether products give them
+    in f32, which the compiler adds to an f32 sum as part of the product (as Megatron's
+    `wgrad_gemm_accum_fp32`); else in the compute type. data: mesh axes along which
     devices run this on tokens of their own. groups: over how many devices the rest splits the batch and the
     sequence of a microbatch.
     """
@@ -72,6 +75,7 @@ class StageModel:
     run: Runtime
     z_loss: float
     split: bool = False
+    wide: bool = False
     data: tuple[str, ...] = ()
     groups: tuple[int, int] = (1, 1)
 
@@ -101,6 +105,9 @@ class StageModel:
         """From what `forward` kept and the output's gradient: gradients of the parameters, of the input, and
         no factors. Where it is split: gradients of norms, biases and experts, and the factors of kernels'."""
         pull = residuals.restored(self._differentiation(params), cotangent, kept)
+        if self.wide and not self.split:
+            gradients, of_kernels, dx = pull(cotangent)
+            return {**gradients, **of_kernels}, dx, Factors((), ())
         if not self.split:
             return (*pull(cotangent), Factors((), ()))
         gradients, inputs, cotangents, dx = pull(cotangent)
@@ -122,12 +129,18 @@ class StageModel:
                 return self.run.project(kernel, p.axes, a, p.num_inputs, self.run)
 
             with jax.named_scope(product.path.removesuffix("/kernel")):
-                (found[product.path],) = jax.vjp(apply, params[product.path])[1](cotangent)
+                if self.wide:
+                    found[product.path] = _in_f32(source, cotangent, product.num_inputs)
+                else:
+                    (found[product.path],) = jax.vjp(apply, params[product.path])[1](cotangent)
         return found
 
     def _differentiation(self, params: Params) -> Callable[[Stream], tuple[Stream, Any]]:
-        """input -> (output, its pullback): to parameters and input, or, where it is split, to all parameters
-        but the kernels of products, to the inputs and the results of these, and to the input."""
+        """input -> (output, its pullback): to parameters and input; where it is wide, to all parameters but
+        the kernels of products, to those, and to the input; where it is split, to all parameters but these,
+        to their inputs and results, and to the input."""
+        if self.wide and not self.split:
+            return self._wide_differentiation(params)
         if not self.split:
             function = self._recomputing(partial(self._layer, self.run))
             return lambda stream: jax.vjp(function, params, stream)
@@ -147,6 +160,25 @@ class StageModel:
                 return self._layer(replace(self.run, project=recorder.tap), {**kernels, **rest}, x)
 
             return jax.vjp(self._recomputing(tapped), rest, blanks, taps, stream)
+
+        return differentiate
+
+    def _wide_differentiation(self, params: Params) -> Callable[[Stream], tuple[Stream, Any]]:
+        def differentiate(stream: Stream) -> tuple[Stream, Any]:
+            kernels = {product.path: params[product.path] for product in self.products(params, stream)}
+            rest = {path: array for path, array in params.items() if path not in kernels}
+            blanks = {path: jnp.zeros(a.shape, jnp.float32) for path, a in kernels.items()}
+
+            def wide(rest: Params, blanks: Params, x: Stream) -> Stream:
+                def product(
+                    kernel: jax.Array, axes: LogicalAxes, a: jax.Array, num_inputs: int, run: Runtime
+                ) -> jax.Array:
+                    path = next(path for path, array in kernels.items() if array is kernel)
+                    return _wide_product(axes, num_inputs, _plain(run))(kernel, blanks[path], a)
+
+                return self._layer(replace(self.run, project=product), {**kernels, **rest}, x)
+
+            return jax.vjp(self._recomputing(wide), rest, blanks, stream)
 
         return differentiate
 
@@ -177,6 +209,33 @@ def _noted(x: jax.Array, blank: jax.Array) -> jax.Array:
 
 
 _noted.defvjp(lambda x, _: (x, x), lambda x, cotangent: (cotangent, x))
+
+
+def _in_f32(x: jax.Array, cotangent: jax.Array, num_inputs: int) -> jax.Array:
+    """The gradient of a kernel, from what it was multiplied with and the gradient of the result."""
+    rows = tuple(range(x.ndim - num_inputs))
+    return jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _wide_product(axes: LogicalAxes, num_inputs: int, run: Runtime) -> Callable[..., jax.Array]:
+    """(kernel, blank, x) -> the product; the pullback gives the kernel's gradient, in f32, as that of
+    `blank`."""
+
+    def apply(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        return run.project(kernel, axes, x, num_inputs, run)
+
+    @jax.custom_vjp
+    def product(kernel: jax.Array, blank: jax.Array, x: jax.Array) -> jax.Array:
+        del blank
+        return apply(kernel, x)
+
+    def backward(kept: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, ...]:
+        kernel, x = kept
+        (dx,) = jax.vjp(lambda x: apply(kernel, x), x)[1](cotangent)
+        return jnp.zeros_like(kernel), _in_f32(x, cotangent, num_inputs), dx
+
+    product.defvjp(lambda kernel, _, x: (apply(kernel, x), (kernel, x)), backward)
+    return product
 
 
 @dataclass(slots=True)

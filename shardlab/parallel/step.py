@@ -160,7 +160,7 @@ def init_state(case: Case, mesh: Mesh, seed: int, *, optimizer: OptimizerConfig 
     adapters = tuple(spec for spec in table if is_adapter(spec.path))
 
     def create(key: jax.Array) -> TrainState:
-        fresh = init_params(case.model, key, scan_layers=case.scan_layers)
+        fresh = init_params(case.model, key, scan_layers=case.stacked)
         dtype = STATE_DTYPES[case.plan.method.state]
         base = to_stages({path: array.astype(dtype) for path, array in fresh.items()}, case)
         params = frozen_and_adapters(base, adapters, key)
@@ -208,7 +208,7 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
     return _Setup(
         case=case,
         table=case.parameters(),
-        model=abstract_model(case.model, scan_layers=case.scan_layers),
+        model=abstract_model(case.model, scan_layers=case.stacked),
         shardings=shardings,
         runtime_on=runtime_on,
         notes=notes + experts_notes(case, family) + order_notes(case.plan) + method_notes(case, family),

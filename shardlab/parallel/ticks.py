@@ -5,6 +5,11 @@ written out, so a stage keeps what its layers keep (the plan's remat policy) of 
 and nothing else: differentiating the loop would keep every tick's activations, which is GPipe's memory
 whatever the schedule.
 
+Layers are a loop over stacks of their parameters, or written out one after the other, each with arrays of
+its own: then a chunk is a branch too. Out of a stack the compiler may copy a layer's weights before it
+multiplies, and a gradient is found before it is added to its sum; an array of its own is multiplied as it
+is, and the sum is part of the product.
+
 Stages with fewer layers are branches of their own with a loop of their own length: a masked slot would cost
 a layer's time, and a loop whose length depends on the device cannot be counted in the compiled program.
 
@@ -14,21 +19,21 @@ and what passes between stages does so after the branches, at every tick.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from shardlab.model.transformer import Params
+from shardlab.parallel.buffers import Buffer, Index, add, first, keep, of_slot, read, write
 from shardlab.parallel.residuals import Residuals
 from shardlab.parallel.stage import LAYERS, Factors, StageModel, Stream
 from shardlab.spec.tick_table import Branch, Column, Edges, TickTable, Transfer
 
 Place = Callable[[str, jax.Array], jax.Array]
-Buffer = TypeVar("Buffer")  # an array, or a tuple of arrays with the same leading dimensions
 
 
 class Inbox(NamedTuple):
@@ -43,7 +48,7 @@ class Inbox(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What branches alone write. gradients: by path. loss: f32 scalar.
+    """What branches alone write. gradients: by path, as the parameters lie. loss: f32 scalar.
 
     stash: what layers keep from forward to backward [slots, layers, …]. pairs: factors of kernels' gradients
     [slots, layers, …], empty unless backwards are split. A loop that reads one of them hands it on as well
@@ -84,11 +89,13 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Executor:
-    """One stage's program. layers: the stage's stacked layer parameters [slots, …] by path; outer: the rest;
-    both in the type that they are used in, cast once for all microbatches.
+    """One stage's program. layers: the stage's layer parameters by path, stacked [slots, …] or, where layers
+    are written out, an array for each slot; outer: the rest; both in the type that they are used in, cast
+    once for all microbatches.
 
     tokens, targets: [microbatches, B, L]. chunk_slots: layer slots of a chunk. axis: the mesh axis of the
-    stages. place: pins a part of the stream ("x") or a gradient (by path) to where the plan wants it.
+    stages. place: pins a part of the stream ("x") between stages or a gradient (by path) to where the plan
+    wants it. arriving, leaving: take the stream from there to where the layers have it, and back.
     sum_dtype: of the gradients' sums.
     """
 
@@ -96,12 +103,14 @@ class Executor:
     table: TickTable
     axis: str
     chunk_slots: int
-    layers: Params
+    layers: Mapping[str, jax.Array | tuple[jax.Array, ...]]
     outer: Params
     tokens: jax.Array
     targets: jax.Array
     place: Place
     sum_dtype: DTypeLike
+    arriving: Callable[[Stream], Stream]
+    leaving: Callable[[Stream], Stream]
 
     def run(self) -> tuple[jax.Array, Params]:
         """The loss and the gradients of this stage, means over the microbatches."""
@@ -113,17 +122,23 @@ class Executor:
             inbox = _received(inbox, arrived, cell)
             branches = [self._branch(branch, cell, inbox) for branch in self.table.branches]
             sums, out = jax.lax.switch(cell.branch, branches, sums)
-            inbox = inbox._replace(cotangents=_keep(inbox.cotangents, out, cell.keep_cotangent))
+            inbox = inbox._replace(cotangents=keep(inbox.cotangents, out, cell.keep_cotangent))
             return (inbox, sums, self._exchange(out, tick)), None
 
         ticks = jnp.arange(len(self.table.branch), dtype=jnp.int32)
         (_, sums, _), _ = jax.lax.scan(tick, self._start(), ticks)
-        return sums.loss, sums.gradients
+        stacked = {path: jnp.stack(a) if isinstance(a, tuple) else a for path, a in sums.gradients.items()}
+        return sums.loss, stacked
 
     def _branch(self, branch: Branch, cell: Cell, inbox: Inbox) -> Callable[[Sums], tuple[Sums, Stream]]:
         """The work of a tick: what it makes is an activation or a cotangent, or zeros."""
         work = {"idle": self._idle, "F": self._forward, "B": self._backward, "W": self._weights}
-        return lambda sums: work[branch.kind](branch, cell, inbox, sums)
+
+        def run(sums: Sums) -> tuple[Sums, Stream]:
+            sums, out = work[branch.kind](branch, cell, inbox, sums)
+            return sums, self.leaving(out)
+
+        return run
 
     def _idle(self, _: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Stream]:
         return sums, _nothing(inbox)
@@ -133,15 +148,14 @@ class Executor:
         if branch.first:
             x = jax.vjp(self.stage.embed, self.outer, self.tokens[cell.microbatch])[0]
         else:
-            x = _read(inbox.inputs, cell.input)
+            x = self.arriving(read(inbox.inputs, cell.input))
 
-        def layer(carry: tuple[Stream, Residuals], i: jax.Array) -> tuple[tuple[Stream, Residuals], None]:
+        def layer(carry: tuple[Stream, Residuals], i: Index) -> tuple[tuple[Stream, Residuals], None]:
             x, stash = carry
-            x, kept = self.stage.forward(self._layer(self._slot(cell) + i), x)
-            return (x, _write(stash, kept, cell.stash, i)), None
+            x, kept = self.stage.forward(self._layer(self._slot(branch, cell) + i), x)
+            return (x, write(stash, kept, cell.stash, i)), None
 
-        with jax.named_scope("layers"):
-            (x, stash), _ = jax.lax.scan(layer, (x, sums.stash), _count(branch))
+        x, stash = self._through(layer, (x, sums.stash), branch)
         sums = sums._replace(stash=stash)
         return self._loss(cell, sums, x) if branch.last else (sums, x)
 
@@ -158,21 +172,24 @@ class Executor:
         """The layers of a chunk from the last to the first, each from what it kept. Where the backward is
         split, the kernels' gradients stay undone: their factors are kept."""
 
-        def layer(carry: tuple[Sums, Stream, jax.Array], i: jax.Array) -> tuple[Any, None]:
+        def layer(carry: tuple[Sums, Stream, Index], i: Index) -> tuple[Any, None]:
             sums, cotangent, at = carry
-            slot = jax.lax.optimization_barrier(at)
-            kept = _read(sums.stash, cell.stash, i)
+            slot = at if isinstance(at, int) else jax.lax.optimization_barrier(at)
+            kept = read(sums.stash, cell.stash, i)
             found, cotangent, factors = self.stage.backward(self._layer(slot), kept, cotangent)
             sums = sums._replace(
                 gradients=self._added(sums.gradients, found, slot),
                 stash=jax.lax.optimization_barrier(sums.stash),
-                pairs=_write(sums.pairs, factors, cell.pair, i),
+                pairs=write(sums.pairs, factors, cell.pair, i),
             )
             return (sums, cotangent, at - 1), None
 
-        start = (sums, _read(inbox.cotangents, cell.cotangent), self._slot(cell) + branch.layers - 1)
-        with jax.named_scope("layers"):
-            (sums, cotangent, _), _ = jax.lax.scan(layer, start, _count(branch), reverse=True)
+        start = (
+            sums,
+            self.arriving(read(inbox.cotangents, cell.cotangent)),
+            self._slot(branch, cell) + branch.layers - 1,
+        )
+        sums, cotangent, _ = self._through(layer, start, branch, reverse=True)
         if branch.first:  # which ends in the embedding
             tokens = self.tokens[cell.microbatch]
             (found,) = jax.vjp(lambda outer: self.stage.embed(outer, tokens), self.outer)[1](cotangent)
@@ -182,18 +199,17 @@ class Executor:
     def _weights(self, branch: Branch, cell: Cell, inbox: Inbox, sums: Sums) -> tuple[Sums, Stream]:
         """The kernels' gradients of a chunk."""
 
-        def layer(carry: tuple[Sums, jax.Array], i: jax.Array) -> tuple[Any, None]:
+        def layer(carry: tuple[Sums, Index], i: Index) -> tuple[Any, None]:
             sums, slot = carry
-            factors = _read(sums.pairs, cell.pair, i)
-            found = self.stage.kernel_gradients(self._layer(slot), _first(inbox.cotangents), factors)
+            factors = read(sums.pairs, cell.pair, i)
+            found = self.stage.kernel_gradients(self._layer(slot), first(inbox.cotangents), factors)
             sums = sums._replace(
                 gradients=self._added(sums.gradients, found, slot),
                 pairs=jax.lax.optimization_barrier(sums.pairs),
             )
             return (sums, slot + 1), None
 
-        with jax.named_scope("layers"):
-            (sums, _), _ = jax.lax.scan(layer, (sums, self._slot(cell)), _count(branch))
+        sums, _ = self._through(layer, (sums, self._slot(branch, cell)), branch)
         return sums, _nothing(inbox)
 
     def _exchange(self, out: Stream, tick: jax.Array) -> Arrived:
@@ -204,31 +220,47 @@ class Executor:
                 return moves[0](out)
             return jax.lax.switch(jnp.asarray(self.table.transfer, jnp.int32)[tick], moves, out)
 
-    def _slot(self, cell: Cell) -> jax.Array:
+    @property
+    def _scanned(self) -> bool:
+        return not any(isinstance(arrays, tuple) for arrays in self.layers.values())
+
+    def _through(
+        self, layer: Callable[[Any, Any], tuple[Any, None]], carry: Any, branch: Branch, reverse: bool = False
+    ) -> Any:
+        """The layers of a chunk, in a loop or written out."""
+        with jax.named_scope("layers"):
+            if self._scanned:
+                count = jnp.arange(branch.layers, dtype=jnp.int32)
+                return jax.lax.scan(layer, carry, count, reverse=reverse)[0]
+            for i in reversed(range(branch.layers)) if reverse else range(branch.layers):
+                carry, _ = layer(carry, i)
+            return carry
+
+    def _slot(self, branch: Branch, cell: Cell) -> Index:
         """Of the first layer of the item's chunk."""
-        return cell.chunk * self.chunk_slots
+        return (cell.chunk if self._scanned else branch.chunk) * self.chunk_slots
 
-    def _layer(self, slot: jax.Array) -> Params:
+    def _layer(self, slot: Index) -> Params:
         """A layer's parameters, by path relative to the layer."""
-        return {path.removeprefix(LAYERS): _read(array, slot) for path, array in self.layers.items()}
+        return {path.removeprefix(LAYERS): of_slot(arrays, slot) for path, arrays in self.layers.items()}
 
-    def _added(self, gradients: Params, found: Params, slot: jax.Array | None = None) -> Params:
+    def _added(self, gradients: Params, found: Params, slot: Index | None = None) -> Params:
         """The sums with these gradients: of the layer in this slot, or of parameters of no layer."""
         if slot is None:
             sums = {path: gradients[path] + array.astype(self.sum_dtype) for path, array in found.items()}
             return {**gradients, **sums}
-        sums = {LAYERS + path: _add(gradients[LAYERS + path], array, slot) for path, array in found.items()}
+        sums = {LAYERS + path: add(gradients[LAYERS + path], array, slot) for path, array in found.items()}
         return {**gradients, **sums}
 
     def _start(self) -> Carry:
         """All buffers, zero, where they live."""
         x = jax.eval_shape(self.stage.embed, self.outer, self.tokens[0])
-        layer = {path.removeprefix(LAYERS): array[0] for path, array in self.layers.items()}
+        layer = {path.removeprefix(LAYERS): arrays[0] for path, arrays in self.layers.items()}
         kept = jax.eval_shape(self.stage.forward, layer, x)[1]
         pairs = jax.eval_shape(self.stage.backward, layer, kept, x)[2]
         gradients = {
-            path: self.place(path, jnp.zeros(a.shape, self.sum_dtype))
-            for path, a in {**self.layers, **self.outer}.items()
+            path: jax.tree.map(lambda a, p=path: self.place(p, jnp.zeros(a.shape, self.sum_dtype)), arrays)
+            for path, arrays in {**self.layers, **self.outer}.items()
         }
         inbox = Inbox(self._zeros(x, self.table.input_slots), self._zeros(x, self.table.cotangent_slots))
         nothing = self._zeros(x)
@@ -252,69 +284,19 @@ class Executor:
 
 def _nothing(inbox: Inbox) -> Stream:
     """What a tick makes that gives its neighbours nothing."""
-    return jax.tree.map(jnp.zeros_like, _first(inbox.cotangents))
-
-
-def _first(buffer: Buffer) -> Buffer:
-    return jax.tree.map(lambda a: a[0], buffer)
+    return jax.tree.map(jnp.zeros_like, first(inbox.cotangents))
 
 
 def _received(inbox: Inbox, arrived: Arrived, cell: Cell) -> Inbox:
     """The inbox with what has arrived, where the table says."""
     return Inbox(
-        inputs=_keep(inbox.inputs, arrived.stream, cell.receive_input),
-        cotangents=_keep(inbox.cotangents, arrived.cotangent, cell.receive_cotangent),
+        inputs=keep(inbox.inputs, arrived.stream, cell.receive_input),
+        cotangents=keep(inbox.cotangents, arrived.cotangent, cell.receive_cotangent),
     )
-
-
-def _count(branch: Branch) -> jax.Array:
-    return jnp.arange(branch.layers, dtype=jnp.int32)
 
 
 def _lookup(column: Column, tick: jax.Array, stage: jax.Array) -> jax.Array:
     return jnp.asarray(column, jnp.int32)[tick, stage]
-
-
-def _read(buffer: Buffer, *index: jax.Array) -> Buffer:
-    """buffer[index], one entry of the leading dimensions."""
-
-    def read(array: jax.Array) -> jax.Array:
-        sizes = (1,) * len(index) + array.shape[len(index) :]
-        start = (*index, *(jnp.int32(0),) * (array.ndim - len(index)))
-        found = jax.lax.dynamic_slice(array, start, sizes, allow_negative_indices=False)
-        return found.reshape(array.shape[len(index) :])
-
-    return jax.tree.map(read, buffer)
-
-
-def _write(buffer: Buffer, value: Buffer, *index: jax.Array) -> Buffer:
-    """The buffer with one entry of the leading dimensions replaced."""
-
-    def write(array: jax.Array, entry: jax.Array) -> jax.Array:
-        start = (*index, *(jnp.int32(0),) * entry.ndim)
-        entry = entry.astype(array.dtype).reshape((1,) * len(index) + entry.shape)
-        return jax.lax.dynamic_update_slice(array, entry, start, allow_negative_indices=False)
-
-    return jax.tree.map(write, buffer, value)
-
-
-def _add(sums: jax.Array, array: jax.Array, index: jax.Array) -> jax.Array:
-    """sums with sums[index] + array, in the sums' type: in place.
-
-    XLA reads, adds and writes in one fusion only if nothing is between what it reads and the sum, not even a
-    reshape (`ShouldFuseInPlaceOp`); else it copies the slice out first.
-    """
-    start = (index, *(jnp.int32(0),) * array.ndim)
-    old = jax.lax.dynamic_slice(sums, start, (1, *array.shape), allow_negative_indices=False)
-    new = old + array.astype(sums.dtype)[None]
-    return jax.lax.dynamic_update_slice(sums, new, start, allow_negative_indices=False)
-
-
-def _keep(buffer: Buffer, value: Buffer, slot: jax.Array) -> Buffer:
-    """`_write`, unless the slot is -1: then nothing has arrived."""
-    at = jnp.maximum(slot, 0)
-    kept = jax.tree.map(lambda new, old: jnp.where(slot >= 0, new, old), value, _read(buffer, at))
-    return _write(buffer, kept, at)
 
 
 def _moved(out: Stream, axis: str, transfer: Transfer) -> Arrived:

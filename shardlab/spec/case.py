@@ -33,15 +33,15 @@ from shardlab.spec.sharding import (
 
 Workload = Literal["train", "prefill", "decode"]
 MAX_DEFAULT_SEQ = 4_096
-SEQUENCE_AXES = ("seq", "norm_seq", "kv_seq")  # tokens of the step's own input
+SEQUENCE_AXES = ("seq", "norm_seq", "hop_seq", "kv_seq")  # tokens of the step's own input
 
 
 class Case(BaseModel):
     """Everything that decides the compiled program. `machine` is the machine as written; resolve it in
     `hardware/`.
 
-    batch: global batch in sequences. seq: tokens per sequence. Serialises to JSON for the compile child
-    process.
+    batch: global batch in sequences. seq: tokens per sequence. scan_layers: whether layers are a loop; else
+    they are written out one after the other. Serialises to JSON for the compile child process.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +67,11 @@ class Case(BaseModel):
     def on(self, machine: str) -> Case:
         """The same case on another machine. Raises UserError when the plan has another number of devices."""
         return self.model_copy(update={"machine": machine_spec(self.plan, machine)})
+
+    @property
+    def stacked(self) -> bool:
+        """Whether each layer parameter is one stack: a pipeline's are, whatever its layers run as."""
+        return self.scan_layers or self.plan.method.pipeline != "none"
 
     def load_machine(self) -> Machine:
         """The machine as a record."""
@@ -154,13 +159,14 @@ def make_case(
     seq: int | None = None,
     workload: Workload | None = None,
     *,
-    scan_layers: bool = True,
+    scan_layers: bool | None = None,
 ) -> Case:
     """The plan put on a model and a machine; what is not given comes from the plan, then from the defaults.
 
-    Defaults: machine from `on`; model, batch, seq and workload from `[check]`; else seq = min(context, 4096)
-    and one sequence per batch shard and microbatch, in training. Raises UserError for mistakes (all at once)
-    and Infeasible, with the nearest value that works, when a dimension cannot be split as the rules say.
+    Defaults: machine from `on`; scan_layers from `[method]`; model, batch, seq and workload from `[check]`;
+    else seq = min(context, 4096) and one sequence per batch shard and microbatch, in training. Raises
+    UserError for mistakes (all at once) and Infeasible, with the nearest value that works, when a dimension
+    cannot be split as the rules say.
     """
     config, spec = _resolved(plan, model, machine)
     length = _given("--seq", seq, _default_seq(plan, config))
@@ -172,7 +178,7 @@ def make_case(
         batch=sequences,
         seq=length,
         workload=workload or plan.check.workload,
-        scan_layers=scan_layers,
+        scan_layers=plan.method.scan_layers if scan_layers is None else scan_layers,
     )
     check_feasible(case)
     return case

@@ -9,7 +9,7 @@ from shardlab.spec.sharding import nearest_divisor, num_ways
 
 # Counted in sequences or tokens: what does not divide is answered with another batch or sequence. KV heads
 # are replicated where they do not divide.
-_CHOSEN = ("batch", "seq", "norm_seq", "kv_seq", "cache")
+_CHOSEN = ("batch", "seq", "norm_seq", "hop_seq", "kv_seq", "cache")
 
 # Shape, logical axis of each dimension, rules, name.
 Array = tuple[tuple[int, ...], tuple[str | None, ...], Mapping[str, tuple[str, ...]], str]

@@ -20,7 +20,8 @@ PARAM_AXES = (
 # Of one layer's parts: where layers and stages lie is the same for all.
 BLOCK_AXES = tuple(axis for axis in PARAM_AXES if axis not in ("vocab", "layers", "stage"))
 ACTIVATION_AXES = (
-    "batch", "seq", "norm_seq", "kv_seq", "embed", "heads", "kv_heads", "mlp", "vocab", "expert", "cache",
+    "batch", "seq", "norm_seq", "hop_seq", "kv_seq", "embed", "heads", "kv_heads", "mlp", "vocab", "expert",
+    "cache",
 )  # fmt: skip
 
 Where = Callable[[KeyPath], str]

@@ -57,6 +57,7 @@ class Method(BaseModel):
     weights: Literal["bf16", "int8", "fp8"] = "bf16"
     state: Literal["f32", "bf16"] = "f32"
     lookup: Literal["rows", "one-hot"] = "rows"
+    scan_layers: bool = True
 
 
 class Check(BaseModel):

@@ -49,10 +49,12 @@ def block_of(path: str) -> str | None:
     return next((part for part in path.split("/") if part in BLOCK_ARRAYS), None)
 
 
-# Logical axes of the key activations; `norm_seq` is the sequence of the residual stream and the norms.
+# Logical axes of the key activations; `norm_seq` is the sequence of the residual stream and the norms,
+# `hop_seq` that of what passes between stages.
 ACTIVATION_ARRAYS: Mapping[str, tuple[str | None, ...]] = {
     "tokens": ("batch", "seq"),
     "residual stream": ("batch", "norm_seq", "embed"),
+    "what passes between stages": ("batch", "hop_seq", "embed"),
     "projection inputs": ("batch", "seq", "embed"),
     "queries": ("batch", "seq", "heads", None),
     "keys and values": ("batch", "kv_seq", "kv_heads", None),
@@ -119,7 +121,7 @@ def _reason(size: int, axis: str, split: Sequence[str], ways: int, what: str) ->
 
 def _nearest(size: int, axis: str, ways: int) -> str:
     """What would work: the nearest axis size, or for what the user chooses, the nearest number."""
-    if axis in ("batch", "seq", "norm_seq", "kv_seq", "cache"):
+    if axis in ("batch", "seq", "norm_seq", "hop_seq", "kv_seq", "cache"):
         below, above = size // ways * ways, -(-size // ways) * ways
         noun = "batch" if axis == "batch" else "seq"
         return f"nearest {noun} that divides: {f'{below} or {above}' if below else above}"

@@ -20,12 +20,14 @@ MAX_TRANSFERS = 64  # each is a permute of its own in the compiled program
 
 
 class Branch(NamedTuple):
-    """One kind of tick. first, last: of the whole chain: embedding, head and loss. layers: how many."""
+    """One kind of tick. first, last: of the whole chain: embedding, head and loss. layers: how many. chunk:
+    whose, where chunks have branches of their own; else 0."""
 
     kind: Kind | Literal["idle"]
     first: bool = False
     last: bool = False
     layers: int = 0
+    chunk: int = 0
 
 
 class Transfer(NamedTuple):
@@ -102,8 +104,8 @@ _BUFFERS = ("input", "stash", "cotangent", "pair")
 class _Builder:
     """Fills the columns tick by tick: first what each stage does, then what arrives."""
 
-    def __init__(self, schedule: Schedule, layout: StageLayout) -> None:
-        self.schedule, self.layout = schedule, layout
+    def __init__(self, schedule: Schedule, layout: StageLayout, apart: bool) -> None:
+        self.schedule, self.layout, self.apart = schedule, layout, apart
         self.split = any(work.kind == "W" for _, _, work in schedule.items())
         self.buffers = {name: [_Slots() for _ in range(schedule.stages)] for name in _BUFFERS}
         self.columns = {
@@ -118,6 +120,7 @@ class _Builder:
         """What a stage does: slots taken by what it makes, given back by what it uses up."""
         key, link = (work.microbatch, work.chunk), work.chunk * self.schedule.stages + stage
         first, last = link == 0, link == self.schedule.links - 1
+        chunk = work.chunk if self.apart else 0
         input, stash, cotangent, pair = (self.buffers[name][stage] for name in _BUFFERS)
         cell = {"microbatch": work.microbatch, "chunk": work.chunk}
         if work.kind == "F":
@@ -126,15 +129,15 @@ class _Builder:
                 cell["input"] = input.give_back(key)
             if last:
                 cell["keep_cotangent"] = cotangent.take(key)
-            branch = Branch("F", first, last, self.layout.counts[link])
+            branch = Branch("F", first, last, self.layout.counts[link], chunk)
         elif work.kind == "B":
             cell |= {"stash": stash.give_back(key), "cotangent": cotangent.give_back(key)}
             if self.split:
                 cell["pair"] = pair.take(key)
-            branch = Branch("B", first, False, self.layout.counts[link])
+            branch = Branch("B", first, False, self.layout.counts[link], chunk)
         else:
             cell["pair"] = pair.give_back(key)
-            branch = Branch("W", False, False, self.layout.counts[link])
+            branch = Branch("W", False, False, self.layout.counts[link], chunk)
         cell["branch"] = self.branches.setdefault(branch, len(self.branches))
         for name, value in cell.items():
             self.columns[name][tick][stage] = value
@@ -156,9 +159,9 @@ class _Builder:
         return Transfer(tuple(edges["F"]), tuple(edges["B"]))
 
 
-def tick_table(schedule: Schedule, layout: StageLayout) -> TickTable:
-    """The table of a schedule on this layout of layers."""
-    builder = _Builder(schedule, layout)
+def tick_table(schedule: Schedule, layout: StageLayout, *, apart: bool = False) -> TickTable:
+    """The table of a schedule on this layout of layers. apart: whether each chunk has its own branches."""
+    builder = _Builder(schedule, layout, apart)
     sent = []
     for tick, row in enumerate(schedule.rows):
         for stage, work in enumerate(row):

@@ -71,12 +71,12 @@ GRIDS: dict[str, tuple[dict[str, int], Rules, Rules, Rules | None]] = {
         {"embed": ("fsdp", "data")},
     ),
 }
+HOPS: Rules = {"hop_seq": ("tensor",)}  # what passes between stages is split on the way
 MARKS = {
     ("1f1b", "zero1-tensor-sequence"): (),
     ("zb-h1", "hybrid-zero1"): (),
     ("gpipe", "fsdp-tensor"): pytest.mark.matrix,
     ("1f1b", "data"): pytest.mark.matrix,
-    ("interleaved", "data-zero1"): pytest.mark.matrix,
 }
 
 
@@ -119,6 +119,21 @@ NAMED = {"keep": ["query", "attention", "up"]}
 def test_whatever_stages_keep_they_train_as_one_device(schedule: str, grid: str, remat: Any) -> None:
     fewer = {"microbatches": 4} if grid in ("fsdp", "hybrid-zero1") else {}
     check_equal(case_of(piped(schedule, grid, remat=remat, **fewer), SIX))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "remat"),
+    [
+        pytest.param("interleaved", "selective", marks=pytest.mark.matrix),
+        pytest.param("1f1b", "full", marks=pytest.mark.full),
+        pytest.param("zb-h1", "none", marks=pytest.mark.full),
+    ],
+)
+def test_layers_that_are_written_out_train_as_one_device(schedule: str, remat: str) -> None:
+    """Each with arrays of its own, and each chunk with branches of its own; and hops that are split."""
+    asked = piped(schedule, "tensor", remat=remat)
+    case = case_of(asked.model_copy(update={"activations": asked.activations | HOPS}), SIX, scan_layers=False)
+    check_equal(case)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("zb-h1", marks=pytest.mark.full)])
