@@ -1,5 +1,6 @@
 """A TPU program without its code: libtpu writes the scheduled module before it generates code, which is most
-of a compile and changes nothing that is analysed. The compiler's memory analysis is left out."""
+of a compile and changes nothing that is analysed. What does not fit has been refused by then; the compiler's
+memory analysis is left out."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from shardlab.compile.request import TEMPLATE_FILE
 from shardlab.program import Program
 
 DUMP = "dump"
-NOTE = "compiled as far as the schedule: without code there is no memory analysis, and no refusal"
+NOTE = "compiled as far as the schedule: without code there is no memory analysis"
 # The second is begun when the first is whole.
 _MODULE, _NEXT = "-TLP-hlo.txt", "-TLP-00-deduplication-map.txt"
 

@@ -40,7 +40,9 @@ def scan_in_groups(
                 one = jax.tree.map(lambda a: jax.lax.index_in_dim(a, place, keepdims=False), stack)
                 return bodies[place % period](x, one)
 
-            x, kept = checkpointed(body, remat, in_scan=places.start == 0)(x, stack)
+            # A loop of one turn is taken apart, and with it goes what keeps XLA from undoing a recomputation.
+            looped = places.start == 0 and groups > 1
+            x, kept = checkpointed(body, remat, in_scan=looped)(x, stack)
             found.append(kept)
         return x, jax.tree.map(lambda *a: jnp.stack(a), *found)
 
