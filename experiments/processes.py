@@ -132,10 +132,10 @@ def _deadline(processes: Processes) -> Iterator[None]:
         timer.cancel()
 
 
-def first_on_process_0(make: Callable[[], Any]) -> Any:
-    """What `make` gives; the other processes begin when process 0 has done it.
+def made_by_all(make: Callable[[], Any], *, first_alone: bool) -> Any:
+    """What `make` gives, when every process has it. first_alone: the others begin after process 0.
 
-    They wait for the coordinator, not in a collective, whose own deadline is shorter than a compile.
+    They wait at the coordinator, not in a collective, whose own deadline is shorter than a slow compile.
     """
     import jax
     from jax._src import distributed
@@ -143,9 +143,14 @@ def first_on_process_0(make: Callable[[], Any]) -> Any:
     client = distributed.global_state.client
     if client is None or jax.process_count() == 1:
         return make()
-    made = make() if jax.process_index() == 0 else None
-    client.wait_at_barrier("first on process 0", _COMPILE_SECONDS * 1000)
-    return made if made is not None else make()
+    first = jax.process_index() == 0
+    if first_alone and not first:
+        client.wait_at_barrier("made by the first", _COMPILE_SECONDS * 1000)
+    made = make()
+    if first_alone and first:
+        client.wait_at_barrier("made by the first", _COMPILE_SECONDS * 1000)
+    client.wait_at_barrier("made by all", _COMPILE_SECONDS * 1000)
+    return made
 
 
 def leave(code: int) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 from checkpoints import open_checkpoints
 from metrics import Record, Report, open_reports
-from processes import Processes, asked_for, first_on_process_0, join, leave
+from processes import Processes, asked_for, join, leave, made_by_all
 from windows import Windows, read_text, windows_of_steps
 
 from shardlab.errors import Problem, ShardlabError, UserError
@@ -121,7 +121,7 @@ def build(case: Case) -> tuple[Callable[[], Any], Step, Any]:
         sys.stderr.write(f"note: {note}\n")
     lowered = step.function.lower(*step.arguments)
     # With --compile_cache process 0 compiles, and the others take what it kept.
-    compiled = lowered.compile() if COMPILED.value is None else first_on_process_0(lowered.compile)
+    compiled = made_by_all(lowered.compile, first_alone=COMPILED.value is not None)
     return lambda: init_state(case, mesh, SEED.value, optimizer=optimizer), step, compiled
 
 
