@@ -7,11 +7,14 @@ from functools import lru_cache
 
 from shardlab.analysis import Attributed, attribute
 from shardlab.cost.instructions import StepCost, step_cost
+from shardlab.cost.stages import FreeStages
 from shardlab.cost.timeline import Timeline
 from shardlab.errors import ShardlabError
 from shardlab.hardware.catalog import load_machine
-from shardlab.prediction import predict
+from shardlab.prediction import free_stages_of, predict
 from shardlab.program import Program
+from shardlab.spec.pipeline import schedule_of, stage_axis
+from shardlab.spec.schedule import make_schedule
 from shardlab.units import format_bytes
 from validation.data_ways import with_data_ways
 from validation.efficiency import at_efficiency
@@ -37,11 +40,25 @@ class Analysed:
             machine,
             attention_kernel=self.row.attention_kernel,
             in_pieces_over=self.row.in_pieces_over,
+            free=self._free(),
         )
         if predicted is None:
             return "no step time: nothing is known of the machine"
         line = predicted.timeline
         return line if line.step_time_s is not None else f"no step time: {', '.join(line.unknown[:3])}"
+
+    def _free(self) -> FreeStages | None:
+        """How the row's stages wait for each other, where they ran free."""
+        row, case = self.row, self.row.case
+        axis = stage_axis(case.plan) if row.free_stages and case is not None else None
+        if case is None or axis is None:
+            return None
+        schedule = schedule_of(case.plan)
+        if row.counts is not None:
+            schedule = make_schedule(schedule.name, schedule.stages, row.counts.microbatches)
+        free = free_stages_of(self.part, schedule, axis)
+        assert free is not None
+        return free
 
 
 def analysed(row: Row, program: Program) -> Analysed | str:

@@ -16,6 +16,11 @@ GIB = 1 << 30
 # Named features that shardlab lacks; a row that needs one is not scored.
 ONE_HOST = "stages of more than one host: of figure 1, only 22B is compiled"
 FUSED_CONTEXT_PARALLEL = "fused attention in ring context parallelism: ours attends blockwise, unfused"
+# Megatron reduces in the backward pass while it finds the weights' gradients
+# (`LinearWithGradAccumulationAndAsyncCommunication` of NVIDIA/Megatron-LM): of arXiv:2205.05198, table 4, a
+# layer's backward pass is no longer than its products, attention and norms.
+OVERLAP = "--xla_gpu_enable_latency_hiding_scheduler=true"
+FREE_STAGES = "each stage is priced as a program of its own, as theirs are: none waits at ticks"
 # What scaled_dot_product_attention dispatches to on H100 unless told otherwise: pytorch/torchtitan#1042.
 PYTORCH_ATTENTION = "flash-attention-2"
 # Of December 2024, when the loss was not compiled: train.py of pytorch/torchtitan @9dec370 ("compiling loss
@@ -51,19 +56,23 @@ def korthikanti(attention: str = "auto") -> Iterator[Row]:
         kernel = "unfused" if wide else attention
         method: dict[str, str | int] = {"remat": "selective" if selective else "full", "attention": kernel}
         if stages > 1:
+            chunks = int(line["interleave_stages"])
             method |= {"pipeline": "1f1b", "microbatches": batch // (data * micro)}
-        if int(line["interleave_stages"]) > 1:
-            chunks = line["interleave_stages"]
-            note = f"1F1B for their {chunks} interleaved chunks: a bubble {chunks} times as long"
-            row = replace(row, notes=(*row.notes, note))
+            if chunks > 1:
+                method |= {"pipeline": "interleaved", "virtual_stages": chunks}
+            method["scan_layers"] = False  # their layers have weights and gradients of their own, no stacks
+            row = replace(row, free_stages=True, notes=(*row.notes, FREE_STAGES))
         text = plan_text(
             f"a100:{int(line['num_gpus']) // 8}x8",
             {"data": data, "stage": stages, "tensor": tensor},
             batch=("data",),
             sequence_parallel=selective,
+            split_hops=True,
             method=method,
+            flags=(OVERLAP,),
         )
-        yield with_case(row, text, f"megatron-{line['model'].lower()}", batch, int(line["seq_len_tokens"]))
+        model, seq = f"megatron-{line['model'].lower()}", int(line["seq_len_tokens"])
+        yield with_case(row, text, model, batch, seq)
 
 
 def figure_1_rows(attention: str = "auto") -> Iterator[Row]:

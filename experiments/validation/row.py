@@ -29,7 +29,7 @@ class Row:
     pool_bytes: of those what other streams than that of compute reserve, gradients and what collectives
     receive; None where what is alive was measured.
     attention_kernel: the kernel that the row ran, in_pieces_over: the axis whose collectives it ran beside
-    its products, both as `predict` has them.
+    its products, both as `predict` has them. free_stages: whether its stages were programs of their own.
     group: rows of one group are what a user would choose among. notes: where the case is only near the row.
     """
 
@@ -44,6 +44,7 @@ class Row:
     pool_bytes: int | None = None
     attention_kernel: str = ATTENTION_KERNEL
     in_pieces_over: str | None = None
+    free_stages: bool = False
     group: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -73,6 +74,7 @@ def plan_text(
     fsdp: Iterable[str] = ("fsdp",),
     batch: Iterable[str] = ("fsdp",),
     sequence_parallel: bool = False,
+    split_hops: bool = False,
     method: Mapping[str, object] | None = None,
     blocks: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
     flags: Sequence[str] = (),
@@ -81,7 +83,8 @@ def plan_text(
 
     fsdp, batch: the axes that split `embed` of the weights, and the batch; `tensor` splits heads, MLP and
     vocabulary, `stage` the layers, `expert` the experts. method: values as JSON writes them, a mapping as an
-    inline table. blocks: by block family the rules of its parameters.
+    inline table. blocks: by block family the rules of its parameters. split_hops: whether `tensor` splits
+    what passes between stages, too.
     """
     used = {name: size for name, size in axes.items() if size > 1}
     params = {"embed": [axis for axis in fsdp if axis in used]}
@@ -91,6 +94,8 @@ def plan_text(
     activations = {"batch": [axis for axis in (*batch, "expert") if axis in used]}
     if sequence_parallel and "tensor" in used:
         activations["norm_seq"] = ["tensor"]
+    elif split_hops and {"stage", "tensor"} <= used.keys():
+        activations["hop_seq"] = ["tensor"]
     tables = {
         "axes": {name: str(size) for name, size in used.items()},
         "params": {name: _list(names) for name, names in params.items() if names},

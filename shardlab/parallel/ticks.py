@@ -176,6 +176,9 @@ class Executor:
             sums, cotangent, at = carry
             slot = at if isinstance(at, int) else jax.lax.optimization_barrier(at)
             kept = read(sums.stash, cell.stash, i)
+            if not self._scanned and branch.layers == 1:
+                # Taken out once: with nothing after it, XLA keeps the stash to read from, and returns a copy.
+                kept = jax.lax.optimization_barrier(kept)
             found, cotangent, factors = self.stage.backward(self._layer(slot), kept, cotangent)
             sums = sums._replace(
                 gradients=self._added(sums.gradients, found, slot),
