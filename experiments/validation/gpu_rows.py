@@ -26,6 +26,8 @@ PYTORCH_ATTENTION = "flash-attention-2"
 # Of December 2024, when the loss was not compiled: train.py of pytorch/torchtitan @9dec370 ("compiling loss
 # function causes CUDA errors, turning off for now").
 TABLES_OF_2024 = ("1", "2", "3", "4", "5", "6")
+# parallelize_llama.py of pytorch/torchtitan @9dec370, `apply_fsdp`: "For PP, do not reshard after forward".
+GATHERED_FOR_A_STEP = "ZeRO-1: weights are whole on a stage, in f32; theirs while a step runs, in 8 bits"
 # An eager framework fuses nothing: each operation reads its operands from memory and writes its result there.
 # XLA still fuses most of a norm: with its casts it reads and writes 36 bytes per number, as PyTorch's six do.
 FUSIONS = ("priority-fusion", "multi_output_fusion", "horizontal-loop-fusion", "horizontal-input-fusion")
@@ -143,21 +145,24 @@ def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
         method["loss"] = "unfused"
     stages = int(line["pipeline_parallel"])
     if stages > 1:  # as many microbatches as stages, torchtitan's default
+        notes.append(GATHERED_FOR_A_STEP)
         method |= {"pipeline": "1f1b", "microbatches": stages}
-        if line["pipeline_schedule"] != "1F1B":
-            notes.append("1F1B for their interleaved schedule: a bubble twice as long")
+        if line["pipeline_schedule"] != "1F1B":  # two chunks of layers a stage, its default too
+            method |= {"pipeline": "interleaved", "virtual_stages": 2}
     model = MODELS["llama3-" + line["model"].rpartition(" ")[2].lower()]
     seq = int(line["seq_len_tokens"])
     text = plan_text(
         f"{row.chip}:{int(line['num_gpus']) // 8}x8",
         {"fsdp": int(line["fsdp"]), "stage": stages, "tensor": int(line["tensor_parallel"])},
+        fsdp=() if stages > 1 else ("fsdp",),
+        zero1=("fsdp",) if stages > 1 else (),
         sequence_parallel=True,
         method=method,
         flags=EAGER if line["torch_compile"] == "no" else (),
     )
     model = replace(model, context=max(seq, model.context))
     row = with_case(replace(row, notes=tuple(notes)), text, model, int(line["global_batch_seqs"]), seq)
-    return row if row.case is None else replace(row, pool_bytes=fsdp2_pool_bytes(row.case))
+    return row if row.case is None or stages > 1 else replace(row, pool_bytes=fsdp2_pool_bytes(row.case))
 
 
 def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:

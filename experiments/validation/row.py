@@ -72,6 +72,7 @@ def plan_text(
     axes: Mapping[str, int],
     *,
     fsdp: Iterable[str] = ("fsdp",),
+    zero1: Iterable[str] = (),
     batch: Iterable[str] = ("fsdp",),
     sequence_parallel: bool = False,
     split_hops: bool = False,
@@ -81,8 +82,8 @@ def plan_text(
 ) -> str:
     """A mesh file. Axes of size one are left out, and with them what they would split.
 
-    fsdp, batch: the axes that split `embed` of the weights, and the batch; `tensor` splits heads, MLP and
-    vocabulary, `stage` the layers, `expert` the experts. method: values as JSON writes them, a mapping as an
+    fsdp, zero1, batch: the axes that split `embed` of the weights, of the optimizer's state alone, and the
+    batch; `tensor` splits heads, MLP and vocabulary, `stage` the layers, `expert` the experts. method: values as JSON writes them, a mapping as an
     inline table. blocks: by block family the rules of its parameters. split_hops: whether `tensor` splits
     what passes between stages, too.
     """
@@ -96,9 +97,11 @@ def plan_text(
         activations["norm_seq"] = ["tensor"]
     elif split_hops and {"stage", "tensor"} <= used.keys():
         activations["hop_seq"] = ["tensor"]
+    optimizer = {"embed": [axis for axis in zero1 if axis in used]}
     tables = {
         "axes": {name: str(size) for name, size in used.items()},
         "params": {name: _list(names) for name, names in params.items() if names},
+        "optimizer": {name: _list(names) for name, names in optimizer.items() if names},
         "activations": {name: _list(names) for name, names in activations.items() if names},
         "method": {key: _value(value) for key, value in (method or {}).items()},
         "compiler": {"flags": json.dumps(list(flags))} if flags else {},
