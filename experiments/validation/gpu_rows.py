@@ -28,10 +28,6 @@ PYTORCH_ATTENTION = "flash-attention-2"
 TABLES_OF_2024 = ("1", "2", "3", "4", "5", "6")
 # parallelize_llama.py of pytorch/torchtitan @9dec370, `apply_fsdp`: "For PP, do not reshard after forward".
 GATHERED_FOR_A_STEP = "ZeRO-1: weights are whole on a stage, in f32; theirs while a step runs, in 8 bits"
-# An eager framework fuses nothing: each operation reads its operands from memory and writes its result there.
-# XLA still fuses most of a norm: with its casts it reads and writes 36 bytes per number, as PyTorch's six do.
-FUSIONS = ("priority-fusion", "multi_output_fusion", "horizontal-loop-fusion", "horizontal-input-fusion")
-EAGER = (f"--xla_disable_hlo_passes={','.join(FUSIONS)}",)
 # Selective checkpointing by operator, `_save_list` of torchtitan/parallelisms/parallelize_llama.py @9dec370:
 # attention, every second product of query, key, value, output, gate, up, down, and what is reduce-scattered.
 EVERY_SECOND_PRODUCT = ["query", "value", "attention", "gate"]
@@ -143,6 +139,8 @@ def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
         method["products"] = "fp8-rowwise" if "rowwise" in line["precision"] else "fp8"
     if line["table"] in TABLES_OF_2024 or line["torch_compile"] == "no":
         method["loss"] = "unfused"
+    if line["torch_compile"] == "no":
+        notes.append("compiled and fused; theirs ran eagerly")
     stages = int(line["pipeline_parallel"])
     if stages > 1:  # as many microbatches as stages, torchtitan's default
         notes.append(GATHERED_FOR_A_STEP)
@@ -158,7 +156,6 @@ def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
         zero1=("fsdp",) if stages > 1 else (),
         sequence_parallel=True,
         method=method,
-        flags=EAGER if line["torch_compile"] == "no" else (),
     )
     model = replace(model, context=max(seq, model.context))
     row = with_case(replace(row, notes=tuple(notes)), text, model, int(line["global_batch_seqs"]), seq)

@@ -11,8 +11,9 @@ gathered tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from shardlab.cost.kernels import Work
 from shardlab.cost.products import MatmulShape
@@ -48,10 +49,13 @@ def in_pieces(
     wires: dict[str, _Wires] = {}
     for place, count in ways.items():
         computation, (transfer,) = place[0], transfers[place]
-        wire = wires.get(computation) or _wires(module.computations[computation])
-        wires[computation] = wire
+        if computation not in wires:
+            known = {name for within, name in products if within == computation}
+            wires[computation] = _wires(module.computations[computation], known)
+        wire = wires[computation]
         beside_s = 0.0
-        for name in wire.users(place[1]) if transfer.kind == "all-gather" else wire.makers(place[1]):
+        beside = wire.users if transfer.kind == "all-gather" else wire.makers
+        for name in beside(place[1]):
             works = products.get((computation, name), ())
             if not works or (transfer.kind == "all-gather" and not _by_token(works, wire.shape(place[1]))):
                 continue
@@ -84,9 +88,10 @@ def _by_token(works: Sequence[Work], gathered: Shape | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Wires:
-    """Who uses what in a computation, by name."""
+    """Who uses what in a computation, by name; products: of its kernels."""
 
     computation: Computation
+    products: Container[str]
     operands: Mapping[str, Sequence[str]]
     used_by: Mapping[str, Sequence[str]]
 
@@ -108,27 +113,31 @@ class _Wires:
                 yield user
 
     def makers(self, name: str) -> Iterator[str]:
-        """The kernel whose result a collective takes, through what only scales or converts it; none where
+        """The product whose result a collective takes, through what only scales or converts it; none where
         it adds up several results."""
         for maker in self._arrays(name)[:1]:
-            instruction = self.computation.instructions[maker]
-            if instruction.opcode in _PASSES_ON or (
-                instruction.opcode == "fusion" and len(self._arrays(maker)) == 1
-            ):
-                yield from self.makers(maker)
-            elif len(self._arrays(maker)) == 2:
-                yield maker
+            arrays = self._arrays(maker)
+            if maker in self.products:
+                yield from [maker] if len(arrays) == 2 else []
+            elif self.computation.instructions[maker].opcode in (*_PASSES_ON, "fusion"):
+                half = self._size(maker) / 2  # scales of rows and columns are smaller
+                if sum(self._size(array) >= half for array in arrays) == 1:
+                    yield from self.makers(maker)
+
+    def _size(self, name: str) -> int:
+        shape = self.shape(name)
+        return prod(size or 0 for size in shape.dims) if shape is not None else 0
 
     def _arrays(self, name: str) -> list[str]:
-        """The operands that are more than one number."""
-        shapes = [(operand, self.shape(operand)) for operand in self.operands.get(name, ())]
-        return [operand for operand, shape in shapes if shape is not None and shape.dims]
+        """The operands that are more than one number, largest first."""
+        names = [name for name in self.operands.get(name, ()) if self._size(name) > 1]
+        return sorted(names, key=self._size, reverse=True)
 
 
-def _wires(computation: Computation) -> _Wires:
+def _wires(computation: Computation, products: Container[str]) -> _Wires:
     operands = operand_names(computation.instructions)
     used_by: dict[str, list[str]] = {}
     for name, names in operands.items():
         for operand in dict.fromkeys(names):
             used_by.setdefault(operand, []).append(name)
-    return _Wires(computation, operands, used_by)
+    return _Wires(computation, products, operands, used_by)

@@ -37,6 +37,10 @@ PRODUCTS = """
   b = bf16[2048,32]{1,0} dot(x, w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 """
 SCALED = "  s = bf16[2048,32]{1,0} fusion(a, scale), kind=kLoop, calls=f\n"
+BY_ROW = """
+  r = f32[2048]{0} parameter(5)
+  s = bf16[2048,32]{1,0} fusion(r, a), kind=kLoop, calls=f
+"""
 SUM = "  s = bf16[2048,32]{1,0} fusion(a, b), kind=kLoop, calls=f\n"
 SCATTER = "  c = bf16[256,32]{1,0} reduce-scatter(%s), dimensions={0}, to_apply=f\n"
 
@@ -83,6 +87,11 @@ HIDDEN = {
     "a scatter": (PRODUCTS + SCATTER % "a", "reduce-scatter", {"a": TOKEN_SHAPE, "b": TOKEN_SHAPE}),
     "a scatter of what is scaled": (
         PRODUCTS + SCALED + SCATTER % "s",
+        "reduce-scatter",
+        {"a": TOKEN_SHAPE, "b": TOKEN_SHAPE},
+    ),
+    "a scatter of what is scaled by rows": (
+        PRODUCTS + BY_ROW + SCATTER % "s",
         "reduce-scatter",
         {"a": TOKEN_SHAPE, "b": TOKEN_SHAPE},
     ),
