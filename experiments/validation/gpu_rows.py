@@ -143,7 +143,8 @@ def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
         notes.append("compiled and fused; theirs ran eagerly")
     stages = int(line["pipeline_parallel"])
     if stages > 1:  # as many microbatches as stages, torchtitan's default
-        notes.append(GATHERED_FOR_A_STEP)
+        notes += [GATHERED_FOR_A_STEP, FREE_STAGES]
+        row = replace(row, free_stages=True)
         method |= {"pipeline": "1f1b", "microbatches": stages}
         if line["pipeline_schedule"] != "1F1B":  # two chunks of layers a stage, its default too
             method |= {"pipeline": "interleaved", "virtual_stages": 2}

@@ -83,9 +83,9 @@ def plan_text(
     """A mesh file. Axes of size one are left out, and with them what they would split.
 
     fsdp, zero1, batch: the axes that split `embed` of the weights, of the optimizer's state alone, and the
-    batch; `tensor` splits heads, MLP and vocabulary, `stage` the layers, `expert` the experts. method: values as JSON writes them, a mapping as an
-    inline table. blocks: by block family the rules of its parameters. split_hops: whether `tensor` splits
-    what passes between stages, too.
+    batch; `tensor` splits heads, MLP and vocabulary, `stage` the layers, `expert` the experts. method: values
+    as JSON writes them, a mapping as an inline table. blocks: by block family the rules of its parameters.
+    split_hops: whether `tensor` splits what passes between stages, too.
     """
     used = {name: size for name, size in axes.items() if size > 1}
     params = {"embed": [axis for axis in fsdp if axis in used]}
