@@ -181,13 +181,13 @@ def test_ticks_are_those_of_the_rows_own_schedule(stages: int, microbatches: int
         assert set(own.transfers[at].backward) <= set(shared.transfers[put_in[tick]].backward)
 
 
-def small_case(layers: int, microbatches: int, *, stages: int) -> Case:
+def small_case(layers: int, microbatches: int, *, stages: int, remat: str) -> Case:
     """Tensor parallel over what stages leave of four devices: a GPT of width 1,024.
 
     Without data parallelism: how XLA combines the reductions of gradients depends on their bytes, and so on
     the number of layers (vTrain's 12 layers, TP 2 DP 4: 0.1 %).
     """
-    method: dict[str, str | int] = {"remat": "none", "gradient_sums": "bf16", "loss": "unfused"}
+    method: dict[str, str | int] = {"remat": remat, "gradient_sums": "bf16", "loss": "unfused"}
     method |= (
         {"pipeline": "1f1b", "microbatches": microbatches} if stages > 1 else {"accumulate": microbatches}
     )
@@ -200,17 +200,24 @@ def small_case(layers: int, microbatches: int, *, stages: int) -> Case:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("stages", [1, 2])
-def test_the_step_is_that_of_a_program_compiled_for_the_counts(stages: int) -> None:
-    """Predicted steps of one shared program and of two compiled for their own counts, within 0.1 %."""
+@pytest.mark.parametrize(
+    ("stages", "remat", "within"),
+    [(1, "full", 1e-3), (2, "full", 1e-3), (1, "none", 1e-3), (2, "none", 3e-2)],
+    ids=["one-full", "two-full", "one-none", "two-none"],
+)
+def test_the_step_is_that_of_a_program_compiled_for_the_counts(
+    stages: int, remat: str, within: float
+) -> None:
+    """Predicted steps of one shared program and of two compiled for their own counts. Stages that keep
+    everything are copied otherwise where there are fewer layers: 2.4 % (README)."""
     machine = load_machine(MACHINE)
-    shared = compile_case(small_case(SHARED_LAYERS, SHARED_MICROBATCHES, stages=stages))
+    shared = compile_case(small_case(SHARED_LAYERS, SHARED_MICROBATCHES, stages=stages, remat=remat))
     for layers, microbatches in ((6, 4), (12, 8)):
-        case = small_case(layers, microbatches, stages=stages)
+        case = small_case(layers, microbatches, stages=stages, remat=remat)
         counts = Counts(layers=layers, microbatches=microbatches, stages=stages)
         own, put_in = (
             report_case(case, one, machine).step_time_s
             for one in (compile_case(case), replace(shared, hlo_text=with_counts(shared.hlo_text, counts)))
         )
         assert own is not None
-        assert put_in == pytest.approx(own, rel=1e-3)
+        assert put_in == pytest.approx(own, rel=within)
