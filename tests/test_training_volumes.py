@@ -205,7 +205,9 @@ def test_cudnn_attention_that_is_kept_is_not_run_again() -> None:
 
 @pytest.mark.matrix
 @pytest.mark.gpu
-@pytest.mark.parametrize(("loss", "arrays"), [("auto", 0), ("unfused", 4)])
+@pytest.mark.parametrize(
+    ("loss", "arrays"), [pytest.param("auto", 0, marks=pytest.mark.full), ("unfused", 4)]
+)
 def test_an_unfused_loss_has_its_f32_arrays_in_memory(loss: str, arrays: int) -> None:
     """Logits, their log-probabilities, and the gradients of both."""
     rows = cost_of(compiled("h100:1x8", f'loss = "{loss}"')).instructions
