@@ -16,6 +16,7 @@ from shardlab.cost.instructions import step_cost
 from shardlab.hardware.catalog import load_machine
 from shardlab.lab.study import stragglers_of
 from shardlab.program import Program
+from shardlab.report.straggler import MAX_ROWS, stragglers_table
 from shardlab.straggler import Straggler, Stragglers, stragglers
 
 MACHINE = load_machine("h100:1x8")
@@ -133,9 +134,7 @@ def test_explain_prints_the_table_and_the_member(
     assert slow is not None and member == slow.to_json()
 
 
-def test_many_stages_are_shown_worst_first(capsys: pytest.CaptureFixture[str]) -> None:
-    from shardlab.report.straggler import MAX_ROWS, stragglers_table
-
+def test_many_stages_are_shown_worst_first() -> None:
     many = tuple(Straggler(devices=str(at), step_time_s=1.0 + at) for at in range(12))
     table = stragglers_table(Stragglers(slowdown=2.0, step_time_s=1.0, slow=many))
     assert len(table.rows) == MAX_ROWS and "4 more that cost less" in table.caption
