@@ -112,7 +112,6 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_the_plot_has_a_point_for_each_measured_step(tmp_path: Path) -> None:
-    pytest.importorskip("vl_convert")
     points = [Point("data", "2 x 1", rate, None, 1 / rate) for rate in (10.0, 20.0, 50.0)]
     write_plot(tmp_path / "wire.svg", [*points, Point("ring", "2 x 1", 10.0, 0.2, 0.1)])
     drawing = (tmp_path / "wire.svg").read_text()
