@@ -5,9 +5,9 @@ pip install clu ml-collections sentencepiece tensorflow_datasets tensorflow-cpu 
 python experiments/beside_nanodo.py --nanodo=nanodo
 
 Both are trained by their own step in one process, on one device with the same cores and compiler: a decoder
-of the same layers, widths, vocabulary and learned positions, layer norms without bias, GELU, tied embeddings,
-AdamW after clipping by the global norm, the same tokens. They take turns, blocks of steps A B A B, each block
-timed from its first step to the end of its last.
+of the same layers, widths, vocabulary and learned positions, layer norms (ours with a bias), GELU, tied
+embeddings, AdamW after clipping by the global norm, the same tokens. They take turns, blocks of steps A B A
+B, each block timed from its first step to the end of its last.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BATCH = flags.DEFINE_integer("batch", 4, "Sequences.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations, in both.")
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Blocks of each trainer.")
 _BLOCK_STEPS = flags.DEFINE_integer("block_steps", 4, "Steps of a block.")
-_SCAN = flags.DEFINE_bool("scan", True, "Whether ours scans its layers; nanodo unrolls them.")
+_SCAN = flags.DEFINE_bool("scan", False, "Whether ours scans its layers; nanodo's are unrolled.")
 _RATE, _WARMUP, _STEPS = 1e-3, 20, 1000
 
 OneStep = Callable[[np.ndarray], Any]  # tokens [B, L + 1] -> the loss, perhaps not there yet

@@ -101,6 +101,7 @@ class Runtime:
     positions: length -> the position of each token, where tokens do not lie in their natural order.
     cached_attention: of new tokens to a KV cache, which it writes. last_token: that of a prompt.
     constrain: places activations. place_weight: gathers a parameter for use, and places its gradient.
+    gathers: whether it moves any weight.
     lookup: the token embedding. experts: what a layer's experts do.
     project: every product with a projection's kernel. small_tokens: what it takes of a norm's output instead
     of the array, where it gathers in a smaller type; the gradients that it gets are then not gathered either.
@@ -120,6 +121,7 @@ class Runtime:
     positions: Callable[[int], jax.Array] | None = None
     constrain: Constrain = keep
     place_weight: Constrain = keep
+    gathers: bool = False
     lookup: Lookup = take_rows
     experts: Experts = DROPLESS_ALONE
     project: Project = project
@@ -170,6 +172,18 @@ def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function
         "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     }[remat]
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
+
+
+def unrolled(function: Function, run: Runtime) -> Function:
+    """`function` under the run's remat policy, as one of layers that follow each other without a loop.
+
+    Where nothing is recomputed it is no checkpoint: XLA's CPU compiler fuses nothing across what that keeps.
+    What enters a layer is an array in memory all the same, as in a loop: its gradient is else added up anew,
+    of all later layers, in each fusion that reads it.
+    """
+    if run.remat != "none" or run.gathers:
+        return checkpointed(function, run.remat, in_scan=False)
+    return lambda x, *rest: function(jax.lax.optimization_barrier(x), *rest)
 
 
 def _saving(remat: NamedRemat) -> Callable[..., Any]:

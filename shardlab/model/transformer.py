@@ -18,7 +18,7 @@ from shardlab.model.groups import Body, scan_in_groups
 from shardlab.model.layer import Layer
 from shardlab.model.layers import Norm, Projection, parameter, weight
 from shardlab.model.loss import in_parts
-from shardlab.model.runtime import Runtime, checkpointed, gathered_tokens
+from shardlab.model.runtime import Runtime, gathered_tokens, unrolled
 from shardlab.spec.models import ModelConfig, Stack
 
 # Path (`layers/attention/query/kernel`) -> array. The paths are those of `spec.params.parameter_table`.
@@ -149,6 +149,8 @@ class Transformer(nnx.Module):
 
     def _masked(self, logits_BxLxV: jax.Array, run: Runtime) -> jax.Array:
         logits_BxLxV = run.constrain(logits_BxLxV, ("batch", "seq", "vocab")).astype(jnp.float32)
+        if self.config.padded_vocab == self.config.vocab:
+            return logits_BxLxV
         real_V = jnp.arange(self.config.padded_vocab) < self.config.vocab
         return jnp.where(real_V[None, None], logits_BxLxV, MASKED)
 
@@ -224,7 +226,7 @@ class Transformer(nnx.Module):
             return scan_in_groups(bodies, x_BxLxE, state, run.remat)
         kept = []
         for index, module in enumerate(layers):
-            body = checkpointed(body_of(index), run.remat, in_scan=False)
+            body = unrolled(body_of(index), run)
             with jax.named_scope(str(index)):
                 x_BxLxE, left = body(x_BxLxE, nnx.split(module)[1])
             kept.append(left)

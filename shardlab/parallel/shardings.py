@@ -48,6 +48,11 @@ class Shardings:
         types = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
         return {str(name) for name, kind in types if kind != AxisType.Manual}
 
+    @property
+    def gathers(self) -> bool:
+        """Whether any weight is stored otherwise than it is used."""
+        return self.params != self.compute or any(block.gathers for block in self.blocks.values())
+
     def param(self, spec: ParamSpec) -> NamedSharding:
         """Of a stored parameter."""
         rules = self.within(block_of(spec.path)).params

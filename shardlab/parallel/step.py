@@ -198,6 +198,7 @@ def _set_up(case: Case, mesh: Mesh, target: str, compute_dtype: DTypeLike) -> _S
             last_token=mesh_last_token(case.plan, shardings),
             constrain=shardings.constrain,
             place_weight=shardings.place_weight,
+            gathers=shardings.gathers,
             lookup=mesh_lookup(shardings, one_hot=case.plan.method.lookup == "one-hot"),
             experts=mesh_experts(case, shardings, family),
             block=(lambda name: runtime_on(shardings.within(name))) if shardings.blocks else None,

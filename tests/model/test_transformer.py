@@ -191,6 +191,25 @@ def test_scanned_layers_equal_unrolled_ones(config: ModelConfig) -> None:
     params = random_params(config)
     scanned = unrolled(gradients(params, config, F32), config)
     assert_same(gradients(unrolled(params, config), config, F32, scan_layers=False), scanned, 1e-5)
+    keeping = replace(F32, remat="none")
+    assert_same(gradients(unrolled(params, config), config, keeping, scan_layers=False), scanned, 1e-5)
+
+
+def most_operands_of_a_fusion(layers: int) -> int:
+    """In the unrolled gradient that keeps everything, as the CPU's compiler leaves it."""
+    config = replace(GPT2, layers=layers)
+    run = replace(F32, remat="none")
+    shapes = {spec.path: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for spec in parameter_table(config)}
+    stacked = jax.eval_shape(lambda params: unrolled(params, config), shapes)
+    gradient = jax.jit(jax.grad(lambda params: loss_of(params, config, run, scan_layers=False)))
+    compiled = gradient.lower(stacked).compile()
+    fusions = [line for line in compiled.as_text().splitlines() if " fusion(" in line]
+    return max(line.split(" fusion(")[1].split(")")[0].count("%") for line in fusions)
+
+
+def test_unrolled_layers_do_not_add_up_the_gradients_of_all_later_ones() -> None:
+    """What enters a layer is an array in memory, so no fusion grows with the number of layers."""
+    assert most_operands_of_a_fusion(6) == most_operands_of_a_fusion(3)
 
 
 @BOTH

@@ -32,6 +32,14 @@ def test_one_parameter_through_every_table() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "gathers"),
+    [("data", False), ("zero1", False), ("tensor", False), ("fsdp", True), ("data-fsdp-tensor", True)],
+)
+def test_whether_weights_are_gathered(name: str, gathers: bool) -> None:
+    assert shardings(PLANS[name]).gathers == gathers
+
+
+@pytest.mark.parametrize(
     ("shape", "axes", "spec"),
     [
         ((16, 16, 32), ("batch", "norm_seq", "embed"), P(("data", "fsdp"), ("tensor",), None)),
