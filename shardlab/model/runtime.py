@@ -31,6 +31,8 @@ Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 Project = Callable[[jax.Array, LogicalAxes, jax.Array, int, "Runtime"], jax.Array]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+State = TypeVar("State")
+Result = TypeVar("Result")
 
 DROPLESS_ALONE = grouped_experts(dropless)
 
@@ -174,7 +176,9 @@ def checkpointed(function: Function, remat: Remat, *, in_scan: bool) -> Function
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
 
 
-def unrolled(function: Function, run: Runtime) -> Function:
+def unrolled(
+    function: Callable[[jax.Array, State], Result], run: Runtime
+) -> Callable[[jax.Array, State], Result]:
     """`function` under the run's remat policy, as one of layers that follow each other without a loop.
 
     Where nothing is recomputed it is no checkpoint: XLA's CPU compiler fuses nothing across what that keeps.
@@ -183,7 +187,11 @@ def unrolled(function: Function, run: Runtime) -> Function:
     """
     if run.remat != "none" or run.gathers:
         return checkpointed(function, run.remat, in_scan=False)
-    return lambda x, *rest: function(jax.lax.optimization_barrier(x), *rest)
+
+    def body(x: jax.Array, state: State) -> Result:
+        return function(jax.lax.optimization_barrier(x), state)
+
+    return body
 
 
 def _saving(remat: NamedRemat) -> Callable[..., Any]:
