@@ -8,7 +8,7 @@ from dataclasses import replace
 from shardlab.cost.compute_time import UNFUSED
 from shardlab.spec.models import MODELS, ModelConfig
 from validation.data_ways import SHARED_DATA
-from validation.memory import fsdp2_pool_bytes
+from validation.memory import reserved_by_a_stage, reserved_with_fsdp2
 from validation.row import Row, plan_text, read_table, with_case
 from validation.substitution import SHARED_LAYERS, SHARED_MICROBATCHES, Counts
 
@@ -27,7 +27,7 @@ PYTORCH_ATTENTION = "flash-attention-2"
 # function causes CUDA errors, turning off for now").
 TABLES_OF_2024 = ("1", "2", "3", "4", "5", "6")
 # parallelize_llama.py of pytorch/torchtitan @9dec370, `apply_fsdp`: "For PP, do not reshard after forward".
-GATHERED_FOR_A_STEP = "ZeRO-1: weights are whole on a stage, in f32; theirs while a step runs, in 8 bits"
+GATHERED_FOR_A_STEP = "ZeRO-1: weights are whole on a stage; theirs while a step runs, in 8 bits"
 # Selective checkpointing by operator, `_save_list` of torchtitan/parallelisms/parallelize_llama.py @9dec370:
 # attention, every second product of query, key, value, output, gate, up, down, and what is reduce-scattered.
 EVERY_SECOND_PRODUCT = ["query", "value", "attention", "gate"]
@@ -137,9 +137,11 @@ def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
         method["remat"] = {"keep": EVERY_SECOND_PRODUCT + scattered}
     if "float8" in line["precision"]:
         method["products"] = "fp8-rowwise" if "rowwise" in line["precision"] else "fp8"
-    if line["table"] in TABLES_OF_2024 or line["torch_compile"] == "no":
+    eager = line["torch_compile"] == "no"
+    eager_loss = eager or line["table"] in TABLES_OF_2024
+    if eager_loss:
         method["loss"] = "unfused"
-    if line["torch_compile"] == "no":
+    if eager:
         notes.append("compiled and fused; theirs ran eagerly")
     stages = int(line["pipeline_parallel"])
     if stages > 1:  # as many microbatches as stages, torchtitan's default
@@ -160,7 +162,12 @@ def _torchtitan_case(row: Row, line: Mapping[str, str]) -> Row:
     )
     model = replace(model, context=max(seq, model.context))
     row = with_case(replace(row, notes=tuple(notes)), text, model, int(line["global_batch_seqs"]), seq)
-    return row if row.case is None or stages > 1 else replace(row, pool_bytes=fsdp2_pool_bytes(row.case))
+    if row.case is None:
+        return row
+    if stages > 1:
+        return replace(row, reserved=reserved_by_a_stage(row.case, int(line["fsdp"])))
+    reserved = reserved_with_fsdp2(row.case, eager_layers=eager, eager_loss=eager_loss)
+    return replace(row, reserved=reserved)
 
 
 def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:

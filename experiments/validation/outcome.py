@@ -16,7 +16,7 @@ from shardlab.hardware.measured import MeasuredPower, node_powers
 from shardlab.program import Program
 from shardlab.spec.models import MODELS
 from validation.efficiency import Eager
-from validation.memory import Layout
+from validation.memory import Layout, layer_temporaries
 from validation.row import Row, read_table
 
 NOT_COMPILED = "not compiled"
@@ -85,10 +85,13 @@ def memory_outcome(row: Row, answer: Program | str) -> Outcome:
     if fit.needed_bytes is None:
         return _outcome(row, row.measured_bytes, None, "no memory analysis")
     needed = float(fit.needed_bytes)
-    if row.pool_bytes is not None:
+    if row.reserved is not None:
         owners = report_case(row.case, answer, machine).owners
-        held = {} if owners is None else owners.by_owner
-        needed += row.pool_bytes - held.get("gradients", 0) - held.get("collectives", 0)
+        assert owners is not None  # as of every program with a memory analysis and an order
+        replaced = row.reserved.instead_of
+        needed = float(sum(size for name, size in owners.by_owner.items() if name not in replaced))
+        needed += row.reserved.size_bytes
+        needed += (layer_temporaries(answer, machine) or 0) if row.reserved.layer else 0
     return _outcome(row, row.measured_bytes, needed, "")
 
 

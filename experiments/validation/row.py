@@ -13,6 +13,7 @@ from shardlab.errors import Infeasible, UserError
 from shardlab.spec.case import Case, make_case
 from shardlab.spec.models import ModelConfig
 from shardlab.spec.plan import plan_from_text
+from validation.memory import Reserved
 from validation.substitution import Counts
 
 DATA = Path(__file__).parent / "data"
@@ -26,8 +27,8 @@ class Row:
     compiled; None where `excluded_because` names the feature that shardlab lacks, or the contradiction that
     the source holds. counts: what stands in this row for the numbers that the shared program of `case` has;
     None where the case is the row itself. measured_bytes: peak memory of one device.
-    pool_bytes: of those what other streams than that of compute reserve, gradients and what collectives
-    receive; None where what is alive was measured.
+    reserved: what PyTorch's allocator reserves of them where our program holds something else; None where
+    what is alive was measured.
     attention_kernel: the kernel that the row ran, in_pieces_over: the axis whose collectives it ran beside
     its products, both as `predict` has them. free_stages: whether its stages were programs of their own.
     group: rows of one group are what a user would choose among. notes: where the case is only near the row.
@@ -41,7 +42,7 @@ class Row:
     excluded_because: str = ""
     counts: Counts | None = None
     measured_bytes: float | None = None
-    pool_bytes: int | None = None
+    reserved: Reserved | None = None
     attention_kernel: str = ATTENTION_KERNEL
     in_pieces_over: str | None = None
     free_stages: bool = False

@@ -93,6 +93,13 @@ def temporaries_at_peak(module: Module, graph: CallGraph, backend: str) -> Peak 
     None: the text is not in the order in which it runs, or an array's size is not known. Of a conditional the
     fullest branch counts. Raises ParseError for metadata that cannot be read.
     """
+    peaks = peaks_by_computation(module, graph, backend)
+    return None if peaks is None else peaks[module.entry]
+
+
+def peaks_by_computation(module: Module, graph: CallGraph, backend: str) -> dict[str, Peak] | None:
+    """Of each computation that is not fused, what lives in it and in what it calls and nowhere outside: of a
+    loop's body the temporaries of one turn. None and errors as of `temporaries_at_peak`."""
     if not module.is_scheduled:
         return None
     inside = fused_computations(graph.sites)
@@ -105,7 +112,7 @@ def temporaries_at_peak(module: Module, graph: CallGraph, backend: str) -> Peak 
             peaks[name] = _Walk(module, graph, name, training, backend).peak(peaks)
         except _UnknownSizeError:
             return None
-    return peaks[module.entry]
+    return peaks
 
 
 class _UnknownSizeError(Exception):

@@ -407,16 +407,3 @@ def test_tables_count_what_is_missing_and_order_groups() -> None:
     order = list(group_lines(rows, rows))
     assert "| raw | 1 | 0.50 | 0.50 (g) | 25.0 % | 25.0 % (g) |" in order
     assert list(group_lines(rows[:2], rows[:2])) == []
-
-
-def test_pools_of_fsdp2_hold_gradients_and_the_two_largest_gathers() -> None:
-    """Llama 3 8B on eight GPUs: f32 shards of all gradients; embedding, final norm and head in bf16; a layer
-    in bf16, or its kernels in fp8. On 64 GPUs tensor parallelism splits all but the norms, eight ways."""
-    kernels, norms = 2 * 4_096 * 4_096 + 2 * 4_096 * 1_024 + 3 * 4_096 * 14_336, 2 * 4_096
-    outer = 2 * 128_256 * 4_096
-    rows = {int(row.row.split(":")[0]): row for row in torchtitan()}
-    total = 32 * (kernels + norms) + outer + 4_096
-    bf16 = 4 * total / 8 + 2 * (outer + 4_096) + 2 * (kernels + norms)
-    assert rows[2].pool_bytes == pytest.approx(bf16, rel=1e-6)
-    assert rows[3].pool_bytes == pytest.approx(bf16 - kernels - norms, rel=1e-6)
-    assert rows[25].pool_bytes == pytest.approx((4 * total / 8 + 2 * outer + 2 * kernels) / 8, rel=1e-3)
