@@ -20,6 +20,9 @@ FUSED_CONTEXT_PARALLEL = "fused attention in ring context parallelism: ours atte
 # (`LinearWithGradAccumulationAndAsyncCommunication` of NVIDIA/Megatron-LM): of arXiv:2205.05198, table 4, a
 # layer's backward pass is no longer than its products, attention and norms.
 OVERLAP = "--xla_gpu_enable_latency_hiding_scheduler=true"
+# The program that rows share has other layers and microbatches than they, and where it keeps more than the
+# chip holds XLA would find products again, which no run did.
+KEPT = "--xla_disable_hlo_passes=rematerialization"
 FREE_STAGES = "each stage is priced as a program of its own, as theirs are: none waits at ticks"
 # What scaled_dot_product_attention dispatches to on H100 unless told otherwise: pytorch/torchtitan#1042.
 PYTORCH_ATTENTION = "flash-attention-2"
@@ -219,6 +222,7 @@ def vtrain_single_node(attention: str = "auto") -> Iterator[Row]:
             {"data": shared, "stage": stages, "tensor": tensor},
             batch=("data",),
             method=method,
+            flags=(KEPT,) if stages > 1 else (),
         )
         model = _vtrain_model(width, SHARED_LAYERS * stages)
         yield with_case(row, text, model, shared * micro * SHARED_MICROBATCHES, 1_024)

@@ -21,7 +21,7 @@ from validation.efficiency import (
     taken_from,
 )
 from validation.error_classes import FILE, error_class_rows, write_error_classes
-from validation.gpu_rows import attached_gpu, korthikanti, torchtitan, vtrain_single_node
+from validation.gpu_rows import KEPT, attached_gpu, korthikanti, torchtitan, vtrain_single_node
 from validation.memory import Layout
 from validation.outcome import Outcome, energy_outcomes, figure_1_outcomes
 from validation.programs import Programs
@@ -152,6 +152,7 @@ def test_rows_that_differ_in_layers_microbatches_and_data_ways_share_a_program(v
         assert data == shared if counts.data is None else (data, 2) == (counts.data, shared)
         assert row.case.batch == shared * int(line["micro_batch_seqs"]) * SHARED_MICROBATCHES
         assert row.case.model.layers == SHARED_LAYERS * stages
+        assert (KEPT in row.case.plan.flags) == (stages > 1)
         assert counts.microbatches * data * int(line["micro_batch_seqs"]) == int(line["global_batch_seqs"])
         assert (counts.layers * stages, counts.stages) == (int(line["num_layers"]), stages)
         assert load_machine(counts.machine).num_devices == int(line["num_gpus"])
