@@ -207,6 +207,7 @@ def most_operands_of_a_fusion(layers: int) -> int:
     return max(line.split(" fusion(")[1].split(")")[0].count("%") for line in fusions)
 
 
+@pytest.mark.matrix  # XLA of JAX 0.10 removes the barriers before it fuses: 3.12 only
 def test_unrolled_layers_do_not_add_up_the_gradients_of_all_later_ones() -> None:
     """What enters a layer is an array in memory, so no fusion grows with the number of layers."""
     assert most_operands_of_a_fusion(6) == most_operands_of_a_fusion(3)
