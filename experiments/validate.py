@@ -26,7 +26,14 @@ from validation.efficiency import (
     taken_from,
 )
 from validation.error_classes import write_error_classes
-from validation.gpu_rows import attached_gpu, figure_1_rows, korthikanti, torchtitan, vtrain_single_node
+from validation.gpu_rows import (
+    attached_gpu,
+    figure_1_baselines,
+    figure_1_rows,
+    korthikanti,
+    torchtitan,
+    vtrain_single_node,
+)
 from validation.outcome import (
     Outcome,
     energy_outcomes,
@@ -34,6 +41,7 @@ from validation.outcome import (
     figure_1_outcomes,
     memory_outcome,
     step_outcome,
+    verdict_line,
 )
 from validation.programs import Programs
 from validation.row import Row
@@ -189,6 +197,9 @@ def main(argv: Sequence[str]) -> None:
     for kind, (raw, calibrated) in found.items():
         lines = outcome_lines(calibrated, every=EVERY_ROW.value)
         print("\n".join([f"\n## {kind}\n", *score_lines(raw, calibrated), "", *lines]))
+    print("\nfigure 1 of Korthikanti: its baselines, compiled")
+    for row in figure_1_baselines():
+        print(f"  {verdict_line(row, program_of(row, programs))}")
     raw, calibrated = found["step"]
     print("\n".join([*group_lines(raw, calibrated), "", *implied_rate_lines()]))
     if ERROR_CLASSES.value:

@@ -94,6 +94,19 @@ def figure_1_rows(attention: str = "auto") -> Iterator[Row]:
         yield with_case(row, text, "megatron-22b", 4, 2_048)
 
 
+def figure_1_baselines() -> Iterator[Row]:
+    """The four baselines of figure 1 (tensor parallelism alone, nothing recomputed), each on the chips of its
+    run, the larger three as its pipeline: none of them fits."""
+    yield next(row for row in figure_1_rows() if row.case is not None)
+    for row in korthikanti():
+        model = row.row.partition(" ")[0]
+        if row.case is None or model == "22B" or "full" not in row.row or "2240" in row.row:
+            continue
+        plan = row.case.plan
+        kept = plan.model_copy(update={"method": plan.method.model_copy(update={"remat": "none"})})
+        yield replace(row, row=f"{model} baseline", case=row.case.model_copy(update={"plan": kept}))
+
+
 def attached_gpu() -> Iterator[Row]:
     """What `shardlab` would measure itself, if a GPU were attached."""
     for what in ("GPT-2 124M", "a layer of Llama 3 8B"):

@@ -15,6 +15,7 @@ from shardlab.hardware.data_files import load_chip
 from shardlab.hardware.measured import MeasuredPower, node_powers
 from shardlab.program import Program
 from shardlab.spec.models import MODELS
+from shardlab.units import format_bytes
 from validation.efficiency import Eager
 from validation.memory import Layout, layer_temporaries
 from validation.row import Row, read_table
@@ -93,6 +94,15 @@ def memory_outcome(row: Row, answer: Program | str) -> Outcome:
         needed += row.reserved.size_bytes
         needed += (layer_temporaries(answer, machine) or 0) if row.reserved.layer else 0
     return _outcome(row, row.measured_bytes, needed, "")
+
+
+def verdict_line(row: Row, answer: Program | str) -> str:
+    """Whether a row's program fits on its machine, with the sizes."""
+    if isinstance(answer, str) or row.case is None:
+        return f"{row.row}: {answer}"
+    fit = memory_report(answer.memory, answer.refusal, load_machine(row.case.machine))
+    sizes = (None if size is None else format_bytes(size) for size in (fit.needed_bytes, fit.limit_bytes))
+    return f"{row.row}: fits {fit.fits}, {' of '.join(size or 'unknown' for size in sizes)}"
 
 
 def _outcome(row: Row, measured: float | None, predicted: float | None, why: str) -> Outcome:

@@ -21,7 +21,14 @@ from validation.efficiency import (
     taken_from,
 )
 from validation.error_classes import FILE, error_class_rows, write_error_classes
-from validation.gpu_rows import KEPT, attached_gpu, korthikanti, torchtitan, vtrain_single_node
+from validation.gpu_rows import (
+    KEPT,
+    attached_gpu,
+    figure_1_baselines,
+    korthikanti,
+    torchtitan,
+    vtrain_single_node,
+)
 from validation.memory import Layout
 from validation.outcome import Outcome, energy_outcomes, figure_1_outcomes
 from validation.programs import Programs
@@ -170,6 +177,15 @@ def test_figure_1_is_its_formula() -> None:
     whole = Layout(model=MODELS["megatron-22b"], tensor=8, stages=1, chunks=1, micro_batch=4, seq=2_048)
     # s b h (10 + 24/8 + 5 64 2048 / (6144 8)) 48 layers, by hand: 59.25 GiB
     assert whole.activation_bytes(selective=False) == pytest.approx(59.25 * GIB)
+
+
+def test_the_baselines_of_figure_1_are_the_four_models_and_recompute_nothing() -> None:
+    rows = list(figure_1_baselines())
+    assert [row.row.partition(" ")[0] for row in rows] == ["22B", "175B", "530B", "1T"]
+    for row in rows:
+        assert row.case is not None
+        assert row.case.plan.method.remat == "none"
+        assert "norm_seq" not in row.case.plan.activations  # no sequence parallelism
 
 
 def test_energy_scores_seven_rows_and_names_the_fitted_ones() -> None:
