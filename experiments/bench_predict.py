@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     program, machine = programs.load(Path(PROGRAM.value)), load_machine(ON.value)
-    (part,) = timed("read and attributed", lambda: attribute(program, machine=machine))
+    (part,) = timed("read and attributed", lambda: tuple(attribute(program, machine=machine)))
     cost = timed("priced", lambda: step_cost(part.module, program.backend))
     predicted = timed("predicted, with the timeline", lambda: predict(part, cost, machine))
     if predicted is not None:
