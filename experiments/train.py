@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 from checkpoints import open_checkpoints
 from metrics import Record, Report, open_reports
-from processes import Processes, asked_for, join, leave, made_by_all
+from processes import Processes, asked_for, join, leave, let_gloo_wait_its_turn, made_by_all
 from windows import Windows, read_text, windows_of_steps
 
 from shardlab.errors import Problem, ShardlabError, UserError
@@ -110,6 +110,8 @@ def build(case: Case) -> tuple[Callable[[], Any], Step, Any]:
     machine = case.load_machine()
     target = open_target(machine)
     mesh, _, notes = fill_mesh(case.plan.axes, case.plan.order, target)
+    if target.family == "cpu":
+        let_gloo_wait_its_turn()
     dtype = jnp.dtype(DTYPE.value or ("float32" if machine.emulated else "bfloat16"))
     optimizer = OptimizerConfig(
         peak_learning_rate=LEARNING_RATE.value,

@@ -222,11 +222,12 @@ def gloo_times() -> dict[str, list[float]]:
     import jax
     import jax.numpy as jnp
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
-    from processes import Processes, join
+    from processes import Processes, join, let_gloo_wait_its_turn
 
     coordinator, index = _AT.value.split(",")
-    join(Processes(coordinator=coordinator, index=int(index), count=2))
+    join(Processes(coordinator=coordinator, index=int(index), count=2), emulated_devices=2)
     mesh = Mesh(jax.devices(), ("all",))
+    let_gloo_wait_its_turn()
     whole, split = PartitionSpec(), PartitionSpec("all")
     kinds: dict[str, tuple[Callable[[Any], Any], Any, Any, float]] = {  # and the part of S that a rank sends
         "all-reduce": (lambda a: jax.lax.psum(a, "all"), whole, whole, 1.0),

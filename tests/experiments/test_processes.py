@@ -134,6 +134,36 @@ def test_all_end_when_one_fails(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+BATCH = """
+import os, sys
+import jax
+from processes import Processes, join, let_gloo_wait_its_turn
+join(Processes(coordinator="127.0.0.1:{port}", index={index}, count=2), emulated_devices=2)
+before = set(os.listdir("/proc/self/task"))
+jax.devices()
+let_gloo_wait_its_turn()
+made = [int(thread) for thread in set(os.listdir("/proc/self/task")) - before]
+print(sum(os.sched_getscheduler(thread) == os.SCHED_BATCH for thread in made), os.sched_getscheduler(0))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_gloo_s_thread_preempts_no_other() -> None:
+    """Of the threads that come with the backend one waits for the network: a batch thread, and it alone."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    environment = ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", BATCH.format(port=port, index=index)],
+            stdout=subprocess.PIPE, text=True, env=environment,
+        )
+        for index in (0, 1)
+    ]  # fmt: skip
+    assert [process.communicate(timeout=60)[0].split()[-2:] for process in both] == [["1", "0"]] * 2
+
+
 JOIN = """
 import processes
 processes.JOIN_SECONDS = 2
