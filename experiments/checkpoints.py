@@ -44,10 +44,11 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-    def save(self, step: int, state: Any) -> None:
-        """Begin to write the state after `step`, if its turn has come; earlier writes are awaited first."""
+    def save(self, step: int, state: Any, *, now: bool = False) -> None:
+        """Begin to write the state after `step`, if its turn has come, or `now`; earlier writes are awaited
+        first."""
         items = {"state": self._args.StandardSave(state), "facts": self._args.JsonSave(self._facts)}
-        self._manager.save(step, args=self._args.Composite(**items))
+        self._manager.save(step, args=self._args.Composite(**items), force=now)
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
         """(step, state) of the newest checkpoint that can be read, on the shardings of `abstract`.

@@ -4,7 +4,7 @@ python experiments/launch_local.py -n 2 -- --mesh=meshes/cpu8-fsdp.toml --steps=
 
 What stands behind `--` goes to `train.py` (or --program). Lines on standard error carry the process that
 wrote them. Emulated devices divide over the processes; --devices_per_process sets how many there are
-(--on=cpu:N).
+(--on=cpu:N). SIGTERM is handed on: all save after the same step, and leave.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ PORT = flags.DEFINE_integer("port", None, "Of the coordinator; a free one unless
 PROGRAM = flags.DEFINE_string("program", "train.py", "Beside this file: what every process runs.")
 
 GRACE_SECONDS = 5
+LEAVE_SECONDS = 60  # where nothing failed: for the checkpoint that they write before they leave
 _PR_SET_PDEATHSIG = 1
 
 
@@ -76,12 +77,12 @@ def wait_for_all(running: Sequence[subprocess.Popen[str]]) -> int:
         time.sleep(0.05)
 
 
-def end(running: Sequence[subprocess.Popen[str]]) -> None:
-    """Ask every process that still runs to end, then make it."""
+def end(running: Sequence[subprocess.Popen[str]], grace_s: float) -> None:
+    """Ask every process that still runs to end, and make it after `grace_s`."""
     for process in running:
         if process.poll() is None:
             process.terminate()
-    deadline_s = time.monotonic() + GRACE_SECONDS
+    deadline_s = time.monotonic() + grace_s
     for process in running:
         try:
             process.wait(max(0.0, deadline_s - time.monotonic()))
@@ -94,6 +95,7 @@ def launch(count: int, port: int, arguments: Sequence[str]) -> int:
     """Run all processes to their end. Returns the exit code."""
     running: list[subprocess.Popen[str]] = []
     readers = []
+    grace_s = GRACE_SECONDS
     try:
         for index in range(count):
             process = subprocess.Popen(
@@ -109,8 +111,12 @@ def launch(count: int, port: int, arguments: Sequence[str]) -> int:
         return wait_for_all(running)
     except KeyboardInterrupt:
         return 130
+    except SystemExit:  # SIGTERM, which they get too
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        grace_s = LEAVE_SECONDS
+        raise
     finally:
-        end(running)
+        end(running, grace_s)
         for reader in readers:
             reader.join(GRACE_SECONDS)
 

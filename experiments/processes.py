@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 from shardlab.errors import Problem, UserError
 
 JOIN_SECONDS = 25
+ASKED_TO_LEAVE = 143  # exit code, as a shell has it of SIGTERM
 _COMPILE_SECONDS = 3600
 # What each scheduler sets in the processes of a job, and how many of them there are.
 _COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
@@ -145,6 +147,26 @@ def let_gloo_wait_its_turn() -> None:
         with suppress(OSError):  # it has ended, or this kernel does not say what it waits for
             if "epoll" in (thread / "wchan").read_text():
                 os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
+
+
+@contextmanager
+def asked_to_leave() -> Iterator[Callable[[int], bool]]:
+    """What says after a step whether to save and leave: SIGTERM has come, to any of the processes.
+
+    All of them are told at the same step. A scheduler sends it before it takes a machine away.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() > 1:  # JAX has the signal
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    came = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield lambda _: came.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def made_by_all(make: Callable[[], Any], *, first_alone: bool) -> Any:

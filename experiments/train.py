@@ -24,7 +24,16 @@ import numpy as np
 from absl import app, flags
 from checkpoints import open_checkpoints
 from metrics import Record, Report, open_reports
-from processes import Processes, asked_for, join, leave, let_gloo_wait_its_turn, made_by_all
+from processes import (
+    ASKED_TO_LEAVE,
+    Processes,
+    asked_for,
+    asked_to_leave,
+    join,
+    leave,
+    let_gloo_wait_its_turn,
+    made_by_all,
+)
 from windows import Windows, read_text, windows_of_steps
 
 from shardlab.errors import Problem, ShardlabError, UserError
@@ -141,7 +150,8 @@ def train(case: Case, text: np.ndarray, reports: Callable[[int], AbstractContext
         if done:
             sys.stderr.write(f"goes on after step {done} of {CHECKPOINTS.value}\n")
         batches = placed_batches(case, Windows(text, case.seq), step.arguments[1], done + 1)
-        with reports(done + 1) as report:
+        number, leave_now = done, False
+        with reports(done + 1) as report, asked_to_leave() as leaving:
             started_s = time.perf_counter()
             for number, batch in zip(range(done + 1, STEPS.value + 1), batches, strict=False):
                 state, metrics = compiled(state, batch)
@@ -150,8 +160,17 @@ def train(case: Case, text: np.ndarray, reports: Callable[[int], AbstractContext
                 tokens_per_s = case.batch * case.seq / (now_s - started_s)
                 started_s = now_s
                 report(Record(step=number, loss=loss, gradient_norm=gradient_norm, tokens_per_s=tokens_per_s))
+                leave_now = leaving(number)
                 if checkpoints is not None:
-                    checkpoints.save(number, state)
+                    checkpoints.save(number, state, now=leave_now)
+                if leave_now:
+                    break
+    if leave_now and number < STEPS.value:
+        kept = (
+            f"saved in {CHECKPOINTS.value}" if CHECKPOINTS.value else "nothing is kept without --checkpoints"
+        )
+        sys.stderr.write(f"asked to end (SIGTERM): stops after step {number}, {kept}\n")
+        sys.exit(ASKED_TO_LEAVE)
     return compiled
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -132,6 +133,43 @@ def test_all_end_when_one_fails(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "4 emulated devices do not divide over 3 processes" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("count", [1, 2])
+def test_all_save_and_leave_when_asked(count: int, tmp_path: Path) -> None:
+    """SIGTERM in the middle: kept after that step, and the next run goes on from there."""
+    flags = arguments(
+        tmp_path,
+        "--steps=100000",
+        "--report_every=1",
+        f"--checkpoints={tmp_path}/kept",
+        "--checkpoint_every=100000",
+    )
+    command = [sys.executable, str(ROOT / "experiments" / "launch_local.py"), "-n", str(count), "--", *flags]
+
+    def until(said: str) -> tuple[str, int]:
+        """Wait for a line, ask it to end, and return all lines and the exit code."""
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as run:
+            assert run.stderr is not None
+            lines = []
+            for line in run.stderr:
+                lines.append(line)
+                if said in line:
+                    run.terminate()
+            return "".join(lines), run.wait(60)
+
+    told, code = until("step 5/")
+    assert code == 143, told
+    (step,) = {
+        int(one) for one in re.findall(r"asked to end \(SIGTERM\): stops after step (\d+), saved in", told)
+    }
+    assert told.count("stops after") == count
+    assert 5 <= step < 1000
+    assert (tmp_path / "kept" / str(step)).is_dir()
+    again, code = until(f"step {step + 2}/")
+    assert f"goes on after step {step} of" in again
+    assert (code, again.count("stops after")) == (143, count)
 
 
 BATCH = """
