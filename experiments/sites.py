@@ -37,7 +37,8 @@ def check_privileges() -> None:
     problems = []
     if os.geteuid() != 0:
         problems.append(Problem("wire lab", "not root", "run it with sudo, or as root in a container"))
-    for tool, package in {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"}.items():
+    tools = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "taskset": "util-linux"}
+    for tool, package in tools.items():
         if shutil.which(tool) is None:
             problems.append(Problem("wire lab", f"no {tool!r} here", f"apt-get install {package}"))
     if problems:
@@ -60,6 +61,12 @@ def remove_leftovers() -> list[str]:
             _remove(name)
             removed.append(name)
     return removed
+
+
+def on_core(index: int, command: Sequence[str]) -> list[str]:
+    """The command, run on one core: what comes after the last starts again with the first."""
+    cores = sorted(os.sched_getaffinity(0))
+    return ["taskset", "--cpu-list", str(cores[index % len(cores)]), *command]
 
 
 class Sites:
@@ -126,9 +133,10 @@ class Sites:
         _in(self._hub, "ip", "link", "set", f"port{site}", "up")
 
     def start(self, site: int, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-        """Run a command in a site, under the site's host name; it is ended when the sites are removed."""
+        """Run a command in a site, under the site's host name, on the site's core; it is ended when the sites
+        are removed."""
         name = self.names[site]
-        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name, *command]
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name, *on_core(site, command)]
         process = subprocess.Popen(
             ["ip", "netns", "exec", name, *named], text=True, start_new_session=True, **options
         )

@@ -3,11 +3,12 @@
 sudo python experiments/wire_calibrate.py            # all; --parts=cores,links,gloo for some
 python experiments/wire_calibrate.py --parts=cores   # needs no root
 
-cores: as many processes at once as there are cores, each one device, compiled as the lab compiles: products,
-loops over memory, and what an instruction costs beyond that. links: a TCP stream one way, and one both ways
-at once over the same connection, at each rate and unshaped, and over loopback. gloo: single collectives
-between two sites, by kind and size, as multiples of the time of their bytes, and their cost in core time.
-No training step is run: what the lab predicts of those is not fitted to them.
+cores: as many processes at once as there are cores, one device on each, compiled as the lab compiles: what an
+instruction costs, products, loops, and the rates that a profile of one step shows (`wire_cores.py`).
+links: a TCP stream one way, and one both ways at once over the same connection, at each rate and unshaped,
+and over loopback. gloo: single collectives between two sites, by kind and size, as multiples of the time of
+their bytes, and their cost in core time. No step of several devices is run: what the lab predicts of those
+is not fitted to them.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from statistics import median
 from typing import Any
 
 from absl import app, flags
-from sites import EFFICIENCY, HEADER_BYTES, Sites, check_privileges
-from wire_plans import PLANS
+from sites import EFFICIENCY, HEADER_BYTES, Sites, check_privileges, on_core
+from wire_cores import core_rates, timed_s
 
 from shardlab.errors import ShardlabError
 
@@ -34,87 +35,9 @@ _RATES = flags.DEFINE_list("rates", ["20", "100", "500", "2000"], "Mbit/s of the
 _WORKER = flags.DEFINE_string("worker", None, "Internal: what this process measures.")
 _AT = flags.DEFINE_string("at", None, "Internal: coordinator and process number.")
 _SIZES = flags.DEFINE_list("sizes", ["65536", "262144", "1048576"], "Bytes that a rank sends, of gloo.")
-_REPEATS = 7
-_CHAIN = 20  # instructions of one kind that wait for each other in a measured program
 _PORT = 9913
 _TIMEOUT_S = 300
 _MIB = 1 << 20
-
-
-def timed_s(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
-    """The median of several runs, after one that compiles."""
-    import jax
-
-    jax.block_until_ready(run())
-    found = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(run())
-        found.append(time.perf_counter() - began)
-    return median(found)
-
-
-def core_rates() -> dict[str, float]:
-    """What one process gets: FLOP/s of products, bytes/s of loops, seconds of a tiny instruction.
-
-    Each runs inside a loop of the program, whose iterations wait for each other and cannot be fused.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    def each_s(one: Callable[[Any], Any], start: Any, count: int) -> float:
-        run = jax.jit(lambda x: jax.lax.fori_loop(0, count, lambda _, x: one(x), x))
-        return timed_s(partial(run, start)) / count
-
-    def tiny(x: Any) -> Any:
-        for _ in range(_CHAIN):
-            x = x @ x  # products are not fused with each other
-        return x
-
-    found = {"instruction_s": each_s(tiny, jnp.eye(8), 50) / _CHAIN}
-    for dtype, m, k in (("bf16", 512, 128), ("bf16", 512, 512), ("f32", 512, 128), ("f32", 512, 512)):
-        given = jnp.bfloat16 if dtype == "bf16" else jnp.float32
-        weight, rows = jnp.full((k, k), 1 / k, given), jnp.ones((m, k), given)
-        flops = 2 * m * k * k
-        found[f"product {dtype} {m}x{k}x{k}"] = flops / each_s(lambda x, w=weight: x @ w, rows, 50)
-    loops: dict[str, tuple[Callable[[Any], Any], int]] = {  # and how many arrays its kernels read and write
-        "scale": (lambda x: x * 1.5, 2),
-        "exp": (lambda x: jnp.exp(-x), 2),
-        "sum and add": (lambda x: x + x.sum(-1, keepdims=True), 3),
-        "transpose": (lambda x: x.T, 2),
-        "scale bf16": (lambda x: x * jnp.bfloat16(1.5), 2),
-    }
-    for name, (one, touched) in loops.items():
-        array = jnp.ones((512, 512), jnp.bfloat16 if name.endswith("bf16") else jnp.float32)
-        found[f"loop {name}"] = touched * array.nbytes / each_s(one, array, 50)
-    found["step_s"] = step_s()
-    return found
-
-
-def step_s() -> float:
-    """A step of the plan `data` on one device, which nothing joins to others: no row of the lab."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from shardlab.parallel.step import build_step, init_state
-    from shardlab.spec.case import make_case
-    from shardlab.spec.plan import plan_from_text
-
-    made = PLANS["data"]
-    case = make_case(plan_from_text(made.text(1)), made.model, "cpu:1", made.batch, made.seq)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-    step = build_step(case, mesh, target="cpu", compute_dtype=jnp.bfloat16)
-    compiled = step.function.lower(*step.arguments).compile()
-    state = init_state(case, mesh, 0)
-    batch = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), step.arguments[1])
-
-    def run() -> Any:
-        nonlocal state
-        state, metrics = compiled(state, batch)
-        return metrics
-
-    return timed_s(run, 20)
 
 
 def cores() -> None:
@@ -123,7 +46,8 @@ def cores() -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, "--worker=cores"]
     running = [
-        subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE) for _ in range(count)
+        subprocess.Popen(on_core(index, command), env=environment, text=True, stdout=subprocess.PIPE)
+        for index in range(count)
     ]
     told = [json.loads(process.communicate()[0]) for process in running]
     print(f"{count} processes at once")
@@ -218,7 +142,7 @@ def links() -> None:
 
 
 def gloo_times() -> dict[str, list[float]]:
-    """`KIND BYTES` -> seconds of one execution, and its core time in this process."""
+    """`KIND, BYTES` -> seconds of one execution, and its core time in this process."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -241,6 +165,9 @@ def gloo_times() -> dict[str, list[float]]:
         ),
         "collective-permute": (lambda a: jax.lax.ppermute(a, "all", [(0, 1), (1, 0)]), split, split, 0.5),
     }
+    for kind in ("all-gather", "reduce-scatter", "all-to-all", "collective-permute"):
+        inside, *rest = kinds[kind]
+        kinds[f"{kind} after an all-reduce"] = (partial(after_all_reduce, inside), *rest)
     found = {}
     for kind, (inside, given, got, share) in kinds.items():
         run = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=given, out_specs=got, check_vma=False))
@@ -253,8 +180,15 @@ def gloo_times() -> dict[str, list[float]]:
             )
             busy_s = time.process_time()
             took_s = timed_s(partial(run, array), 9)
-            found[f"{kind} {size}"] = [took_s, (time.process_time() - busy_s) / 10]
+            found[f"{kind}, {size}"] = [took_s, (time.process_time() - busy_s) / 10]
     return found
+
+
+def after_all_reduce(inside: Callable[[Any], Any], array: Any) -> Any:
+    """A collective that begins on all ranks when a small all-reduce has ended there."""
+    import jax
+
+    return inside(array + 0 * jax.lax.psum(array[:256], "all")[0])
 
 
 def gloo() -> None:
@@ -271,7 +205,7 @@ def gloo() -> None:
         print(f"gloo at {rate:g} Mbit/s" if rate else "gloo, unshaped", flush=True)
         for name in told[0]:
             took_s, busy_s = (max(one[name][i] for one in told) for i in (0, 1))
-            size = int(name.split()[1])
+            size = int(name.rpartition(" ")[2])
             bytes_s = size / ((rate or 1) * 125_000 * EFFICIENCY)
             turns = f", {took_s / bytes_s:.3f} of its bytes' time" if rate else ""
             print(f"  {name}: {took_s * 1e3:.2f} ms{turns}, {busy_s / size * 1e9:.2f} ns of core a byte")

@@ -53,6 +53,9 @@ class ComputeTimes:
         """Seconds of one execution; None where its memory traffic is unknown, or how fast the host is."""
         if row.traffic is None or (row.traffic.host_bytes and self.tables.host_gb_per_s is None):
             return None
+        dots = self.chip.dot_bf16_flops_per_s
+        if dots is not None and row.kind == "dot" and all(_is_bf16(work) for work in row.products):
+            return max(row.flops / dots, self.memory_s(row.traffic))
         return self.work_s(row.products, row.traffic)
 
     def work_s(self, products: Iterable[Work], traffic: Traffic) -> float:
@@ -123,6 +126,10 @@ class ComputeTimes:
             "memory": _basis(tables.hbm == tables.name and same_rate, tables.hbm),
             "attention": _basis(tables.attention == tables.name and same_peak, tables.attention),
         }
+
+
+def _is_bf16(work: Work) -> bool:
+    return isinstance(work.shape, MatmulShape) and work.shape.dtype == "bf16"
 
 
 def _basis(measured: bool, source: str) -> str:

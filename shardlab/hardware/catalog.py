@@ -130,12 +130,9 @@ def _host_machine(file: MachineFile, spec: str, size: str) -> Machine:
 
 def _shared(chip: Chip, devices: int) -> Chip:
     """What each of the devices of one computer gets of its rates."""
-    flops, rate = chip.bf16_flops_per_s, chip.memory_bytes_per_s
-    return replace(
-        chip,
-        bf16_flops_per_s=None if flops is None else flops / devices,
-        memory_bytes_per_s=None if rate is None else rate / devices,
-    )
+    rates = ("bf16_flops_per_s", "memory_bytes_per_s", "dot_bf16_flops_per_s")
+    known = {name: getattr(chip, name) for name in rates if getattr(chip, name) is not None}
+    return replace(chip, **{name: rate / devices for name, rate in known.items()})
 
 
 def _host_counts(file: MachineFile, spec: str, size: str) -> tuple[int, int]:

@@ -214,8 +214,9 @@ def _shipped_table(kind: str, name: str) -> Table:
 def _chip(table: Mapping[str, Any], where: str) -> Chip:
     """A chip's table to the record: figures per JAX device."""
     devices = table.get("xla_devices", 1)
-    memory, rate, flops = (
-        table.get(key) for key in ("memory_bytes", "memory_bytes_per_s", "bf16_flops_per_s")
+    memory, rate, flops, dots = (
+        table.get(key)
+        for key in ("memory_bytes", "memory_bytes_per_s", "bf16_flops_per_s", "dot_bf16_flops_per_s")
     )
     return Chip(
         name=table["name"],
@@ -229,6 +230,7 @@ def _chip(table: Mapping[str, Any], where: str) -> Chip:
         not_compiled_because=table.get("not_compiled_because", ""),
         memory_source=str(table.get("source", {}).get("memory_bytes", where)),
         power_w=table.get("power_w"),
+        dot_bf16_flops_per_s=None if dots is None else dots / devices,
     )
 
 

@@ -24,7 +24,7 @@ _CHIP: _Fields = {
     "xla_devices": (_COUNT, False),
     "memory_bytes": (_COUNT, False), "pool_fraction": (_FIGURE, False), "bf16_flops_per_s": (_FIGURE, False),
     "memory_bytes_per_s": (_FIGURE, False), "power_w": (_FIGURE, False), "source": (_MAP, False),
-    "not_compiled_because": (_TEXT, False),
+    "not_compiled_because": (_TEXT, False), "dot_bf16_flops_per_s": (_FIGURE, False),
 }  # fmt: skip
 _LINK: _Fields = {
     "description": (_TEXT, False), "tier": (_TEXT, True), "bytes_per_s": (_FIGURE, False),

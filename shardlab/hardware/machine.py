@@ -18,6 +18,8 @@ class Chip:
     chip).
     memory_bytes: usable device memory as the compiler sees it; pool_fraction: what JAX's allocator takes of
     it.
+    dot_bf16_flops_per_s: of bf16 products that XLA:CPU leaves as a bare `dot`, which Eigen runs, without a
+    bf16 kernel; None: as fast as the others.
     compile_as: the compile target (`h100`), None when no compiler here has one, `not_compiled_because` says
     why. power_w: per chip.
     """
@@ -33,6 +35,7 @@ class Chip:
     not_compiled_because: str = ""
     memory_source: str = ""
     power_w: float | None = None
+    dot_bf16_flops_per_s: float | None = None
 
     @property
     def memory_limit_bytes(self) -> int | None:

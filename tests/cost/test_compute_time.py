@@ -21,6 +21,24 @@ def times_of(chip: str) -> ComputeTimes:
     return found
 
 
+def instruction(kind: str, traffic: Traffic) -> InstructionCost:
+    """One without products."""
+    return InstructionCost(
+        name="s",
+        computation="main",
+        kind=kind,
+        executions=(1, 1),
+        matmul_flops=0,
+        attention_flops=0,
+        recompute=False,
+        traffic=traffic,
+        phase="other",
+        layer="",
+        op_name="",
+        source="",
+    )
+
+
 @pytest.mark.parametrize(
     ("chip", "read", "written", "tb_per_s"),
     [  # Azure's BabelStream: Copy reads as much as it writes, Triad twice as much, Dot writes nothing
@@ -115,22 +133,35 @@ def test_the_host_is_as_far_as_its_link() -> None:
     """v6e: 32 GB/s to the host (scaling book). Of tpu7x no source says, so the time is not known."""
     moved = Traffic(10**9, 0, 10**9, 10**9)
     assert times_of("v6e").memory_s(moved) == pytest.approx(1 / 32)
-    row = InstructionCost(
-        name="s",
-        computation="main",
-        kind="copy",
-        executions=(1, 1),
-        matmul_flops=0,
-        attention_flops=0,
-        recompute=False,
-        traffic=moved,
-        phase="other",
-        layer="",
-        op_name="",
-        source="",
-    )
+    row = instruction("copy", moved)
     assert times_of("v6e").instruction_s(row) == pytest.approx(1 / 32, rel=1e-3)
     assert times_of("tpu7x").instruction_s(row) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "flops_per_s"),
+    [
+        pytest.param("dot", "bf16", 30e9, id="Eigen's bf16"),
+        pytest.param("fusion", "bf16", 300e9, id="YNNPACK's"),
+        pytest.param("dot", "f32", 150e9, id="Eigen's f32"),
+    ],
+)
+def test_a_bare_bf16_product_of_a_cpu_has_a_rate_of_its_own(
+    kind: str, dtype: str, flops_per_s: float
+) -> None:
+    cores = Chip(
+        name="c", family="cpu", memory_bytes=None, bf16_flops_per_s=300e9, memory_bytes_per_s=30e9,
+        dot_bf16_flops_per_s=30e9,
+    )  # fmt: skip
+    times, work = (
+        compute_times(cores),
+        Work("matmul", 2 * 10**9, shape=MatmulShape(1, 10**3, 10**3, 10**3, dtype)),
+    )
+    assert times is not None
+    row = replace(instruction(kind, Traffic(4 * 10**6, 2 * 10**6)), matmul_flops=work.flops, products=(work,))
+    assert times.instruction_s(row) == pytest.approx(2e9 / flops_per_s, rel=1e-3)
+    much = replace(row, traffic=Traffic(10**10, 5 * 10**9))
+    assert times.instruction_s(much) == pytest.approx(0.5, rel=1e-3)
 
 
 def test_a_chip_says_what_its_prices_rest_on() -> None:

@@ -16,6 +16,7 @@ import pytest
 import sites
 from sites import HEADER_BYTES, Sites, check_privileges, remove_leftovers
 from wire_calibrate import stream
+from wire_cores import rates_of
 from wire_measure import payload, read_measured
 from wire_plans import PLANS
 from wire_plot import Point, write_plot
@@ -91,6 +92,17 @@ def test_counters_become_bytes_per_step() -> None:
     assert found.startup_bytes == 300
     assert found.idle_bytes_per_s == 20
     assert payload(rows[2], rows[3], "eth0") == 1000
+
+
+def test_a_profile_becomes_rates() -> None:
+    """A bare product of 2 · 64³ FLOPs in 1 and 3 s, a copy of 2 · 16,384 bytes in 2 s; events of others."""
+    text = (
+        "HloModule m, is_scheduled=true\n\nENTRY e {\n  x = f32[64,64]{1,0} parameter(0)\n"
+        "  d.1 = f32[64,64]{1,0} dot(x, x), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n"
+        "  ROOT c.2 = f32[64,64]{1,0} copy(d.1)\n}\n"
+    )
+    found = rates_of(text, {"d.1": [1.0, 3.0], "c.2": [2.0], "while.7": [9.0]})
+    assert found == {"step, bare dots": 64**3, "step, loops": 16_384}
 
 
 ROW = Row(
