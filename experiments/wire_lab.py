@@ -45,7 +45,7 @@ _SITES = flags.DEFINE_list("sites", ["2"], "Numbers of sites.")
 _DEVICES = flags.DEFINE_list("devices", ["1"], "Devices per site.")
 _RATES = flags.DEFINE_list("rates", ["100"], "Mbit/s of each site's link, each way.")
 _WARM = flags.DEFINE_integer("warm_steps", 2, "Steps before the first that counts.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("count_steps", 4, "Steps that count.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("count_steps", 10, "Steps that count.", lower_bound=1)
 _CSV = flags.DEFINE_string("csv", None, "Table to write.", allow_override=True)  # validate has one too
 _CACHE = flags.DEFINE_string("cache", None, "Folder of compiled programs.", allow_override=True)
 _QUICK = flags.DEFINE_bool("quick", False, "Compile without optimisation: where only bytes matter.")
@@ -59,13 +59,15 @@ LAB = Path(__file__).with_name("lab.toml")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
     """Bytes that each site sends to others and within itself, per step, gloo's headers on the former; the
-    step's time and the exposed communication in it, None where a part is unknown."""
+    step's time, the exposed communication in it, and how much gloo's turns may change, None where a part is
+    unknown."""
 
     out_bytes: tuple[Fraction, ...]
     loopback_bytes: tuple[Fraction, ...]
     gloo_bytes: tuple[int, ...]
     step_s: float | None
     communication_s: float | None
+    turns_s: float | None
 
 
 def machine_file(folder: Path, rate_mbit_per_s: float) -> Path:
@@ -109,6 +111,7 @@ def predict(case: Case, program: Program, machine: Machine) -> Predicted:
         gloo_bytes=tuple(headers),
         step_s=timeline.step_time_s if timeline is not None else None,
         communication_s=timeline.exposed_communication_s if timeline is not None else None,
+        turns_s=predicted.turns_s if predicted is not None else None,
     )
 
 
@@ -164,6 +167,7 @@ class Lab:
             row,
             predicted_step_s=rounded(predicted.step_s),
             predicted_communication_s=rounded(predicted.communication_s),
+            predicted_turns_s=rounded(predicted.turns_s),
         )
 
 
@@ -216,6 +220,7 @@ def beside(plan: str, sites: int, devices: int, rate: float, predicted: Predicte
         predicted_step_s=rounded(predicted.step_s),
         measured_step_s=round(measured.step_s, 4),
         predicted_communication_s=rounded(predicted.communication_s),
+        predicted_turns_s=rounded(predicted.turns_s),
         gloo_header_bytes=predicted.gloo_bytes[most],
         site_error=round(max(errors, default=0.0), 4),
         predicted_loopback_bytes=round(predicted.loopback_bytes[most]),

@@ -16,10 +16,11 @@ class Row:
 
     gloo_header_bytes: of gloo's own headers, predicted, which the measured bytes contain. site_error: the
     largest |measured / (predicted + headers) - 1| over all sites. predicted_step_s: None where a part of it
-    is unknown; predicted_communication_s: the part of it in which nothing is computed. loopback: of that
-    site, between its own devices. startup_bytes: sent before the first step. idle_bytes_per_s: sent
-    while nothing is computed. frame_bytes: what crossed the link, headers and acknowledgements included.
-    measured_cpu_s: of all processes.
+    is unknown; predicted_communication_s: the part of it in which nothing is computed; predicted_turns_s: how
+    much shorter or longer it is when gloo's ranks never or always take turns. measured_step_s: the median.
+    loopback: of that site, between its own devices. startup_bytes: sent before the first step.
+    idle_bytes_per_s: sent while nothing is computed. frame_bytes: what crossed the link, headers and
+    acknowledgements included. measured_cpu_s: of all processes.
     """
 
     plan: str
@@ -31,6 +32,7 @@ class Row:
     predicted_step_s: float | None
     measured_step_s: float
     predicted_communication_s: float | None
+    predicted_turns_s: float | None
     gloo_header_bytes: int
     site_error: float
     predicted_loopback_bytes: int
@@ -44,7 +46,8 @@ class Row:
 def say(row: Row) -> None:
     """One line of the table on standard output."""
     said, waited = row.predicted_step_s, row.predicted_communication_s
-    beside = "unknown" if said is None else f"{said:.3f} ({row.measured_step_s / said:.2f})"
+    turns = "" if not row.predicted_turns_s else f" ± {row.predicted_turns_s:.3f}"
+    beside = "unknown" if said is None else f"{said:.3f}{turns} ({row.measured_step_s / said:.2f})"
     links = "" if not said or waited is None else f", {waited / said:.0%} of that the link's"
     print(
         f"{row.plan:9} {row.sites} x {row.devices_per_site} at {row.link_mbit_per_s:g} Mbit/s: "

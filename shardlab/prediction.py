@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from fractions import Fraction
 from math import prod
 
 from shardlab.analysis import Attributed, CollectiveRow
@@ -12,8 +12,10 @@ from shardlab.analysis.rows import device_ranges
 from shardlab.attribute.chains import Chains
 from shardlab.attribute.collectives import KINDS
 from shardlab.attribute.edges import CallSite, CallSites
-from shardlab.attribute.members import Members
+from shardlab.attribute.members import Members, kinds_joined
+from shardlab.cost.collective_time import collective_time
 from shardlab.cost.compute_time import ATTENTION_KERNEL, ComputeTimes, compute_times
+from shardlab.cost.gloo import uses_gloo
 from shardlab.cost.hbm import Traffic
 from shardlab.cost.instructions import InstructionCost, StepCost
 from shardlab.cost.kernels import Work
@@ -28,6 +30,7 @@ from shardlab.hlo.attributes import channel_id, frontend_attributes
 from shardlab.hlo.lookup import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Operand
 from shardlab.spec.schedule import Schedule
+from shardlab.units import format_seconds
 
 NOT_VALIDATED = "not validated"
 RENDEZVOUS = "_xla_host_transfer_rendezvous"
@@ -41,6 +44,8 @@ class Prediction:
     """The timeline of a step, and what its prices rest on (`ComputeTimes.basis`).
 
     error_class: the error measured on this kind of chip (`step_errors.csv`), `not validated` where none was.
+    turns_s: how much shorter or longer the step is when gloo's ranks never or always take turns
+    (`cost/gloo.py`), None where that is not known.
     devices: of each of `timeline.stages`, by flattened id, as `0-3,8`. busy_s: of a step, of the products at
     the chip's peak.
     """
@@ -50,6 +55,7 @@ class Prediction:
     devices: tuple[str, ...] = ()
     error_class: str = NOT_VALIDATED
     busy_s: float | None = None
+    turns_s: float | None = 0.0
 
 
 def predict(
@@ -74,7 +80,7 @@ def predict(
     if times is None:
         return None
     times = replace(times, attention_kernel=attention_kernel)
-    found = Pieces(kernels(part, cost, times), transfers(part, machine.family))
+    found = Pieces(kernels(part, cost, times), transfers(part, machine))
     if in_pieces_over is not None:
         found = _in_pieces(part, cost, times, found, in_pieces_over)
     timeline = simulate(
@@ -92,13 +98,47 @@ def predict(
         device_ranges([device for device, kind in enumerate(kinds) if kind == stage.kind])
         for stage in timeline.stages
     )
+    turns_s = turns(part, machine)
     return Prediction(
         timeline=timeline,
-        basis=tuple(times.basis.items()),
+        basis=(*times.basis.items(), *turns_basis(turns_s)),
         devices=devices,
         error_class=error_class(machine.chip),
         busy_s=_busy_s(cost, times),
+        turns_s=turns_s,
     )
+
+
+def turns(part: Attributed, machine: Machine) -> float | None:
+    """Seconds by which a step is shorter when no collective goes in turn, and longer when all do; of gloo,
+    whose collectives nothing runs beside. None where that is not known."""
+    if not uses_gloo(machine):
+        return 0.0
+    total_s = 0.0
+    for row, joined in zip(part.analysis.collectives, part.members, strict=True):
+        if kinds_joined(joined, part.graph.schedule.kinds):
+            continue  # always
+        turn_s = _turn_s(row, joined, part, machine)
+        if turn_s is None or row.executions[1] is None:
+            return None
+        total_s += row.executions[1] * turn_s / 2
+    return total_s
+
+
+def _turn_s(row: CollectiveRow, joined: Members, part: Attributed, machine: Machine) -> float | None:
+    """How much longer a collective takes in turn: what the one that came first does not wait for."""
+    always, never = (
+        collective_time(row, joined, machine, part.device_ids, Fraction(share)) for share in (1, 0)
+    )
+    return None if always is None or never is None else always.total_s - never.total_s
+
+
+def turns_basis(turns_s: float | None) -> tuple[tuple[str, str], ...]:
+    """What to say of it."""
+    if turns_s == 0:
+        return ()
+    less = "unknown" if turns_s is None else f"{format_seconds(turns_s)} less or more"
+    return (("links", f"gloo, half of whose collectives are taken as going in turn (none or all: {less})"),)
 
 
 def free_stages_of(part: Attributed, schedule: Schedule, axis: str) -> FreeStages | None:
@@ -123,11 +163,15 @@ def predictions_together(parts: Sequence[tuple[str, int, Prediction | None]]) ->
         return known[0][2]
     busy = [None if one.busy_s is None else one.busy_s * runs for _, runs, one in known]
     unknown_busy = None in busy
+    turns_s = [one.turns_s for _, _, one in known]
     return Prediction(
         timeline=timelines_together([TimePart(name, runs, one.timeline) for name, runs, one in known]),
         basis=tuple({key: basis for _, _, one in known for key, basis in one.basis}.items()),
         error_class=known[0][2].error_class,
         busy_s=None if unknown_busy else sum(filter(None, busy)),
+        turns_s=None
+        if None in turns_s
+        else sum(runs * (one or 0.0) for (_, runs, _), one in zip(known, turns_s, strict=True)),
     )
 
 
@@ -203,27 +247,29 @@ def _together(one: Kernel, other: Kernel) -> Kernel:
     return replace(one, time_s=(one.time_s or 0.0) + (other.time_s or 0.0) if known else None)
 
 
-def transfers(part: Attributed, family: str) -> dict[Place, tuple[Transfer, ...]]:
+def transfers(part: Attributed, machine: Machine) -> dict[Place, tuple[Transfer, ...]]:
     """The collectives, by the scheduled instruction that starts them."""
-    chains, sites = Chains(part.module), part.graph.sites
+    chains, sites, on_gloo = Chains(part.module), part.graph.sites, uses_gloo(machine)
     found: dict[Place, tuple[Transfer, ...]] = {}
     rows = zip(part.analysis.collectives, part.collectives, part.members, strict=True)
     for row, collective, joined in rows:
         place = scheduled_place(sites, collective.computation, collective.instruction.name)
         where = part.module.computations[place[0]]
         done = chains.end(where, collective.instruction) or received(where, collective.instruction)
+        joins = kinds_joined(joined, part.graph.schedule.kinds)
         transfer = Transfer(
             name=row.name,
             kind=row.kind,
             axes=row.axes,
             layer=row.layer,
             phase=row.phase,
-            stream=stream_of(row, family),
+            stream=stream_of(row, machine.family),
             time_s=0.0 if not row.wire_bytes else row.time_s,
             tier_s=row.tier_s or {},
             asynchronous=row.asynchronous,
             done=done.name if done is not None and row.asynchronous else None,
-            joins=kinds_joined(joined, part.graph.schedule.kinds),
+            joins=joins,
+            lead_s=(_turn_s(row, joined, part, machine) or 0.0) if joins and on_gloo else 0.0,
         )
         found[place] = (*found.get(place, ()), transfer)
     return found
@@ -243,17 +289,6 @@ def received(where: Computation, send: Instruction) -> Instruction | None:
             dones = of_opcodes(where.instructions, ("recv-done",))
             return next((done for done in dones if done.operands[:1] == (Operand(recv.name),)), None)
     return None
-
-
-def kinds_joined(joined: Members, kinds: Sequence[int]) -> frozenset[tuple[int, int]]:
-    """The different kinds of devices that a collective brings together, as pairs; kinds: by flattened id."""
-    if not kinds:
-        return frozenset()
-    found: set[tuple[int, int]] = set()
-    for together in (*joined.groups, *joined.pairs):
-        here = sorted({kinds[member % len(kinds)] for member in together})
-        found |= set(combinations(here, 2))
-    return frozenset(found)
 
 
 def stream_of(row: CollectiveRow, family: str) -> str:

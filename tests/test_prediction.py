@@ -173,7 +173,7 @@ def test_a_tpu_chain_is_one_transfer_that_its_last_fusion_ends() -> None:
     """Its start is a fusion, a product carries it, and a third fusion ends it."""
     text = (SAMPLES / "b24_tpu_async_collective_fusion.hlo").read_text()
     (part,) = attribute(text, axes={"data": 4, "model": 4}, machine=load_machine("v5e:4x4"))
-    ((place, (one,)),) = transfers(part, "tpu").items()
+    ((place, (one,)),) = transfers(part, load_machine("v5e:4x4")).items()
     instructions = part.module.computations[place[0]].instructions
     assert one.asynchronous and one.done is not None
     assert "start" in place[1] and "done" in one.done

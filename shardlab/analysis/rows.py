@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 from shardlab.analysis.records import CollectiveRow, DeviceRuns, LedgerEntry, Range
 from shardlab.attribute.axes import Axes, axes_of_groups, axes_of_pairs
 from shardlab.attribute.calls import CallGraph
 from shardlab.attribute.chains import Chains
 from shardlab.attribute.collectives import Collective
-from shardlab.attribute.members import Members, Placement, megascale_members, members, send_members
+from shardlab.attribute.members import (
+    Members,
+    Placement,
+    kinds_joined,
+    megascale_members,
+    members,
+    send_members,
+)
 from shardlab.attribute.neighbours import Neighbours, enclosing_op_name
 from shardlab.attribute.origin import Origin, origin_of
 from shardlab.attribute.payload import Payload
 from shardlab.attribute.rings import Realized, realized_by_permutes
+from shardlab.cost.gloo import HALF, uses_gloo
 from shardlab.cost.traffic import Traffic, traffic_of
 from shardlab.cost.wire import Wire, wire_of
 from shardlab.hardware.machine import Machine
@@ -200,7 +209,14 @@ class Rows:
             pairs=joined.pairs,
             machine=self.machine,
             device_ids=self.device_ids,
+            in_turn=self._in_turn(joined, self.machine),
         )
+
+    def _in_turn(self, joined: Members, machine: Machine) -> Fraction:
+        """How often gloo's ranks take turns: always where kinds of devices meet, as the stages of a pipeline,
+        which compute for different times before."""
+        mixed = uses_gloo(machine) and kinds_joined(joined, self.graph.schedule.kinds)
+        return Fraction(1) if mixed else HALF
 
     def notes(
         self, collectives: Sequence[Collective], rows: Sequence[CollectiveRow]

@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from shardlab.errors import ParseError, Problem, UserError
 from shardlab.hlo.attributes import channel_id, errors_at
@@ -44,6 +45,17 @@ class Members:
     groups: IdGroups = ()
     pairs: IdPairs = ()
     assumed: str = ""
+
+
+def kinds_joined(joined: Members, kinds: Sequence[int]) -> frozenset[tuple[int, int]]:
+    """The different kinds of devices that a collective brings together, as pairs; kinds: by flattened id."""
+    if not kinds:
+        return frozenset()
+    found: set[tuple[int, int]] = set()
+    for together in (*joined.groups, *joined.pairs):
+        here = sorted({kinds[member % len(kinds)] for member in together})
+        found |= set(combinations(here, 2))
+    return frozenset(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

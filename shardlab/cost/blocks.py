@@ -53,7 +53,8 @@ class Block:
 
     communication_s: while a collective is under way; exposed_s: of that, while nothing is computed.
     waited_s: for other stages. path: what it waits for, adding up to duration_s. busy: the part of its time
-    in which it keeps each link busy. joins: pairs of kinds of devices that its collectives join.
+    in which it keeps each link busy. joins: pairs of kinds of devices that its collectives join. lead_s: by
+    how much the kind that came to them first is done before the others.
     """
 
     events: Sequence[Event]
@@ -65,6 +66,7 @@ class Block:
     waited_s: float = 0.0
     busy: Mapping[Hashable, float] = field(default_factory=dict)
     joins: frozenset[tuple[int, int]] = frozenset()
+    lead_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -93,9 +95,14 @@ class Issued:
 
 
 def made_block(
-    issued: Sequence[Issued], last: Issued | None, duration_s: float, joins: frozenset[tuple[int, int]]
+    issued: Sequence[Issued],
+    last: Issued | None,
+    duration_s: float,
+    joins: frozenset[tuple[int, int]],
+    lead_s: float,
 ) -> Block:
-    """From a run whose transfers have all ended. last: what it ends with. joins: of its own transfers."""
+    """From a run whose transfers have all ended. last: what it ends with. joins, lead_s: of its own
+    transfers."""
     events = tuple(one.ended() for one in issued)
     computing = [one.event for one in issued if one.flow is None]
     moving = [event.interval for event in events if event.communicates]
@@ -107,6 +114,7 @@ def made_block(
             compute_s += event.duration_s
             continue
         joins |= event.body.joins
+        lead_s = max(lead_s, event.body.lead_s)
         waited_s += event.body.waited_s * event.iterations
         beside = overlap(moving, event.interval) / event.duration_s if event.duration_s else 0.0
         communication_s += event.body.communication_s * event.iterations * (1 - beside)
@@ -122,6 +130,7 @@ def made_block(
         waited_s=waited_s,
         busy=_busy(issued, duration_s),
         joins=joins,
+        lead_s=lead_s,
     )
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Protocol
 
-from shardlab.cost.gloo import GlooCollective, gloo_collective, inner_size, level_loads, uses_gloo
+from shardlab.cost.gloo import HALF, GlooCollective, gloo_collective, inner_size, level_loads, uses_gloo
 from shardlab.cost.network import gather_hops
 from shardlab.cost.shapes import (
     ALL_TO_ALL,
@@ -111,19 +111,24 @@ NOTHING = CollectiveTime(algorithm="none", latency_s=0.0, bandwidth_s=0.0, tier_
 
 
 def collective_time(
-    row: Sent, members: Joined, machine: Machine, device_ids: Sequence[int] | None = None
+    row: Sent,
+    members: Joined,
+    machine: Machine,
+    device_ids: Sequence[int] | None = None,
+    in_turn: Fraction = HALF,
 ) -> CollectiveTime | None:
     """The time of one execution of `row` on `machine`; None when a bandwidth, or who takes part, is unknown.
 
     device_ids: the device at each mesh position, None for the same number. Groups run at once: the slowest
-    counts. Raises UserError when the machine has fewer devices than the program.
+    counts. in_turn: how often gloo's ranks take turns (`cost/gloo.py`). Raises UserError when the machine has
+    fewer devices than the program.
     """
     ids = tuple(device_ids) if device_ids is not None else None
     if not row.wire_bytes:
         return NOTHING
     if uses_gloo(machine):
         found = gloo_collective(row.kind, row.payload_bytes, members.groups, members.pairs)
-        return _gloo_time(found, machine, ids) if found.sends else None
+        return _gloo_time(found, machine, ids, in_turn) if found.sends else None
     if row.kind in POINT_TO_POINT:
         pairs = tuple((source, target) for source, target in members.pairs)
         return _pairs_time(row.wire_bytes, pairs, machine, ids) if pairs else None
@@ -145,10 +150,12 @@ def collective_time(
     return _at_once(known) if len(known) == len(times) else None
 
 
-def _gloo_time(found: GlooCollective, machine: Machine, device_ids: Ids | None) -> CollectiveTime | None:
+def _gloo_time(
+    found: GlooCollective, machine: Machine, device_ids: Ids | None, in_turn: Fraction
+) -> CollectiveTime | None:
     """All groups at once over the links of their hosts. Every step waits for the slowest level's latency."""
     uses = []
-    for level, load in enumerate(level_loads(found, machine, device_ids)):
+    for level, load in enumerate(level_loads(found, machine, device_ids, in_turn)):
         domain = machine.domains[level]
         if not load.busy_bytes:
             continue

@@ -17,14 +17,18 @@ once and share their site's link. Devices of one process talk over the loopback 
 several arrays runs them one after the other.
 
 A message is sent when its receiver has said that it is ready, and that word waits behind what the receiver is
-sending to the same rank itself (`gloo/transport/tcp/pair.cc`: one queue for each pair). So where two ranks
-send to each other and post their send first, as all but all-reduce do, they take turns: a permute, an
-all-to-all or a reduce-scatter between two ranks takes twice as long as its bytes on a full-duplex link, an
-all-gather, which sends two halves, one and a half times. Measured on quiet cores by
-`experiments/wire_calibrate.py`, 256 KiB and 1 MiB over 20 to 500 Mbit/s: 1.95 to 2.07, and 1.48 to 1.55. A
-plain TCP stream both ways over one connection has the full rate each way. An all-reduce posts what it
-receives first, of four pieces two at a time: 1.03 to 1.39 times, 1.09 in the middle, taken as 9/8.
-Among more ranks the pairs of an all-to-all fill part of each other's gaps: taken as half of them.
+sending to the same rank itself (`gloo/transport/tcp/pair.cc`: one queue for each pair). Where two ranks send
+to each other and post their send first, as all but all-reduce do, everything hangs on who comes first: when
+both come within the time of a word, both words pass before any data, and data goes both ways at once; else
+the one that came late sends first, its word behind its data, and they take turns. That lasts until something
+brings them together again, as an all-reduce does. Measured by `experiments/wire_calibrate.py` over 20 to 500
+Mbit/s on quiet cores, 128 and 512 KiB: a permute, an all-to-all or a reduce-scatter between two ranks takes
+1.86 to 2.04 times its bytes' time again and again by itself, and right after an all-reduce 1.03 to 1.15 (at
+20 Mbit/s up to 1.40); an all-gather, which sends two halves, 1.48 to 1.57, and 1.04 to 1.17. A plain TCP
+stream both ways over one connection has the full rate each way. Who comes first no program says: taken is
+that half of them go in turn, and a prediction says how much shorter or longer a step is with none or all
+(`turns_s`). An all-reduce posts what it receives first, of four pieces two at a time: 1.00 to 1.04. Among
+more ranks the pairs of an all-to-all fill part of each other's gaps: taken as half of them.
 
 Each message also has three headers of 48 bytes: the data's own, and a word of either side that it is ready.
 """
@@ -43,8 +47,9 @@ _Sends = defaultdict[tuple[int, int], Fraction]
 HEADER_BYTES = 48
 ALL_TO_ALL = "gloo to each"
 _POINT_TO_POINT = frozenset({"collective-permute", "send"})
-# How much of what a rank sends to a peer waits for what it receives from that peer: one over the messages.
-_IN_TURN = {"all-reduce": Fraction(1, 8), "all-gather": Fraction(1, 2)}
+# How much of what a rank sends to a peer waits in turn for what it receives from that peer.
+_IN_TURN = {"all-reduce": Fraction(1, 32), "all-gather": Fraction(1, 2)}
+HALF = Fraction(1, 2)  # of the collectives, that go in turn
 
 
 def uses_gloo(machine: Machine) -> bool:
@@ -57,7 +62,8 @@ class GlooCollective:
     """One execution: bytes from a rank to another, and how many messages follow each other.
 
     sends: by (sending, receiving) mesh position. in_turn: the part of what a pair of ranks receives from each
-    other that it waits for before it sends. exact: whether gloo's algorithm is written out above.
+    other that it waits for before it sends, if they go in turn. exact: whether gloo's algorithm is written
+    out above.
     """
 
     algorithm: str
@@ -146,7 +152,7 @@ class Load:
     """What one level carries in one execution, bytes.
 
     device: sent by the busiest device. uplink: out of, or into, the busiest of the domains that the level
-    joins. busy: the same with what waits for its turn, as if it were sent.
+    joins. busy: the same with the expected part of what waits for its turn, as if it were sent.
     """
 
     device_bytes: Fraction
@@ -154,8 +160,14 @@ class Load:
     busy_bytes: Fraction
 
 
-def level_loads(found: GlooCollective, machine: Machine, device_ids: Sequence[int] | None) -> list[Load]:
-    """Bytes by level of the machine's domains: each send goes over the innermost that holds both devices."""
+def level_loads(
+    found: GlooCollective, machine: Machine, device_ids: Sequence[int] | None, in_turn: Fraction = HALF
+) -> list[Load]:
+    """Bytes by level of the machine's domains: each send goes over the innermost that holds both devices.
+
+    in_turn: how often they go in turn, 0 to 1.
+    """
+    waits = found.in_turn * in_turn
     by_device: list[defaultdict[int, Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
     uplinks: list[defaultdict[tuple[str, int], Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
     turns: list[Fraction] = [Fraction(0)] * len(machine.domains)
@@ -166,13 +178,13 @@ def level_loads(found: GlooCollective, machine: Machine, device_ids: Sequence[in
         by_device[level][a] += sent
         uplinks[level]["out", a // inner] += sent
         uplinks[level]["in", b // inner] += sent
-        turns[level] = max(turns[level], sent + found.in_turn * found.sends.get((target, source), 0))
+        turns[level] = max(turns[level], sent + waits * found.sends.get((target, source), 0))
     loads = []
     for devices, links, turn in zip(by_device, uplinks, turns, strict=True):
         most = max(links.values(), default=Fraction(0))
         busy = max(most, turn)
         if found.algorithm == ALL_TO_ALL and busy > turn:
-            busy = most * (1 + found.in_turn / 2)
+            busy = most * (1 + waits / 2)
         loads.append(
             Load(device_bytes=max(devices.values(), default=Fraction(0)), uplink_bytes=most, busy_bytes=busy)
         )

@@ -1,7 +1,8 @@
 """A loop over ticks whose devices take branches of their own: the stages of a pipeline, side by side.
 
 At each tick a stage runs the branch that the table says. In one program it ends a tick when those that it
-exchanges with there have ended too: a transfer needs both of its devices. Stages that are programs of their
+exchanges with there have ended too: a transfer needs both of its devices (of gloo's turns the one that came
+first is done a turn before the other). Stages that are programs of their
 own, as Megatron's are, do the same items in the same order, each as soon as what it needs has arrived. What a
 stage waits for others is the bubble.
 """
@@ -66,7 +67,7 @@ def staged(
     """The loop `name` on each kind of device. block: what a kind runs at a tick; its `joins` name the kinds
     that it exchanges with there.
     """
-    ends = dict.fromkeys(kinds, 0.0)
+    ends, leads = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
     turns: dict[int, list[Turn]] = {kind: [] for kind in kinds}
     beside: dict[frozenset[Joins], Mapping[int, Sequence[int]]] = {}
     for tick in range(ticks):
@@ -74,7 +75,7 @@ def staged(
         met: set[Joins] = set()
         for kind in kinds:
             body, start_s = block(kind, tick), ends[kind]
-            own[kind] = start_s + body.duration_s
+            own[kind], leads[kind] = start_s + body.duration_s, body.lead_s
             met.add(body.joins)
             if body.duration_s:
                 turns[kind].append((tick, start_s, body))
@@ -82,6 +83,9 @@ def staged(
         if key not in beside:
             beside[key] = _beside(kinds, key)
         ends = {kind: max([own[other] for other in others]) for kind, others in beside[key].items()}
+        for kind in kinds:
+            if own[kind] < ends[kind]:  # it came first
+                ends[kind] = max(own[kind], ends[kind] - leads[kind])
     return {kind: _joined(name, turns[kind], ends[kind]) for kind in kinds}
 
 

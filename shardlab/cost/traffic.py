@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from shardlab.cost.collective_time import CollectiveTime, collective_time
-from shardlab.cost.gloo import gloo_collective, level_loads, uses_gloo
+from shardlab.cost.gloo import HALF, gloo_collective, level_loads, uses_gloo
 from shardlab.cost.shapes import (
     ALL_TO_ALL,
     POINT_TO_POINT,
@@ -82,17 +82,19 @@ def traffic_of(
     pairs: Sequence[tuple[int, int]],
     machine: Machine,
     device_ids: Sequence[int] | None,
+    in_turn: Fraction = HALF,
 ) -> Traffic:
     """Traffic of one execution of a collective of `kind` on `machine`.
 
     payload_bytes: S of DESIGN section 3. wire_bytes: what the busiest device sends. groups, pairs: mesh
-    positions. device_ids: the device at each mesh position, None for the same number. Raises UserError when
+    positions. device_ids: the device at each mesh position, None for the same number. in_turn: as
+    `collective_time` has it. Raises UserError when
     the machine has fewer devices than the program.
     """
     ids = tuple(device_ids) if device_ids is not None else None
     joined = Joined(tuple(map(tuple, groups)), tuple((source, target) for source, target in pairs))
     row = Sent(kind, payload_bytes, wire_bytes)
-    time = collective_time(row, joined, machine, ids)
+    time = collective_time(row, joined, machine, ids, in_turn)
     if not wire_bytes or (not groups and not pairs):
         return _combined([[] for _ in machine.domains], machine, "none", time)
     if uses_gloo(machine):

@@ -36,7 +36,8 @@ class Transfer:
 
     time_s: alone; None where it cannot be known. tier_s: how long it keeps each tier busy. done: the
     instruction that awaits it where that is no `-done` of its own (a TPU chain of fusions). joins: pairs of
-    kinds of devices (`graph.schedule.kinds`) that it joins.
+    kinds of devices (`graph.schedule.kinds`) that it joins. lead_s: by how much the kind that came to it
+    first is done before the others, as the first of gloo's turns is (`cost/gloo.py`).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Transfer:
     asynchronous: bool
     done: str | None = None
     joins: frozenset[tuple[int, int]] = frozenset()
+    lead_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -203,6 +205,7 @@ class _Run:
     handles: dict[str, list[Issued]] = field(default_factory=dict)
     awaited: dict[str, list[str]] = field(default_factory=dict)
     joins: set[tuple[int, int]] = field(default_factory=set)
+    lead_s: float = 0.0
 
     def run(self) -> Block:
         """The block."""
@@ -210,7 +213,7 @@ class _Run:
             self._instruction(instruction)
         for name in tuple(self.handles):
             self._wait(name)
-        return made_block(self.issued, self.last, self.now_s, frozenset(self.joins))
+        return made_block(self.issued, self.last, self.now_s, frozenset(self.joins), self.lead_s)
 
     def _instruction(self, instruction: Instruction) -> None:
         place = (self.computation.name, instruction.name)
@@ -303,6 +306,7 @@ class _Run:
             )
             self._start(instruction.name, event, dict(_needs(transfer)))
             self.joins |= transfer.joins
+            self.lead_s = max(self.lead_s, transfer.lead_s)
             if transfer.done is not None:
                 self.awaited.setdefault(transfer.done, []).append(instruction.name)
         if not any(transfer.asynchronous for transfer in transfers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from case_reports import case
@@ -61,6 +62,26 @@ def test_a_pipeline_of_equal_stages_takes_m_plus_p_minus_1(stages: int, microbat
         assert sum(entry.time_s for entry in loop.path) == pytest.approx(loop.duration_s)
         assert loop.compute_s + loop.waited_s == pytest.approx(loop.duration_s)
     assert [entry.time_s for entry in last.path if entry.kind == WAIT] == [3 * (stages - 1)]
+
+
+@pytest.mark.parametrize(
+    ("lead_s", "ends"),
+    [
+        pytest.param(0.0, [24.0, 24.0], id="each waits for the other"),
+        pytest.param(1.0, [23.0, 22.0], id="the first is done before"),
+        pytest.param(9.0, [22.0, 20.0], id="no sooner than alone"),
+    ],
+)
+def test_who_comes_first_to_a_turn_is_done_first(lead_s: float, ends: list[float]) -> None:
+    """Ticks of 10 and 12, then of 12 and 8. Side 0 ends the first at 12 less its lead, but not before its own
+    10, and is the last of the second, where side 1 (12 + 8) is first."""
+    times, met = ((10.0, 12.0), (12.0, 8.0)), frozenset({(0, 1)})
+    loops = staged(
+        "loop", 2, range(2), lambda side, tick: replace(block(times[tick][side], met), lead_s=lead_s)
+    )
+    assert [loops[side].duration_s for side in range(2)] == ends
+    for loop in loops.values():
+        assert sum(entry.time_s for entry in loop.path) == pytest.approx(loop.duration_s)
 
 
 TIMES = st.integers(1, 5).flatmap(

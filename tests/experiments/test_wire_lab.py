@@ -108,8 +108,8 @@ def test_a_profile_becomes_rates() -> None:
 ROW = Row(
     plan="data", sites=2, devices_per_site=1, link_mbit_per_s=20.0, predicted_wire_bytes=10,
     measured_wire_bytes=11, predicted_step_s=None, measured_step_s=1.5, predicted_communication_s=None,
-    gloo_header_bytes=1, site_error=0.01, predicted_loopback_bytes=0, measured_loopback_bytes=0,
-    frame_bytes=12, startup_bytes=3, idle_bytes_per_s=0, measured_cpu_s=0.25,
+    predicted_turns_s=None, gloo_header_bytes=1, site_error=0.01, predicted_loopback_bytes=0,
+    measured_loopback_bytes=0, frame_bytes=12, startup_bytes=3, idle_bytes_per_s=0, measured_cpu_s=0.25,
 )  # fmt: skip
 
 
