@@ -145,6 +145,7 @@ def test_all_save_and_leave_when_asked(count: int, tmp_path: Path) -> None:
         "--report_every=1",
         f"--checkpoints={tmp_path}/kept",
         "--checkpoint_every=100000",
+        f"--compile_cache={tmp_path}/compiled",
     )
     command = [sys.executable, str(ROOT / "experiments" / "launch_local.py"), "-n", str(count), "--", *flags]
 
@@ -175,6 +176,7 @@ def test_all_save_and_leave_when_asked(count: int, tmp_path: Path) -> None:
 BATCH = """
 import os, sys
 import jax
+from jax._src import distributed
 from processes import Processes, join, let_gloo_wait_its_turn
 join(Processes(coordinator="127.0.0.1:{port}", index={index}, count=2), emulated_devices=2)
 before = set(os.listdir("/proc/self/task"))
@@ -183,6 +185,7 @@ let_gloo_wait_its_turn()
 made = [int(thread) for thread in set(os.listdir("/proc/self/task")) - before]
 print(sum(os.sched_getscheduler(thread) == os.SCHED_BATCH for thread in made), os.sched_getscheduler(0))
 sys.stdout.flush()
+distributed.global_state.client.wait_at_barrier("both have said it", 60_000)
 os._exit(0)
 """
 
