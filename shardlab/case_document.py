@@ -74,6 +74,8 @@ def _prediction_json(report: CaseReport) -> Json:
             for devices, stage in zip(predicted.devices, line.stages, strict=True)
         ]
     members |= {"error_class": predicted.error_class, "basis": dict(predicted.basis)}
+    if predicted.turns_s != 0:  # of gloo alone
+        members["turns_s"] = predicted.turns_s
     return members | ({"critical_path": path} if path else {"unknown": list(line.unknown)})
 
 

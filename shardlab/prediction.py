@@ -30,7 +30,6 @@ from shardlab.hlo.attributes import channel_id, frontend_attributes
 from shardlab.hlo.lookup import of_opcodes
 from shardlab.hlo.module import Computation, Instruction, Operand
 from shardlab.spec.schedule import Schedule
-from shardlab.units import format_seconds
 
 NOT_VALIDATED = "not validated"
 RENDEZVOUS = "_xla_host_transfer_rendezvous"
@@ -44,10 +43,9 @@ class Prediction:
     """The timeline of a step, and what its prices rest on (`ComputeTimes.basis`).
 
     error_class: the error measured on this kind of chip (`step_errors.csv`), `not validated` where none was.
-    turns_s: how much shorter or longer the step is when gloo's ranks never or always take turns
-    (`cost/gloo.py`), None where that is not known.
     devices: of each of `timeline.stages`, by flattened id, as `0-3,8`. busy_s: of a step, of the products at
-    the chip's peak.
+    the chip's peak. turns_s: how much shorter or longer the step is when gloo's ranks never or always take
+    turns (`cost/gloo.py`), 0 for other libraries, None where that is not known.
     """
 
     timeline: Timeline
@@ -98,14 +96,13 @@ def predict(
         device_ranges([device for device, kind in enumerate(kinds) if kind == stage.kind])
         for stage in timeline.stages
     )
-    turns_s = turns(part, machine)
     return Prediction(
         timeline=timeline,
-        basis=(*times.basis.items(), *turns_basis(turns_s)),
+        basis=tuple(times.basis.items()),
         devices=devices,
         error_class=error_class(machine.chip),
         busy_s=_busy_s(cost, times),
-        turns_s=turns_s,
+        turns_s=turns(part, machine),
     )
 
 
@@ -133,14 +130,6 @@ def _turn_s(row: CollectiveRow, joined: Members, part: Attributed, machine: Mach
     return None if always is None or never is None else always.total_s - never.total_s
 
 
-def turns_basis(turns_s: float | None) -> tuple[tuple[str, str], ...]:
-    """What to say of it."""
-    if turns_s == 0:
-        return ()
-    less = "unknown" if turns_s is None else f"{format_seconds(turns_s)} less or more"
-    return (("links", f"gloo, half of whose collectives are taken as going in turn (none or all: {less})"),)
-
-
 def free_stages_of(part: Attributed, schedule: Schedule, axis: str) -> FreeStages | None:
     """The stages of a program that runs this schedule along a mesh axis, as programs of their own. None where
     they do not each have a table of their own.
@@ -161,18 +150,19 @@ def predictions_together(parts: Sequence[tuple[str, int, Prediction | None]]) ->
         return None
     if len(known) == 1 and known[0][1] == 1:
         return known[0][2]
-    busy = [None if one.busy_s is None else one.busy_s * runs for _, runs, one in known]
-    unknown_busy = None in busy
-    turns_s = [one.turns_s for _, _, one in known]
     return Prediction(
         timeline=timelines_together([TimePart(name, runs, one.timeline) for name, runs, one in known]),
         basis=tuple({key: basis for _, _, one in known for key, basis in one.basis}.items()),
         error_class=known[0][2].error_class,
-        busy_s=None if unknown_busy else sum(filter(None, busy)),
-        turns_s=None
-        if None in turns_s
-        else sum(runs * (one or 0.0) for (_, runs, _), one in zip(known, turns_s, strict=True)),
+        busy_s=_of_all([(runs, one.busy_s) for _, runs, one in known]),
+        turns_s=_of_all([(runs, one.turns_s) for _, runs, one in known]),
     )
+
+
+def _of_all(parts: Sequence[tuple[int, float | None]]) -> float | None:
+    """Runs and seconds of each, put together; None where one is not known."""
+    known = [runs * time_s for runs, time_s in parts if time_s is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 def error_class(chip: Chip) -> str:

@@ -20,7 +20,7 @@ from shardlab.cost.timeline import Timeline
 from shardlab.hardware.catalog import load_machine
 from shardlab.hardware.data_files import shipped
 from shardlab.hardware.measured import StepErrors, step_errors
-from shardlab.prediction import Prediction, predict, transfers
+from shardlab.prediction import Prediction, predict, predictions_together, transfers
 from shardlab.program import Program
 from shardlab.report.comparison import RANKINGS, comparison_page
 from shardlab.report.explain import explain_page
@@ -226,6 +226,31 @@ def test_explain_shows_the_step_and_its_critical_path() -> None:
     assert facts["prices"] == "matmul measured; memory measured; attention measured"
     table = next(table for table in page.tables if table.title == "Critical path")
     assert len(table.rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("turns_s", "said", "document"),
+    [
+        pytest.param((0.1, 0.3), "500 ms less or more", 0.5, id="two runs of 0.1 s and one of 0.3"),
+        pytest.param((0.1, None), "unknown how much less or more", None, id="unknown is not 0"),
+    ],
+)
+def test_what_turns_leave_open_adds_up(
+    turns_s: tuple[float | None, float | None], said: str, document: float | None
+) -> None:
+    one, other = (replace(time_line(1.0), turns_s=each) for each in turns_s)
+    both = predictions_together([("a", 2, one), ("b", 1, other)])
+    assert both is not None and both.turns_s == document
+    found = report("r", 0.5, predicted=both)
+    assert dict(explain_page(found).facts)["turns"].startswith(said)
+    shown = to_json(found)["prediction"]
+    assert isinstance(shown, dict) and shown["turns_s"] == document
+
+
+def test_without_gloo_nothing_is_said_of_turns() -> None:
+    assert "turns" not in dict(explain_page(made()).facts)
+    shown = to_json(made())["prediction"]
+    assert isinstance(shown, dict) and "turns_s" not in shown
 
 
 BRANCHES = """\

@@ -23,12 +23,14 @@ both come within the time of a word, both words pass before any data, and data g
 the one that came late sends first, its word behind its data, and they take turns. That lasts until something
 brings them together again, as an all-reduce does. Measured by `experiments/wire_calibrate.py` over 20 to 500
 Mbit/s on quiet cores, 128 and 512 KiB: a permute, an all-to-all or a reduce-scatter between two ranks takes
-1.86 to 2.04 times its bytes' time again and again by itself, and right after an all-reduce 1.03 to 1.15 (at
-20 Mbit/s up to 1.40); an all-gather, which sends two halves, 1.48 to 1.57, and 1.04 to 1.17. A plain TCP
-stream both ways over one connection has the full rate each way. Who comes first no program says: taken is
-that half of them go in turn, and a prediction says how much shorter or longer a step is with none or all
-(`turns_s`). An all-reduce posts what it receives first, of four pieces two at a time: 1.00 to 1.04. Among
-more ranks the pairs of an all-to-all fill part of each other's gaps: taken as half of them.
+1.86 to 2.04 times its bytes' time in turn, and otherwise 1.03 to 1.15 (at 20 Mbit/s up to 1.40, when only
+some of the runs went in turn); an all-gather, which sends two halves, 1.48 to 1.57, and 1.01 to 1.17. By
+themselves, again and again, 17 of 18 of the former went in turn; right after an all-reduce none did
+throughout. A plain TCP stream both ways over one connection has the full rate each way. Who comes first no
+program says: taken is that half of them go in turn, and a prediction says how much shorter or longer a step
+is with none or all (`turns_s`). An all-reduce posts what it receives first, of four pieces two at a time:
+1.00 to 1.04. Among more ranks the pairs of an all-to-all fill part of each other's gaps: taken as half of
+them.
 
 Each message also has three headers of 48 bytes: the data's own, and a word of either side that it is ready.
 """
@@ -48,7 +50,7 @@ HEADER_BYTES = 48
 ALL_TO_ALL = "gloo to each"
 _POINT_TO_POINT = frozenset({"collective-permute", "send"})
 # How much of what a rank sends to a peer waits in turn for what it receives from that peer.
-_IN_TURN = {"all-reduce": Fraction(1, 32), "all-gather": Fraction(1, 2)}
+_WAITS = {"all-reduce": Fraction(1, 32), "all-gather": Fraction(1, 2)}
 HALF = Fraction(1, 2)  # of the collectives, that go in turn
 
 
@@ -61,7 +63,7 @@ def uses_gloo(machine: Machine) -> bool:
 class GlooCollective:
     """One execution: bytes from a rank to another, and how many messages follow each other.
 
-    sends: by (sending, receiving) mesh position. in_turn: the part of what a pair of ranks receives from each
+    sends: by (sending, receiving) mesh position. waits: the part of what a pair of ranks receives from each
     other that it waits for before it sends, if they go in turn. exact: whether gloo's algorithm is written
     out above.
     """
@@ -69,7 +71,7 @@ class GlooCollective:
     algorithm: str
     sends: Sends
     steps: int
-    in_turn: Fraction = Fraction(1)
+    waits: Fraction = Fraction(1)
     exact: bool = True
 
 
@@ -107,7 +109,7 @@ def gloo_collective(
         algorithm=f"gloo {name}",
         sends=sends,
         steps=steps,
-        in_turn=_IN_TURN.get(kind, Fraction(1)),
+        waits=_WAITS.get(kind, Fraction(1)),
         exact=exact,
     )
 
@@ -167,7 +169,7 @@ def level_loads(
 
     in_turn: how often they go in turn, 0 to 1.
     """
-    waits = found.in_turn * in_turn
+    waits = found.waits * in_turn
     by_device: list[defaultdict[int, Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
     uplinks: list[defaultdict[tuple[str, int], Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
     turns: list[Fraction] = [Fraction(0)] * len(machine.domains)

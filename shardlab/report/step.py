@@ -29,12 +29,22 @@ def step_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
     prices = "; ".join(f"{part} {basis}" for part, basis in predicted.basis)
     return (
         ("step time", f"{format_seconds(line.step_time_s)} predicted, {predicted.error_class}"),
+        *_turn_facts(predicted.turns_s),
         ("step is", ", ".join(parts)),
         *_free_facts(report),
         *((("use", ", ".join(used)),) if used else ()),
         *energy_facts(report),
         ("prices", prices),
     )
+
+
+def _turn_facts(turns_s: float | None) -> tuple[tuple[str, str], ...]:
+    """What a step over gloo leaves open."""
+    if turns_s == 0:
+        return ()
+    less = "unknown how much" if turns_s is None else format_seconds(turns_s)
+    taken = "half of gloo's collectives are taken as going in turn, but for those between stages, which do"
+    return (("turns", f"{less} less or more when none or all go in turn; {taken}"),)
 
 
 def _free_facts(report: CaseReport) -> tuple[tuple[str, str], ...]:
