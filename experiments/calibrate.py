@@ -14,7 +14,6 @@ from __future__ import annotations
 import datetime
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+from timing import timed_s
 
 from shardlab.cost.collective_time import collective_time
 from shardlab.cost.compute_time import compute_times, hbm_share
@@ -60,19 +60,6 @@ class Measured:
         return self.amount / self.time_s
 
 
-def timed_s(run: Callable[[], Any]) -> float:
-    """The median of several runs, after one that compiles."""
-    import jax
-
-    jax.block_until_ready(run())
-    found = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        jax.block_until_ready(run())
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
-
-
 def products(small: bool) -> Iterator[Measured]:
     """Square products in bf16 (f32 on a processor) on one device."""
     import jax
@@ -82,7 +69,7 @@ def products(small: bool) -> Iterator[Measured]:
     multiply = jax.jit(jnp.matmul)
     for edge in EDGES[small]:
         a, b = (jax.random.normal(jax.random.key(at), (edge, edge), dtype) for at in (0, 1))
-        time_s = timed_s(partial(multiply, a, b))
+        time_s = timed_s(partial(multiply, a, b), REPEATS)
         yield Measured(what=f"product {edge}^3", amount=2.0 * edge**3, time_s=time_s, edge=edge)
 
 
@@ -93,7 +80,7 @@ def memory(small: bool) -> Iterator[Measured]:
 
     count = ARRAY_BYTES[small] // 4
     array = jnp.ones((count,), jnp.float32)
-    time_s = timed_s(partial(jax.jit(lambda a: a * 1.5), array))
+    time_s = timed_s(partial(jax.jit(lambda a: a * 1.5), array), REPEATS)
     yield Measured(what="copy", amount=8.0 * count, time_s=time_s)
 
 
@@ -117,7 +104,7 @@ def collectives(small: bool) -> Iterator[Measured]:
         run = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=given, out_specs=got, check_vma=False))
         for payload in PAYLOADS[small]:
             array = jax.device_put(jnp.ones((payload // 4,), jnp.float32), NamedSharding(mesh, given))
-            time_s = timed_s(partial(run, array))
+            time_s = timed_s(partial(run, array), REPEATS)
             yield Measured(what=kind, amount=share * payload, time_s=time_s, payload_bytes=payload)
 
 

@@ -26,7 +26,8 @@ from typing import Any
 
 from absl import app, flags
 from sites import EFFICIENCY, HEADER_BYTES, Sites, check_privileges, on_core
-from wire_cores import core_rates, timed_s
+from timing import timed_s
+from wire_cores import core_rates
 
 from shardlab.errors import ShardlabError
 

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from timing import timed_s
 from wire_plans import PLANS
 
+from shardlab.cost.compute_time import is_bare_bf16
 from shardlab.cost.instructions import step_cost
 from shardlab.hlo.reader import parse
 
 _REPEATS = 7
 _CHAIN = 20  # instructions of one kind that wait for each other in a measured program
 _STEPS = 20
-
-
-def timed_s(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
-    """The median of several runs, after one that compiles."""
-    import jax
-
-    jax.block_until_ready(run())
-    found = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(run())
-        found.append(time.perf_counter() - began)
-    return median(found)
 
 
 def core_rates() -> dict[str, float]:
@@ -45,7 +32,7 @@ def core_rates() -> dict[str, float]:
 
     def each_s(one: Callable[[Any], Any], start: Any, count: int) -> float:
         run = jax.jit(lambda x: jax.lax.fori_loop(0, count, lambda _, x: one(x), x))
-        return timed_s(partial(run, start)) / count
+        return timed_s(partial(run, start), _REPEATS) / count
 
     def tiny(x: Any) -> Any:
         for _ in range(_CHAIN):
@@ -126,7 +113,8 @@ def rates_of(text: str, spent_s: Mapping[str, list[float]]) -> dict[str, float]:
     done, took_s = defaultdict[str, float](float), defaultdict[str, float](float)
     for row in step_cost(module, "cpu").instructions:
         runs = spent_s.get(row.name.lstrip("%"), [])
-        kind = "step, bare dots" if row.kind == "dot" else "step, products" if row.flops else "step, loops"
+        part = "bare bf16 dots" if is_bare_bf16(row) else "products" if row.flops else "loops"
+        kind = f"step, {part}"
         done[kind] += len(runs) * (row.flops or row.hbm_bytes or 0)
         took_s[kind] += sum(runs)
     return {kind: done[kind] / took_s[kind] for kind in done}

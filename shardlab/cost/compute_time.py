@@ -54,7 +54,7 @@ class ComputeTimes:
         if row.traffic is None or (row.traffic.host_bytes and self.tables.host_gb_per_s is None):
             return None
         dots = self.chip.dot_bf16_flops_per_s
-        if dots is not None and row.kind == "dot" and all(_is_bf16(work) for work in row.products):
+        if dots is not None and is_bare_bf16(row):
             return max(row.flops / dots, self.memory_s(row.traffic))
         return self.work_s(row.products, row.traffic)
 
@@ -128,8 +128,11 @@ class ComputeTimes:
         }
 
 
-def _is_bf16(work: Work) -> bool:
-    return isinstance(work.shape, MatmulShape) and work.shape.dtype == "bf16"
+def is_bare_bf16(row: InstructionCost) -> bool:
+    """Whether it is a `dot` of bf16 outside fusions, which XLA:CPU leaves to Eigen."""
+    return row.kind == "dot" and all(
+        isinstance(work.shape, MatmulShape) and work.shape.dtype == "bf16" for work in row.products
+    )
 
 
 def _basis(measured: bool, source: str) -> str:

@@ -95,14 +95,14 @@ def test_counters_become_bytes_per_step() -> None:
 
 
 def test_a_profile_becomes_rates() -> None:
-    """A bare product of 2 · 64³ FLOPs in 1 and 3 s, a copy of 2 · 16,384 bytes in 2 s; events of others."""
+    """A bare product of 2 · 64³ FLOPs in 1 and 3 s, a copy of 2 · 8,192 bytes in 2 s; events of others."""
     text = (
-        "HloModule m, is_scheduled=true\n\nENTRY e {\n  x = f32[64,64]{1,0} parameter(0)\n"
-        "  d.1 = f32[64,64]{1,0} dot(x, x), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n"
-        "  ROOT c.2 = f32[64,64]{1,0} copy(d.1)\n}\n"
+        "HloModule m, is_scheduled=true\n\nENTRY e {\n  x = bf16[64,64]{1,0} parameter(0)\n"
+        "  d.1 = bf16[64,64]{1,0} dot(x, x), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n"
+        "  ROOT c.2 = bf16[64,64]{1,0} copy(d.1)\n}\n"
     )
     found = rates_of(text, {"d.1": [1.0, 3.0], "c.2": [2.0], "while.7": [9.0]})
-    assert found == {"step, bare dots": 64**3, "step, loops": 16_384}
+    assert found == {"step, bare bf16 dots": 64**3, "step, loops": 8_192}
 
 
 ROW = Row(
