@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from timing import timed_s
@@ -108,7 +109,7 @@ def instruction_seconds(profile: Path) -> dict[str, list[float]]:
 
 
 def rates_of(text: str, spent_s: Mapping[str, list[float]]) -> dict[str, float]:
-    """FLOP/s and bytes/s of an executable's instructions."""
+    """FLOP/s and bytes/s of an executable's instructions, each taken as often as it ran at its median."""
     (module,) = parse(text)
     done, took_s = defaultdict[str, float](float), defaultdict[str, float](float)
     for row in step_cost(module, "cpu").instructions:
@@ -116,5 +117,5 @@ def rates_of(text: str, spent_s: Mapping[str, list[float]]) -> dict[str, float]:
         part = "bare bf16 dots" if is_bare_bf16(row) else "products" if row.flops else "loops"
         kind = f"step, {part}"
         done[kind] += len(runs) * (row.flops or row.hbm_bytes or 0)
-        took_s[kind] += sum(runs)
+        took_s[kind] += len(runs) * median(runs) if runs else 0.0
     return {kind: done[kind] / took_s[kind] for kind in done}
