@@ -11,8 +11,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from shardlab.errors import Problem, UserError
 JOIN_SECONDS = 25
 ASKED_TO_LEAVE = 143  # exit code, as a shell has it of SIGTERM
 _COMPILE_SECONDS = 3600
+_FOUND_SECONDS = 5.0
 # What each scheduler sets in the processes of a job, and how many of them there are.
 _COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
@@ -136,17 +138,39 @@ def _deadline(processes: Processes) -> Iterator[None]:
 
 
 def let_gloo_wait_its_turn() -> None:
-    """Once the backend is made: its thread for the network, and others like it, preempt no thread (Linux).
+    """Make the backend, and let its thread for the network preempt no other (Linux; nothing elsewhere).
 
     gloo's, woken by what arrives, tries the lock of that connection, and tries again at once as long as
     another thread holds it (`Pair::handleEvents`, gloo/transport/tcp/pair.cc @cc441984). Where it took the
     core of the holder, that one waits for the scheduler's next tick: collectives of 0.6 ms took 4. As a batch
     thread it waits until a core is free.
     """
-    for thread in Path("/proc/self/task").glob("*"):
-        with suppress(OSError):  # it has ended, or this kernel does not say what it waits for
-            if "epoll" in (thread / "wchan").read_text():
-                os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
+    import jax
+
+    before = _threads()
+    jax.devices()
+    deadline_s = time.monotonic() + _FOUND_SECONDS  # on busy cores it may not have begun to wait
+    while before and time.monotonic() < deadline_s:
+        waiting = [thread for thread in _threads() - before if _waits_for_network(thread)]
+        for thread in waiting:
+            os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+        if waiting:
+            return
+        time.sleep(0.01)
+    if before:
+        sys.stderr.write("note: gloo's thread was not found; on busy cores collectives may wait for it\n")
+
+
+def _threads() -> set[int]:
+    """Of this process; none where there is no /proc."""
+    return {int(thread.name) for thread in Path("/proc/self/task").glob("*")}
+
+
+def _waits_for_network(thread: int) -> bool:
+    try:
+        return "epoll" in Path(f"/proc/self/task/{thread}/wchan").read_text()
+    except OSError:  # it has ended
+        return False
 
 
 @contextmanager

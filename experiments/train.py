@@ -109,6 +109,7 @@ def prepare_environment(case: Case, processes: Processes | None) -> None:
 
 def build(case: Case) -> tuple[Callable[[], Any], Step, Any]:
     """(what makes the initial state, step, compiled step) on all devices."""
+    import jax
     import jax.numpy as jnp
 
     from shardlab.compile.mesh import fill_mesh
@@ -117,10 +118,10 @@ def build(case: Case) -> tuple[Callable[[], Any], Step, Any]:
     from shardlab.parallel.step import build_step, init_state
 
     machine = case.load_machine()
+    if machine.family == "cpu" and jax.distributed.is_initialized():
+        let_gloo_wait_its_turn()
     target = open_target(machine)
     mesh, _, notes = fill_mesh(case.plan.axes, case.plan.order, target)
-    if target.family == "cpu":
-        let_gloo_wait_its_turn()
     dtype = jnp.dtype(DTYPE.value or ("float32" if machine.emulated else "bfloat16"))
     optimizer = OptimizerConfig(
         peak_learning_rate=LEARNING_RATE.value,

@@ -151,8 +151,8 @@ def gloo_times() -> dict[str, list[float]]:
 
     coordinator, index = _AT.value.split(",")
     join(Processes(coordinator=coordinator, index=int(index), count=2), emulated_devices=2)
-    mesh = Mesh(jax.devices(), ("all",))
     let_gloo_wait_its_turn()
+    mesh = Mesh(jax.devices(), ("all",))
     whole, split = PartitionSpec(), PartitionSpec("all")
     kinds: dict[str, tuple[Callable[[Any], Any], Any, Any, float]] = {  # and the part of S that a rank sends
         "all-reduce": (lambda a: jax.lax.psum(a, "all"), whole, whole, 1.0),

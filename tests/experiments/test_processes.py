@@ -175,12 +175,10 @@ def test_all_save_and_leave_when_asked(count: int, tmp_path: Path) -> None:
 
 BATCH = """
 import os, sys
-import jax
 from jax._src import distributed
 from processes import Processes, join, let_gloo_wait_its_turn
 join(Processes(coordinator="127.0.0.1:{port}", index={index}, count=2), emulated_devices=2)
 before = set(os.listdir("/proc/self/task"))
-jax.devices()
 let_gloo_wait_its_turn()
 made = [int(thread) for thread in set(os.listdir("/proc/self/task")) - before]
 print(sum(os.sched_getscheduler(thread) == os.SCHED_BATCH for thread in made), os.sched_getscheduler(0))
