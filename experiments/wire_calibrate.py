@@ -62,7 +62,7 @@ def cores() -> None:
 
 
 _STREAM = """
-import socket, sys, threading, time
+import socket, struct, sys, threading, time
 first, both, peer, size = sys.argv[1] == "0", sys.argv[2] == "both", sys.argv[3], int(sys.argv[4])
 def count():
     line = next(line for line in open("/proc/net/dev") if "eth0" in line)
@@ -93,16 +93,20 @@ if not both:
 took = time.monotonic() - started
 time.sleep(0.2)
 after = count()
-print(after[8] - before[8], after[9] - before[9], after[0] - before[0], took)
+info = stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+again = struct.unpack_from("Q", info, 208)[0]  # tcpi_bytes_retrans
+print(after[8] - before[8], after[9] - before[9], again, after[0] - before[0], took)
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
-    """A TCP stream of site 0: bytes in frames and frames that left it, bytes in frames that came, seconds."""
+    """A TCP stream of site 0: bytes in frames and frames that left it, payload that it sent again (TCP does
+    when an answer is late), bytes in frames that came, seconds."""
 
     sent_bytes: int
     frames: int
+    again_bytes: int
     received_bytes: int
     time_s: float
 
@@ -116,7 +120,11 @@ def stream(sites: Sites, size: int, *, both: bool = False, local: bool = False) 
         running.append(sites.start(0 if local else index, command, stdout=subprocess.PIPE))
     _, told = [process.communicate(timeout=_TIMEOUT_S)[0].split() for process in running]
     return Stream(
-        sent_bytes=int(told[0]), frames=int(told[1]), received_bytes=int(told[2]), time_s=float(told[3])
+        sent_bytes=int(told[0]),
+        frames=int(told[1]),
+        again_bytes=int(told[2]),
+        received_bytes=int(told[3]),
+        time_s=float(told[4]),
     )
 
 
@@ -136,7 +144,7 @@ def links() -> None:
         left = one.sent_bytes - HEADER_BYTES * one.frames
         print(
             f"{rate:g} Mbit/s: {size:,} bytes left as {one.sent_bytes:,} in {one.frames:,} frames, less "
-            f"{HEADER_BYTES} each {left:,}; {one.received_bytes / size:.4f} of it came back; {shares[0]:.3f} "
+            f"{HEADER_BYTES} each {left:,}, {one.again_bytes:,} of them again; {one.received_bytes / size:.4f} of it came back; {shares[0]:.3f} "
             f"of the rate one way, {shares[1]:.3f} each way at once",
             flush=True,
         )
