@@ -8,6 +8,7 @@ mesh the plan has now, as long as its arrays are the same.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import json
@@ -28,6 +29,7 @@ SUMS = "checksums"
 _STEP = re.compile(r"(\d+)(\.orbax-checkpoint-tmp.*)?$")
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax writes the time of the end into it
 SETTLE_SECONDS = 0.5
+_M_ARENA_MAX = -8  # malloc.h
 
 
 class Checkpoints:
@@ -151,6 +153,17 @@ def checksums(checkpoint: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 found[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, "blake2b").hexdigest()
     return found
+
+
+def share_memory_pools() -> None:
+    """Let glibc's malloc have two pools, not eight a core (nothing elsewhere), before threads are started.
+
+    What threads that write a checkpoint free stays in their pools, which the next checkpoint's threads may
+    not use: in 100 checkpoints what the process held grew by 15 to 21 MB, of the same memory in use.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 2)
 
 
 @contextmanager

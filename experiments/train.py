@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import app, flags
-from checkpoints import open_checkpoints
+from checkpoints import open_checkpoints, share_memory_pools
 from metrics import Record, Report, open_reports
 from processes import (
     ASKED_TO_LEAVE,
@@ -103,6 +103,8 @@ def prepare_environment(case: Case, processes: Processes | None) -> None:
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ.clear()
     os.environ.update(environment)
+    if CHECKPOINTS.value is not None:
+        share_memory_pools()
     if processes is not None:
         join(processes, emulated_devices=machine.num_devices if on_cpu else None)
 
