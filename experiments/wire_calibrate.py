@@ -145,7 +145,8 @@ def links() -> None:
         print(
             f"{rate:g} Mbit/s: {size:,} bytes left as {one.sent_bytes:,} in {one.frames:,} frames, less "
             f"{HEADER_BYTES} each {left:,}, {one.again_bytes:,} of them again; "
-            f"{one.received_bytes / size:.4f} of it came back; {shares[0]:.3f} of the rate one way, {shares[1]:.3f} each way at once",
+            f"{one.received_bytes / size:.4f} of it came back; {shares[0]:.3f} of the rate one way, "
+            f"{shares[1]:.3f} each way at once",
             flush=True,
         )
 
