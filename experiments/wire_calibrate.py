@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -28,6 +27,7 @@ from absl import app, flags
 from sites import EFFICIENCY, HEADER_BYTES, Sites, check_privileges, on_core
 from timing import timed_s
 from wire_cores import core_rates
+from wire_stream import stream
 
 from shardlab.errors import ShardlabError
 
@@ -59,73 +59,6 @@ def cores() -> None:
         else:
             apart = f"{min(values) / 1e9:.2f} to {max(values) / 1e9:.2f}"
             print(f"  {name}: {sum(values) / 1e9:.2f} G/s together, {apart} each")
-
-
-_STREAM = """
-import socket, struct, sys, threading, time
-first, both, peer, size = sys.argv[1] == "0", sys.argv[2] == "both", sys.argv[3], int(sys.argv[4])
-def count():
-    line = next(line for line in open("/proc/net/dev") if "eth0" in line)
-    return [int(value) for value in line.split(":")[1].split()]
-if first:
-    for _ in range(200):
-        try:
-            stream = socket.create_connection((peer, 5556))
-            break
-        except OSError:
-            time.sleep(0.05)
-else:
-    stream = socket.create_server(("", 5556)).accept()[0]
-def take():
-    left = size
-    while left:
-        left -= len(stream.recv(min(left, 1 << 20)))
-def send():
-    stream.sendall(bytes(size))
-stream.send(b"r"), stream.recv(1)
-time.sleep(0.3)
-before, started = count(), time.monotonic()
-threads = [threading.Thread(target=one) for one in ([send, take] if both else [send if first else take])]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-if not both:
-    stream.recv(1) if first else stream.send(b"x")
-took = time.monotonic() - started
-time.sleep(0.2)
-after = count()
-info = stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
-again = struct.unpack_from("Q", info, 208)[0]  # tcpi_bytes_retrans
-print(after[8] - before[8], after[9] - before[9], again, after[0] - before[0], took)
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stream:
-    """A TCP stream of site 0: bytes in frames and frames that left it, payload that it sent again (TCP does
-    when an answer is late), bytes in frames that came, seconds."""
-
-    sent_bytes: int
-    frames: int
-    again_bytes: int
-    received_bytes: int
-    time_s: float
-
-
-def stream(sites: Sites, size: int, *, both: bool = False, local: bool = False) -> Stream:
-    """`size` bytes from site 0 to site 1. both: the other way too, over one connection; local: in site 0."""
-    running = []
-    for index in (1, 0):
-        peer = "127.0.0.1" if local else sites.address(1)
-        command = [sys.executable, "-c", _STREAM, str(index), "both" if both else "one", peer, str(size)]
-        running.append(sites.start(0 if local else index, command, stdout=subprocess.PIPE))
-    _, told = [process.communicate(timeout=_TIMEOUT_S)[0].split() for process in running]
-    return Stream(
-        sent_bytes=int(told[0]),
-        frames=int(told[1]),
-        again_bytes=int(told[2]),
-        received_bytes=int(told[3]),
-        time_s=float(told[4]),
-    )
 
 
 def links() -> None:

@@ -17,7 +17,10 @@ class Row:
     gloo_header_bytes: of gloo's own headers, predicted, which the measured bytes contain. site_error: the
     largest |measured / (predicted + headers) - 1| over all sites. predicted_step_s: None where a part of it
     is unknown; predicted_communication_s: the part of it in which nothing is computed; predicted_turns_s: how
-    much shorter or longer it is when gloo's ranks never or always take turns. measured_step_s: the median.
+    much shorter or longer it is when gloo's ranks never or always take turns. measured_step_s: the median of
+    the runs, each the median of its steps; the least and the most of them beside it. link_share: the least
+    that a plain stream had of the rate before or after one of them (`wire_stream.py`), None where only bytes
+    matter.
     loopback: of that site, between its own devices. startup_bytes: sent before the first step.
     idle_bytes_per_s: sent while nothing is computed. frame_bytes: what crossed the link, headers and
     acknowledgements included. measured_cpu_s: of all processes.
@@ -41,6 +44,9 @@ class Row:
     startup_bytes: int
     idle_bytes_per_s: int
     measured_cpu_s: float
+    least_step_s: float
+    most_step_s: float
+    link_share: float | None
 
 
 def say(row: Row) -> None:
@@ -48,13 +54,15 @@ def say(row: Row) -> None:
     said, waited = row.predicted_step_s, row.predicted_communication_s
     turns = "" if not row.predicted_turns_s else f" ± {row.predicted_turns_s:.3f}"
     beside = "unknown" if said is None else f"{said:.3f}{turns} ({row.measured_step_s / said:.2f})"
+    runs = f" ({row.least_step_s:.3f} to {row.most_step_s:.3f})" if row.least_step_s < row.most_step_s else ""
+    stream = "" if row.link_share is None else f", a stream has {row.link_share:.2f} of the rate"
     links = "" if not said or waited is None else f", {waited / said:.0%} of that the link's"
     print(
         f"{row.plan:9} {row.sites} x {row.devices_per_site} at {row.link_mbit_per_s:g} Mbit/s: "
         f"{row.measured_wire_bytes:,} bytes of {row.predicted_wire_bytes:,} and {row.gloo_header_bytes:,} of "
         f"headers (sites off {row.site_error:.2%} at most), loopback {row.measured_loopback_bytes:,} of "
-        f"{row.predicted_loopback_bytes:,}; {row.measured_step_s:.3f} s of {beside}{links}, "
-        f"{row.measured_cpu_s:.2f} s of cores; start-up {row.startup_bytes:,}, idle "
+        f"{row.predicted_loopback_bytes:,}; {row.measured_step_s:.3f} s{runs} of {beside}{links}"
+        f"{stream}, {row.measured_cpu_s:.2f} s of cores; start-up {row.startup_bytes:,}, idle "
         f"{row.idle_bytes_per_s:,}/s",
         flush=True,
     )

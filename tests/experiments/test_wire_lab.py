@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import sites
 from sites import HEADER_BYTES, Sites, check_privileges, remove_leftovers
-from wire_calibrate import stream
 from wire_cores import rates_of
 from wire_measure import payload, read_measured
 from wire_plans import PLANS
 from wire_plot import Point, write_plot
+from wire_stream import QUIET_SHARE, first_quiet, stream
 from wire_table import Row, read_csv, write_csv
 
 from shardlab.errors import UserError
@@ -110,12 +110,16 @@ ROW = Row(
     measured_wire_bytes=11, predicted_step_s=None, measured_step_s=1.5, predicted_communication_s=None,
     predicted_turns_s=None, gloo_header_bytes=1, site_error=0.01, predicted_loopback_bytes=0,
     measured_loopback_bytes=0, frame_bytes=12, startup_bytes=3, idle_bytes_per_s=0, measured_cpu_s=0.25,
+    least_step_s=1.25, most_step_s=1.75, link_share=None,
 )  # fmt: skip
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     """A step that is not known stays so; a file of something else is one sentence."""
-    rows = [ROW, replace(ROW, plan="ring", predicted_step_s=0.5, predicted_communication_s=0.25)]
+    rows = [
+        ROW,
+        replace(ROW, plan="ring", predicted_step_s=0.5, predicted_communication_s=0.25, link_share=0.75),
+    ]
     write_csv(tmp_path / "wire.csv", rows)
     assert read_csv(tmp_path / "wire.csv") == rows
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
@@ -129,6 +133,20 @@ def test_the_plot_has_a_point_for_each_measured_step(tmp_path: Path) -> None:
     drawing = (tmp_path / "wire.svg").read_text()
     assert drawing.count('aria-roledescription="point"') == 4
     assert drawing.count('aria-roledescription="line mark"') == 1  # what is predicted of the ring
+
+
+@pytest.mark.parametrize(
+    ("shares", "taken", "runs"),
+    [
+        pytest.param([QUIET_SHARE, 1.0, 1.0], 0, 1, id="quiet at once"),
+        pytest.param([0.5, 0.95, 1.0], 1, 2, id="quiet the second time"),
+        pytest.param([0.5, 0.8, 0.7], 1, 3, id="never"),
+    ],
+)
+def test_a_run_beside_a_slow_stream_is_done_again(shares: list[float], taken: int, runs: int) -> None:
+    left = iter(enumerate(shares))
+    assert first_quiet(lambda: next(left), 3) == (taken, shares[taken])
+    assert len(list(left)) == 3 - runs
 
 
 @pytest.mark.wire

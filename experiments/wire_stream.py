@@ -1,0 +1,105 @@
+"""A plain TCP stream between two sites: what their links carry while nothing else does.
+
+The lab holds one beside each row, whose times count where the stream has what it has on quiet cores.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from sites import EFFICIENCY, Sites
+
+QUIET_SHARE = 0.95 * EFFICIENCY  # of a link's rate
+_TIMEOUT_S = 300
+_CONTROL_S = 0.25
+_T = TypeVar("_T")
+
+
+_STREAM = """
+import socket, struct, sys, threading, time
+first, both, peer, size = sys.argv[1] == "0", sys.argv[2] == "both", sys.argv[3], int(sys.argv[4])
+def count():
+    line = next(line for line in open("/proc/net/dev") if "eth0" in line)
+    return [int(value) for value in line.split(":")[1].split()]
+if first:
+    for _ in range(200):
+        try:
+            stream = socket.create_connection((peer, 5556))
+            break
+        except OSError:
+            time.sleep(0.05)
+else:
+    stream = socket.create_server(("", 5556)).accept()[0]
+def take():
+    left = size
+    while left:
+        left -= len(stream.recv(min(left, 1 << 20)))
+def send():
+    stream.sendall(bytes(size))
+stream.send(b"r"), stream.recv(1)
+time.sleep(0.3)
+before, started = count(), time.monotonic()
+threads = [threading.Thread(target=one) for one in ([send, take] if both else [send if first else take])]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+if not both:
+    stream.recv(1) if first else stream.send(b"x")
+took = time.monotonic() - started
+time.sleep(0.2)
+after = count()
+info = stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+again = struct.unpack_from("Q", info, 208)[0]  # tcpi_bytes_retrans
+print(after[8] - before[8], after[9] - before[9], again, after[0] - before[0], took)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """A TCP stream of site 0: bytes in frames and frames that left it, payload that it sent again (TCP does
+    when an answer is late), bytes in frames that came, seconds."""
+
+    sent_bytes: int
+    frames: int
+    again_bytes: int
+    received_bytes: int
+    time_s: float
+
+
+def stream(sites: Sites, size: int, *, both: bool = False, local: bool = False) -> Stream:
+    """`size` bytes from site 0 to site 1. both: the other way too, over one connection; local: in site 0."""
+    running = []
+    for index in (1, 0):
+        peer = "127.0.0.1" if local else sites.address(1)
+        command = [sys.executable, "-c", _STREAM, str(index), "both" if both else "one", peer, str(size)]
+        running.append(sites.start(0 if local else index, command, stdout=subprocess.PIPE))
+    _, told = [process.communicate(timeout=_TIMEOUT_S)[0].split() for process in running]
+    return Stream(
+        sent_bytes=int(told[0]),
+        frames=int(told[1]),
+        again_bytes=int(told[2]),
+        received_bytes=int(told[3]),
+        time_s=float(told[4]),
+    )
+
+
+def reached_share(sites: Sites, rate_mbit_per_s: float) -> float:
+    """How much of the rate a short stream has as payload, one way or both ways at once, whichever is less."""
+    size = int(rate_mbit_per_s * 125_000 * _CONTROL_S)
+    return min(_CONTROL_S / stream(sites, size, both=both).time_s for both in (False, True))
+
+
+def first_quiet(run: Callable[[], tuple[_T, float | None]], tries: int) -> tuple[_T, float | None]:
+    """The first run beside which a stream had what it has on quiet cores, or the one where it had most.
+
+    run: gives what it measured, and the stream's share. What it measured plays no part.
+    """
+    found = []
+    for _ in range(tries):
+        found.append(run())
+        if (found[-1][1] or 0.0) >= QUIET_SHARE:
+            break
+    return max(found, key=lambda one: one[1] or 0.0)
