@@ -68,3 +68,30 @@ def test_another_mesh_goes_on_with_the_same_curve_past_a_damaged_checkpoint(tmp_
     assert refused.returncode == 2
     assert "--seed: 1, but checkpoint" in refused.stderr
     assert "--steps: 12, but checkpoint" in refused.stderr
+
+
+_POOLS = """
+import ctypes, sys, threading
+from checkpoints import share_memory_pools
+if sys.argv[1] == "shared":
+    share_memory_pools()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+together = threading.Barrier(6)
+def allocate():
+    libc.malloc(100_000)
+    together.wait()
+threads = [threading.Thread(target=allocate) for _ in range(6)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+file = ctypes.c_void_p(libc.fopen(sys.argv[2].encode(), b"w"))
+libc.malloc_info(0, file), libc.fclose(file)
+"""
+
+
+@pytest.mark.parametrize("which", ["shared", "not"])
+def test_threads_share_two_pools_of_memory(which: str, tmp_path: Path) -> None:
+    """glibc's own report, after six threads have allocated; without the call they have a pool each."""
+    report = tmp_path / "pools.xml"
+    subprocess.run([sys.executable, "-c", _POOLS, which, str(report)], check=True, env=ENVIRONMENT)
+    pools = report.read_text().count("<heap nr=")
+    assert pools <= 2 if which == "shared" else pools > 2
