@@ -25,6 +25,9 @@ first, both, peer, size = sys.argv[1] == "0", sys.argv[2] == "both", sys.argv[3]
 def count():
     line = next(line for line in open("/proc/net/dev") if "eth0" in line)
     return [int(value) for value in line.split(":")[1].split()]
+def again():
+    info = stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+    return struct.unpack_from("Q", info, 208)[0]  # tcpi_bytes_retrans
 if first:
     for _ in range(200):
         try:
@@ -42,7 +45,7 @@ def send():
     stream.sendall(bytes(size))
 stream.send(b"r"), stream.recv(1)
 time.sleep(0.3)
-before, started = count(), time.monotonic()
+before, again_before, started = count(), again(), time.monotonic()
 threads = [threading.Thread(target=one) for one in ([send, take] if both else [send if first else take])]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
@@ -51,9 +54,7 @@ if not both:
 took = time.monotonic() - started
 time.sleep(0.2)
 after = count()
-info = stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
-again = struct.unpack_from("Q", info, 208)[0]  # tcpi_bytes_retrans
-print(after[8] - before[8], after[9] - before[9], again, after[0] - before[0], took)
+print(after[8] - before[8], after[9] - before[9], again() - again_before, after[0] - before[0], took)
 """
 
 
