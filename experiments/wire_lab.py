@@ -164,7 +164,7 @@ class Lab:
         mesh, case = self.case(plan, sites, devices, rate)
         predicted = self.predict(plan, sites, devices, rate)
         run = partial(self._run, mesh, case, sites, rate)
-        runs = [run() if _QUICK.value else first_quiet(run, _TRIES.value) for _ in range(_RUNS.value)]
+        runs = [first_quiet(run, _TRIES.value) for _ in range(_RUNS.value)]
         return beside(plan, sites, devices, rate, predicted, runs)
 
     def _run(self, mesh: Path, case: Case, sites: int, rate: float) -> Run:

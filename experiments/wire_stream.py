@@ -96,11 +96,13 @@ def reached_share(sites: Sites, rate_mbit_per_s: float) -> float:
 def first_quiet(run: Callable[[], tuple[_T, float | None]], tries: int) -> tuple[_T, float | None]:
     """The first run beside which a stream had what it has on quiet cores, or the one where it had most.
 
-    run: gives what it measured, and the stream's share. What it measured plays no part.
+    run: gives what it measured, and the stream's share; None where that does not matter. What it measured
+    plays no part.
     """
     found = []
     for _ in range(tries):
         found.append(run())
-        if (found[-1][1] or 0.0) >= QUIET_SHARE:
+        share = found[-1][1]
+        if share is None or share >= QUIET_SHARE:
             break
     return max(found, key=lambda one: one[1] or 0.0)

@@ -141,9 +141,10 @@ def test_the_plot_has_a_point_for_each_measured_step(tmp_path: Path) -> None:
         pytest.param([QUIET_SHARE, 1.0, 1.0], 0, 1, id="quiet at once"),
         pytest.param([0.5, 0.95, 1.0], 1, 2, id="quiet the second time"),
         pytest.param([0.5, 0.8, 0.7], 1, 3, id="never"),
+        pytest.param([None, 1.0, 1.0], 0, 1, id="does not matter"),
     ],
 )
-def test_a_run_beside_a_slow_stream_is_done_again(shares: list[float], taken: int, runs: int) -> None:
+def test_a_run_beside_a_slow_stream_is_done_again(shares: list[float | None], taken: int, runs: int) -> None:
     left = iter(enumerate(shares))
     assert first_quiet(lambda: next(left), 3) == (taken, shares[taken])
     assert len(list(left)) == 3 - runs
