@@ -54,7 +54,7 @@ def cores() -> None:
     print(f"{count} processes at once")
     for name in told[0]:
         values = [one[name] for one in told]
-        if name.endswith("_s"):
+        if name.endswith("_s") and not name.endswith("per_s"):
             print(f"  {name.removesuffix('_s')}: {median(values) * 1e6:.1f} us")
         else:
             apart = f"{min(values) / 1e9:.2f} to {max(values) / 1e9:.2f}"

@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,18 @@ from shardlab.hlo.reader import parse
 
 _REPEATS = 7
 _CHAIN = 20  # instructions of one kind that wait for each other in a measured program
-_STEPS = 20
+_STEPS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRates:
+    """Of a step of one device: its seconds, and what its products but the bare `dot`s, those, and everything
+    else reach in it. Names are those of a machine file."""
+
+    step_s: float
+    bf16_flops_per_s: float
+    dot_bf16_flops_per_s: float
+    memory_bytes_per_s: float
 
 
 def core_rates() -> dict[str, float]:
@@ -56,41 +68,45 @@ def core_rates() -> dict[str, float]:
     for name, (one, touched) in loops.items():
         array = jnp.ones((512, 512), jnp.bfloat16 if name.endswith("bf16") else jnp.float32)
         found[f"loop {name}"] = touched * array.nbytes / each_s(one, array, 50)
-    return found | step_rates()
+    return found | asdict(OneDeviceStep().rates())
 
 
-def step_rates() -> dict[str, float]:
-    """Of a step of the plan `data` on one device, which no link joins to others: its time, and the rates of
-    its bare `dot`s, its other products and the rest, by XLA's own profile of each instruction."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+class OneDeviceStep:
+    """The plan `data` on one device, which no link joins to others."""
 
-    from shardlab.parallel.step import build_step, init_state
-    from shardlab.spec.case import make_case
-    from shardlab.spec.plan import plan_from_text
+    def __init__(self) -> None:
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
 
-    made = PLANS["data"]
-    case = make_case(plan_from_text(made.text(1)), made.model, "cpu:1", made.batch, made.seq)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-    step = build_step(case, mesh, target="cpu", compute_dtype=jnp.bfloat16)
-    compiled = step.function.lower(*step.arguments).compile()
-    state = init_state(case, mesh, 0)
-    batch = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), step.arguments[1])
+        from shardlab.parallel.step import build_step, init_state
+        from shardlab.spec.case import make_case
+        from shardlab.spec.plan import plan_from_text
 
-    def run() -> Any:
-        nonlocal state
-        state, metrics = compiled(state, batch)
+        made = PLANS["data"]
+        case = make_case(plan_from_text(made.text(1)), made.model, "cpu:1", made.batch, made.seq)
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+        step = build_step(case, mesh, target="cpu", compute_dtype=jnp.bfloat16)
+        self._compiled = step.function.lower(*step.arguments).compile()
+        self._state = init_state(case, mesh, 0)
+        self._batch = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), step.arguments[1])
+        self._work = work_of(self._compiled.as_text())
+
+    def _run(self) -> Any:
+        self._state, metrics = self._compiled(self._state, self._batch)
         return metrics
 
-    step_s = timed_s(run, _STEPS)
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(_STEPS):
-                jax.block_until_ready(run())
-        (profile,) = Path(folder).rglob("*.xplane.pb")
-        spent_s = instruction_seconds(profile)
-    return {"step_s": step_s} | rates_of(compiled.as_text(), spent_s)
+    def rates(self) -> StepRates:
+        """Now: seconds without a profile, and the parts by XLA's own profile of each instruction."""
+        import jax
+
+        step_s = timed_s(self._run, _STEPS)
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for _ in range(_STEPS):
+                    jax.block_until_ready(self._run())
+            (profile,) = Path(folder).rglob("*.xplane.pb")
+            return rates_of(self._work, instruction_seconds(profile), _STEPS, step_s)
 
 
 def instruction_seconds(profile: Path) -> dict[str, list[float]]:
@@ -108,14 +124,26 @@ def instruction_seconds(profile: Path) -> dict[str, list[float]]:
     return found
 
 
-def rates_of(text: str, spent_s: Mapping[str, list[float]]) -> dict[str, float]:
-    """FLOP/s and bytes/s of an executable's instructions, each taken as often as it ran at its median."""
+def work_of(text: str) -> dict[str, tuple[str, int]]:
+    """Instruction of an executable -> which rate is its, and its FLOPs, or bytes where it has none."""
     (module,) = parse(text)
-    done, took_s = defaultdict[str, float](float), defaultdict[str, float](float)
+    found = {}
     for row in step_cost(module, "cpu").instructions:
-        runs = spent_s.get(row.name.lstrip("%"), [])
-        part = "bare bf16 dots" if is_bare_bf16(row) else "products" if row.flops else "loops"
-        kind = f"step, {part}"
-        done[kind] += len(runs) * (row.flops or row.hbm_bytes or 0)
-        took_s[kind] += len(runs) * median(runs) if runs else 0.0
-    return {kind: done[kind] / took_s[kind] for kind in done}
+        bare, other = "dot_bf16_flops_per_s", "bf16_flops_per_s" if row.flops else "memory_bytes_per_s"
+        rate = bare if is_bare_bf16(row) else other
+        found[row.name.lstrip("%")] = rate, row.flops or row.hbm_bytes or 0
+    return found
+
+
+def rates_of(
+    work: Mapping[str, tuple[str, int]], spent_s: Mapping[str, list[float]], steps: int, step_s: float
+) -> StepRates:
+    """Each instruction is taken as often as it ran in `steps` at its median, and all of them scaled so that a
+    step takes `step_s`: in a profile each takes longer."""
+    done, took_s = defaultdict[str, int](int), defaultdict[str, float](float)
+    for name, (rate, amount) in work.items():
+        runs = spent_s.get(name, [])
+        done[rate] += len(runs) * amount
+        took_s[rate] += len(runs) * median(runs) if runs else 0.0
+    scale = step_s * steps / sum(took_s.values())
+    return StepRates(step_s=step_s, **{rate: done[rate] / (took_s[rate] * scale) for rate in done})

@@ -8,29 +8,36 @@ Needs Linux, root, iproute2 and the [train] extra. A site is a network namespace
 --on=experiments/lab.toml:2x1` does it; then it runs, and interface counters are read before and after each
 step. Bytes are TCP payload, frames less 66 bytes of headers each, which `wire_calibrate.py` checks with a
 plain TCP stream through the same links. What joining and compiling send, and what an idle run does, is
-counted apart, and so is the loopback interface between the devices of one site. Before and after each run a
-plain stream is sent: where it does not have the rate, other work holds the cores, and the run is done again
-(up to --tries). What was predicted plays no part in that.
+counted apart, and so is the loopback interface between the devices of one site.
+
+Before and after each run a plain stream is sent, and a step of one device timed on every core
+(`wire_control.py`). The predicted step is that of a machine with `lab.toml`'s links at the row's rate, and
+cores as they were then: on a shared computer they are half as fast in one hour as in another. Where the
+stream does not have the rate, or the cores changed, the run is done again (up to --tries).
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 from absl import app, flags
 from sites import Sites, check_privileges
+from wire_control import Beside, CoreControl, first_quiet
+from wire_cores import StepRates
 from wire_measure import Measured, measure
 from wire_plans import PLANS
 from wire_plot import Point, write_plot
-from wire_stream import first_quiet, reached_share
+from wire_stream import reached_share
 from wire_table import Row, read_csv, say, write_csv
 
 from shardlab.analysis import CollectiveRow, attribute
@@ -52,7 +59,7 @@ _WARM = flags.DEFINE_integer("warm_steps", 2, "Steps before the first that count
 _STEPS = flags.DEFINE_integer("count_steps", 10, "Steps that count.", lower_bound=1)
 _RUNS = flags.DEFINE_integer("runs", 1, "Of each row; its time is the median of theirs.", lower_bound=1)
 _TRIES = flags.DEFINE_integer(
-    "tries", 3, "For a run while a plain stream beside it does not have the rate.", lower_bound=1
+    "tries", 3, "For a run while links or cores beside it are not left alone.", lower_bound=1
 )
 _CSV = flags.DEFINE_string("csv", None, "Table to write.", allow_override=True)  # validate has one too
 _CACHE = flags.DEFINE_string("cache", None, "Folder of compiled programs.", allow_override=True)
@@ -78,16 +85,25 @@ class Predicted:
     turns_s: float | None
 
 
-Run = tuple[Measured, float | None]  # and how much of the rate a plain stream had
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run of a row, and its prediction. beside: None where only bytes matter."""
+
+    predicted: Predicted
+    measured: Measured
+    beside: Beside | None
 
 
-def machine_file(folder: Path, rate_mbit_per_s: float) -> Path:
-    """`lab.toml` with links of this rate."""
-    path = folder / f"lab-{rate_mbit_per_s:g}m.toml"
-    text, found = re.subn(
-        r"(?m)^uplink_bytes_per_s = .*$", f"uplink_bytes_per_s = {rate_mbit_per_s * 125_000}", LAB.read_text()
-    )
-    assert found == 1
+def machine_file(folder: Path, rate_mbit_per_s: float, cores: StepRates | None = None) -> Path:
+    """`lab.toml` with links of this rate, and with these cores."""
+    rates = {"uplink_bytes_per_s": rate_mbit_per_s * 125_000}
+    if cores is not None:
+        rates |= {key: value for key, value in asdict(cores).items() if key != "step_s"}
+    text = LAB.read_text()
+    for key, value in rates.items():
+        text, found = re.subn(rf"(?m)^{key} = \d.*$", f"{key} = {value:.6g}", text)
+        assert found == 1
+    path = folder / f"lab-{hashlib.sha256(text.encode()).hexdigest()[:8]}.toml"
     path.write_text(text)
     return path
 
@@ -147,45 +163,52 @@ class Lab:
     folder: Path
     cache: Cache
 
-    def case(self, plan: str, sites: int, devices: int, rate: float) -> tuple[Path, Case]:
+    def case(self, plan: str, sites: int, devices: int, machine: Path) -> tuple[Path, Case]:
         """A plan over so many devices: its mesh file, and the case."""
         mesh = self.folder / f"{plan}{sites * devices}.toml"
         mesh.write_text(PLANS[plan].text(sites * devices, quick=_QUICK.value))
-        return mesh, case_of(mesh, plan, f"{machine_file(self.folder, rate)}:{sites}x{devices}")
+        return mesh, case_of(mesh, plan, f"{machine}:{sites}x{devices}")
 
-    def predict(self, plan: str, sites: int, devices: int, rate: float) -> Predicted:
+    def predict(self, plan: str, sites: int, devices: int, rate: float, cores: StepRates | None) -> Predicted:
         """Compiled once for all rates."""
-        mesh, case = self.case(plan, sites, devices, rate)
-        program = self.cache.compile(case_of(mesh, plan, f"{LAB}:{sites}x{devices}"))
+        _, case = self.case(plan, sites, devices, machine_file(self.folder, rate, cores))
+        program = self.cache.compile(self.case(plan, sites, devices, LAB)[1])
         return predict(case, program, load_machine(case.machine))
 
-    def row(self, plan: str, sites: int, devices: int, rate: float) -> Row:
-        """Predict, then measure."""
-        mesh, case = self.case(plan, sites, devices, rate)
-        predicted = self.predict(plan, sites, devices, rate)
-        run = partial(self._run, mesh, case, sites, rate)
-        runs = [first_quiet(run, _TRIES.value) for _ in range(_RUNS.value)]
-        return beside(plan, sites, devices, rate, predicted, runs)
+    def row(self, plan: str, sites: int, devices: int, rate: float, control: CoreControl | None) -> Row:
+        """Measure, and predict with the cores that were there."""
+        mesh, case = self.case(plan, sites, devices, machine_file(self.folder, rate))
+        runs = []
+        for _ in range(_RUNS.value):
+            measured, near = first_quiet(partial(self._run, mesh, case, sites, rate, control), _TRIES.value)
+            cores = None if near is None else near.cores
+            predicted = self.predict(plan, sites, devices, rate, cores)
+            runs.append(Run(predicted=predicted, measured=measured, beside=near))
+        return row_of(plan, sites, devices, rate, runs)
 
-    def _run(self, mesh: Path, case: Case, sites: int, rate: float) -> Run:
-        """What was measured, and what a stream had before or after it; None where only bytes matter."""
+    def _run(
+        self, mesh: Path, case: Case, sites: int, rate: float, control: CoreControl | None
+    ) -> tuple[Measured, Beside | None]:
         compiled = Path(_CACHE.value, "sites") if _CACHE.value else None
         with Sites(sites, rate) as network:
-            before = None if _QUICK.value else reached_share(network, rate)
+
+            def near() -> tuple[float, StepRates] | None:
+                return None if control is None else (reached_share(network, rate), control.rates())
+
+            before = near()
             measured = measure(
                 network, self.folder, mesh, case, warm=_WARM.value, steps=_STEPS.value, compiled=compiled
             )
-            return measured, None if before is None else min(before, reached_share(network, rate))
+            after = near()
+        if before is None or after is None:
+            return measured, None
+        share = min(before[0], after[0])
+        return measured, Beside(link_share=share, before=before[1], after=after[1])
 
     def again(self, row: Row) -> Row:
         """A row of before with the step that is predicted now."""
-        predicted = self.predict(row.plan, row.sites, row.devices_per_site, row.link_mbit_per_s)
-        return replace(
-            row,
-            predicted_step_s=rounded(predicted.step_s),
-            predicted_communication_s=rounded(predicted.communication_s),
-            predicted_turns_s=rounded(predicted.turns_s),
-        )
+        at = (row.plan, row.sites, row.devices_per_site, row.link_mbit_per_s)
+        return replace(row, **predicted_columns(self.predict(*at, row.cores)))
 
 
 def run_lab() -> Iterator[Row]:
@@ -196,9 +219,10 @@ def run_lab() -> Iterator[Row]:
             yield from map(lab.again, read_csv(Path(_MEASURED.value)))
             return
         check_privileges()
-        for sites, devices, plan in combinations():
-            for rate in map(float, _RATES.value):
-                yield lab.row(plan, sites, devices, rate)
+        with nullcontext() if _QUICK.value else CoreControl() as control:
+            for sites, devices, plan in combinations():
+                for rate in map(float, _RATES.value):
+                    yield lab.row(plan, sites, devices, rate, control)
 
 
 def combinations() -> Iterator[tuple[int, int, str]]:
@@ -217,20 +241,32 @@ def rounded(time_s: float | None) -> float | None:
     return None if time_s is None else round(time_s, 4)
 
 
-def beside(
-    plan: str, sites: int, devices: int, rate: float, predicted: Predicted, runs: Sequence[Run]
-) -> Row:
-    """Prediction and measurement as a row of the table: of the runs the one in the middle by its time, and
-    the worst of their bytes."""
-    by_time = sorted((run for run, _ in runs), key=lambda run: run.step_s)
-    measured = by_time[len(by_time) // 2]
+def predicted_columns(predicted: Predicted) -> dict[str, float | None]:
+    """The columns of the table that hang on links and cores."""
+    return {
+        "predicted_step_s": rounded(predicted.step_s),
+        "predicted_communication_s": rounded(predicted.communication_s),
+        "predicted_turns_s": rounded(predicted.turns_s),
+    }
+
+
+def row_of(plan: str, sites: int, devices: int, rate: float, runs: Sequence[Run]) -> Row:
+    """Predictions and measurements as a row of the table: of the runs the one in the middle by its time, with
+    the prediction for its cores, and the worst of their bytes."""
+    by_time = sorted(runs, key=lambda run: run.measured.step_s)
+    middle = by_time[len(by_time) // 2]
+    predicted, measured = middle.predicted, middle.measured
     errors = [
         abs(found / float(said + headers) - 1)
-        for run, _ in runs
-        for said, headers, found in zip(predicted.out_bytes, predicted.gloo_bytes, run.out_bytes, strict=True)
+        for run in runs
+        for said, headers, found in zip(
+            run.predicted.out_bytes, run.predicted.gloo_bytes, run.measured.out_bytes, strict=True
+        )
         if said
     ]
     most = max(range(sites), key=lambda site: predicted.out_bytes[site])
+    near = [run.beside for run in runs if run.beside is not None]
+    cores = asdict(middle.beside.cores) if middle.beside is not None else {}
     return Row(
         plan=plan,
         sites=sites,
@@ -238,10 +274,7 @@ def beside(
         link_mbit_per_s=rate,
         predicted_wire_bytes=round(predicted.out_bytes[most]),
         measured_wire_bytes=round(measured.out_bytes[most]),
-        predicted_step_s=rounded(predicted.step_s),
         measured_step_s=round(measured.step_s, 4),
-        predicted_communication_s=rounded(predicted.communication_s),
-        predicted_turns_s=rounded(predicted.turns_s),
         gloo_header_bytes=predicted.gloo_bytes[most],
         site_error=round(max(errors, default=0.0), 4),
         predicted_loopback_bytes=round(predicted.loopback_bytes[most]),
@@ -250,9 +283,12 @@ def beside(
         startup_bytes=measured.startup_bytes,
         idle_bytes_per_s=round(measured.idle_bytes_per_s),
         measured_cpu_s=round(measured.cpu_s, 4),
-        least_step_s=round(by_time[0].step_s, 4),
-        most_step_s=round(by_time[-1].step_s, 4),
-        link_share=min((round(share, 3) for _, share in runs if share is not None), default=None),
+        least_step_s=round(by_time[0].measured.step_s, 4),
+        most_step_s=round(by_time[-1].measured.step_s, 4),
+        link_share=min((round(one.link_share, 3) for one in near), default=None),
+        cores_change=max((round(one.cores_change, 3) for one in near), default=None),
+        **{f"cores_{name}": float(f"{value:.4g}") for name, value in cores.items()},
+        **predicted_columns(predicted),
     )
 
 

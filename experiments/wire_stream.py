@@ -1,22 +1,18 @@
 """A plain TCP stream between two sites: what their links carry while nothing else does.
 
-The lab holds one beside each row, whose times count where the stream has what it has on quiet cores.
+The lab holds one beside each run (`wire_control.py`).
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
-from sites import EFFICIENCY, Sites
+from sites import Sites
 
-QUIET_SHARE = 0.95 * EFFICIENCY  # of a link's rate
 _TIMEOUT_S = 300
 _CONTROL_S = 0.25
-_T = TypeVar("_T")
 
 
 _STREAM = """
@@ -91,18 +87,3 @@ def reached_share(sites: Sites, rate_mbit_per_s: float) -> float:
     """How much of the rate a short stream has as payload, one way or both ways at once, whichever is less."""
     size = int(rate_mbit_per_s * 125_000 * _CONTROL_S)
     return min(_CONTROL_S / stream(sites, size, both=both).time_s for both in (False, True))
-
-
-def first_quiet(run: Callable[[], tuple[_T, float | None]], tries: int) -> tuple[_T, float | None]:
-    """The first run beside which a stream had what it has on quiet cores, or the one where it had most.
-
-    run: gives what it measured, and the stream's share; None where that does not matter. What it measured
-    plays no part.
-    """
-    found = []
-    for _ in range(tries):
-        found.append(run())
-        share = found[-1][1]
-        if share is None or share >= QUIET_SHARE:
-            break
-    return max(found, key=lambda one: one[1] or 0.0)

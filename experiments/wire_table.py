@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from wire_cores import StepRates
+
 from shardlab.errors import Problem, UserError
 
 
@@ -19,8 +21,10 @@ class Row:
     is unknown; predicted_communication_s: the part of it in which nothing is computed; predicted_turns_s: how
     much shorter or longer it is when gloo's ranks never or always take turns. measured_step_s: the median of
     the runs, each the median of its steps; the least and the most of them beside it. link_share: the least
-    that a plain stream had of the rate before or after one of them (`wire_stream.py`), None where only bytes
-    matter.
+    that a plain stream had of the rate before or after one of them; cores_change: how much longer the step of
+    one device took after one of them than before, or before than after, the most; cores_…: that step beside
+    the run that the row is of, and what the prediction takes for all cores together (`wire_control.py`). None
+    where only bytes matter.
     loopback: of that site, between its own devices. startup_bytes: sent before the first step.
     idle_bytes_per_s: sent while nothing is computed. frame_bytes: what crossed the link, headers and
     acknowledgements included. measured_cpu_s: of all processes.
@@ -46,7 +50,18 @@ class Row:
     measured_cpu_s: float
     least_step_s: float
     most_step_s: float
-    link_share: float | None
+    link_share: float | None = None
+    cores_change: float | None = None
+    cores_step_s: float | None = None
+    cores_bf16_flops_per_s: float | None = None
+    cores_dot_bf16_flops_per_s: float | None = None
+    cores_memory_bytes_per_s: float | None = None
+
+    @property
+    def cores(self) -> StepRates | None:
+        """What the prediction took; None: what `lab.toml` says."""
+        found = {field.name: getattr(self, f"cores_{field.name}") for field in fields(StepRates)}
+        return None if None in found.values() else StepRates(**found)
 
 
 def say(row: Row) -> None:
@@ -55,14 +70,17 @@ def say(row: Row) -> None:
     turns = "" if not row.predicted_turns_s else f" ± {row.predicted_turns_s:.3f}"
     beside = "unknown" if said is None else f"{said:.3f}{turns} ({row.measured_step_s / said:.2f})"
     runs = f" ({row.least_step_s:.3f} to {row.most_step_s:.3f})" if row.least_step_s < row.most_step_s else ""
-    stream = "" if row.link_share is None else f", a stream has {row.link_share:.2f} of the rate"
+    near = ""
+    if row.link_share is not None and row.cores_step_s is not None:
+        near = f", a stream has {row.link_share:.2f} of the rate, one device {row.cores_step_s:.3f} s"
+        near += f" (changed {row.cores_change:.2f} times)"
     links = "" if not said or waited is None else f", {waited / said:.0%} of that the link's"
     print(
         f"{row.plan:9} {row.sites} x {row.devices_per_site} at {row.link_mbit_per_s:g} Mbit/s: "
         f"{row.measured_wire_bytes:,} bytes of {row.predicted_wire_bytes:,} and {row.gloo_header_bytes:,} of "
         f"headers (sites off {row.site_error:.2%} at most), loopback {row.measured_loopback_bytes:,} of "
         f"{row.predicted_loopback_bytes:,}; {row.measured_step_s:.3f} s{runs} of {beside}{links}"
-        f"{stream}, {row.measured_cpu_s:.2f} s of cores; start-up {row.startup_bytes:,}, idle "
+        f"{near}, {row.measured_cpu_s:.2f} s of cores; start-up {row.startup_bytes:,}, idle "
         f"{row.idle_bytes_per_s:,}/s",
         flush=True,
     )

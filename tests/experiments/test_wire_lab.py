@@ -10,19 +10,23 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import sites
 from sites import HEADER_BYTES, Sites, check_privileges, remove_leftovers
-from wire_cores import rates_of
-from wire_measure import payload, read_measured
+from wire_control import QUIET_SHARE, STEADY, Beside, first_quiet
+from wire_cores import StepRates, rates_of, work_of
+from wire_lab import Predicted, Run, machine_file, row_of
+from wire_measure import Measured, payload, read_measured
 from wire_plans import PLANS
 from wire_plot import Point, write_plot
-from wire_stream import QUIET_SHARE, first_quiet, stream
+from wire_stream import stream
 from wire_table import Row, read_csv, write_csv
 
 from shardlab.errors import UserError
+from shardlab.hardware.catalog import load_machine
 from shardlab.spec.case import make_case
 from shardlab.spec.plan import load_plan
 
@@ -95,14 +99,36 @@ def test_counters_become_bytes_per_step() -> None:
 
 
 def test_a_profile_becomes_rates() -> None:
-    """A bare product of 2 · 64³ FLOPs in 1 and 3 s, a copy of 2 · 8,192 bytes in 2 s; events of others."""
+    """Two steps of 2 s. In their profile a bare product of 2 · 64³ FLOPs takes 1 and 3 s, a fused one of as
+    many twice 1 s, a copy of 2 · 8,192 bytes 5 s each: 16 s for 4, so that each is taken as a quarter."""
     text = (
-        "HloModule m, is_scheduled=true\n\nENTRY e {\n  x = bf16[64,64]{1,0} parameter(0)\n"
+        "HloModule m, is_scheduled=true\n\nf {\n  p = bf16[64,64]{1,0} parameter(0)\n"
+        "  ROOT d.2 = bf16[64,64]{1,0} dot(p, p), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n}\n\n"
+        "ENTRY e {\n  x = bf16[64,64]{1,0} parameter(0)\n"
         "  d.1 = bf16[64,64]{1,0} dot(x, x), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n"
-        "  ROOT c.2 = bf16[64,64]{1,0} copy(d.1)\n}\n"
+        "  f.1 = bf16[64,64]{1,0} fusion(d.1), kind=kOutput, calls=f\n"
+        "  ROOT c.2 = bf16[64,64]{1,0} copy(f.1)\n}\n"
     )
-    found = rates_of(text, {"d.1": [1.0, 3.0], "c.2": [2.0], "while.7": [9.0]})
-    assert found == {"step, bare bf16 dots": 64**3, "step, loops": 8_192}
+    spent_s = {"d.1": [1.0, 3.0], "f.1": [1.0, 1.0], "c.2": [5.0, 5.0], "while.7": [9.0]}
+    assert rates_of(work_of(text), spent_s, 2, 2.0) == StepRates(
+        step_s=2.0,
+        bf16_flops_per_s=2 * 64**3 / 0.25,
+        dot_bf16_flops_per_s=2 * 64**3 / 0.5,
+        memory_bytes_per_s=2 * 8_192 / 1.25,
+    )
+
+
+CORES = StepRates(step_s=0.1, bf16_flops_per_s=2e11, dot_bf16_flops_per_s=3e10, memory_bytes_per_s=4e10)
+
+
+def test_a_machine_has_the_links_and_cores_of_a_row(tmp_path: Path) -> None:
+    """Two sites share the cores; what is not given is as in `lab.toml`."""
+    machine, known = (load_machine(f"{path}:2x1") for path in (machine_file(tmp_path, 50, CORES), LAB))
+    assert (machine.chip.bf16_flops_per_s, machine.chip.dot_bf16_flops_per_s) == (1e11, 1.5e10)
+    assert machine.chip.memory_bytes_per_s == 2e10
+    assert machine.domains[-1].bytes_per_s == 6.25e6
+    only_links = load_machine(f"{machine_file(tmp_path, 50)}:2x1")
+    assert only_links.chip.memory_bytes_per_s == known.chip.memory_bytes_per_s
 
 
 ROW = Row(
@@ -110,7 +136,7 @@ ROW = Row(
     measured_wire_bytes=11, predicted_step_s=None, measured_step_s=1.5, predicted_communication_s=None,
     predicted_turns_s=None, gloo_header_bytes=1, site_error=0.01, predicted_loopback_bytes=0,
     measured_loopback_bytes=0, frame_bytes=12, startup_bytes=3, idle_bytes_per_s=0, measured_cpu_s=0.25,
-    least_step_s=1.25, most_step_s=1.75, link_share=None,
+    least_step_s=1.25, most_step_s=1.75,
 )  # fmt: skip
 
 
@@ -118,10 +144,21 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     """A step that is not known stays so; a file of something else is one sentence."""
     rows = [
         ROW,
-        replace(ROW, plan="ring", predicted_step_s=0.5, predicted_communication_s=0.25, link_share=0.75),
+        replace(
+            ROW,
+            plan="ring",
+            predicted_step_s=0.5,
+            link_share=0.75,
+            cores_change=1.5,
+            cores_step_s=0.1,
+            cores_bf16_flops_per_s=2e11,
+            cores_dot_bf16_flops_per_s=3e10,
+            cores_memory_bytes_per_s=4e10,
+        ),
     ]
     write_csv(tmp_path / "wire.csv", rows)
     assert read_csv(tmp_path / "wire.csv") == rows
+    assert [row.cores for row in rows] == [None, CORES]
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"other\.csv: is no table of the wire lab"):
         read_csv(tmp_path / "other.csv")
@@ -135,19 +172,65 @@ def test_the_plot_has_a_point_for_each_measured_step(tmp_path: Path) -> None:
     assert drawing.count('aria-roledescription="line mark"') == 1  # what is predicted of the ring
 
 
+def beside(share: float, before_s: float, after_s: float) -> Beside:
+    return Beside(
+        link_share=share, before=replace(CORES, step_s=before_s), after=replace(CORES, step_s=after_s)
+    )
+
+
+QUIET = beside(QUIET_SHARE, 0.1, 0.1)
+
+
 @pytest.mark.parametrize(
-    ("shares", "taken", "runs"),
+    ("near", "taken", "runs"),
     [
-        pytest.param([QUIET_SHARE, 1.0, 1.0], 0, 1, id="quiet at once"),
-        pytest.param([0.5, 0.95, 1.0], 1, 2, id="quiet the second time"),
-        pytest.param([0.5, 0.8, 0.7], 1, 3, id="never"),
-        pytest.param([None, 1.0, 1.0], 0, 1, id="does not matter"),
+        pytest.param([QUIET], 0, 1, id="quiet at once"),
+        pytest.param([beside(0.5, 0.1, 0.1), QUIET], 1, 2, id="links slow at first"),
+        pytest.param([beside(1.0, 0.1, 0.2), beside(1.0, 0.2, 0.1), QUIET], 2, 3, id="cores change twice"),
+        pytest.param([beside(1.0, 0.1, 0.1 * STEADY * 0.999)], 0, 1, id="cores change a little"),
+        pytest.param([beside(s, 0.1, 0.1) for s in (0.5, 0.8, 0.7)], 1, 3, id="links never"),
+        pytest.param(
+            [beside(0.9, 0.1, 0.2), beside(0.9, 0.1, 0.15), beside(0.2, 0.1, 0.1)], 1, 3, id="worst"
+        ),
+        pytest.param([None], 0, 1, id="does not matter"),
     ],
 )
-def test_a_run_beside_a_slow_stream_is_done_again(shares: list[float | None], taken: int, runs: int) -> None:
-    left = iter(enumerate(shares))
-    assert first_quiet(lambda: next(left), 3) == (taken, shares[taken])
+def test_a_run_beside_other_work_is_done_again(near: list[Beside | None], taken: int, runs: int) -> None:
+    left = iter(enumerate([*near, *[QUIET] * (3 - len(near))]))
+    assert first_quiet(lambda: next(left), 3) == (taken, near[taken])
     assert len(list(left)) == 3 - runs
+
+
+def test_cores_beside_a_run_are_those_before_and_after_by_their_times() -> None:
+    """A loop at 4 and 2 GB/s takes as long as one at 8/3."""
+    near = Beside(link_share=1.0, before=CORES, after=replace(CORES, step_s=0.2, memory_bytes_per_s=2e10))
+    assert (near.cores.step_s, near.cores_change) == (pytest.approx(0.15), 2.0)
+    assert near.cores.memory_bytes_per_s == pytest.approx(8e10 / 3)
+    assert near.cores.bf16_flops_per_s == pytest.approx(CORES.bf16_flops_per_s)
+
+
+def test_a_row_is_of_the_run_in_the_middle_and_of_the_worst_bytes() -> None:
+    """Three runs, of 3, 1 and 2 s; each has a prediction of its own; one sent 110 bytes for 100."""
+
+    def run(step_s: float, sent: float, near: Beside) -> Run:
+        predicted = Predicted(
+            out_bytes=(Fraction(96), Fraction(96)), loopback_bytes=(Fraction(0),) * 2, gloo_bytes=(4, 4),
+            step_s=step_s + 0.25, communication_s=step_s / 2, turns_s=0.0,
+        )  # fmt: skip
+        measured = Measured(
+            out_bytes=(sent, 100.0), loopback_bytes=(0.0, 0.0), frame_bytes=(120.0, 120.0), step_s=step_s,
+            startup_bytes=7, idle_bytes_per_s=0.0, cpu_s=0.5, losses=(1.0,),
+        )  # fmt: skip
+        return Run(predicted=predicted, measured=measured, beside=near)
+
+    runs = [run(3.0, 110, beside(0.93, 0.1, 0.1)), run(1.0, 100, QUIET), run(2.0, 101, beside(1, 0.2, 0.1))]
+    row = row_of("data", 2, 1, 100.0, runs)
+    assert (row.measured_step_s, row.predicted_step_s, row.predicted_communication_s) == (2.0, 2.25, 1.0)
+    assert (row.least_step_s, row.most_step_s, row.measured_wire_bytes) == (1.0, 3.0, 101)
+    assert (row.site_error, row.link_share, row.cores_change) == (0.1, round(QUIET_SHARE, 3), 2.0)
+    assert row.cores == StepRates(
+        step_s=0.15, bf16_flops_per_s=2e11, dot_bf16_flops_per_s=3e10, memory_bytes_per_s=4e10
+    )
 
 
 @pytest.mark.wire

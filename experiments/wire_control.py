@@ -1,0 +1,117 @@
+"""What the links and the cores do beside a run of the wire lab, whatever the run itself takes.
+
+Before and after it a plain stream, one way and both ways at once, and a step of one device on every core.
+Where the stream has not the rate, or the cores have changed, other work holds them: the run is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import TypeVar
+
+from sites import EFFICIENCY, on_core
+from wire_cores import OneDeviceStep, StepRates
+
+QUIET_SHARE = 0.95 * EFFICIENCY  # of a link's rate
+STEADY = 1.1  # how much longer a step may take after a run, or before it
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """link_share: what a stream had of the rate, the least; before and after: the cores."""
+
+    link_share: float
+    before: StepRates
+    after: StepRates
+
+    @property
+    def cores(self) -> StepRates:
+        """Of both, by their times."""
+        one, other = asdict(self.before), asdict(self.after)
+        rates = {name: 2 / (1 / one[name] + 1 / other[name]) for name in one if name != "step_s"}
+        return StepRates(step_s=(self.before.step_s + self.after.step_s) / 2, **rates)
+
+    @property
+    def cores_change(self) -> float:
+        """How many times as long a step took after the run as before it, or before as after."""
+        steps_s = (self.before.step_s, self.after.step_s)
+        return max(steps_s) / min(steps_s)
+
+    @property
+    def quietness(self) -> float:
+        """1 and more: links and cores were left alone."""
+        return min(self.link_share / QUIET_SHARE, STEADY / self.cores_change)
+
+
+def first_quiet(run: Callable[[], tuple[_T, Beside | None]], tries: int) -> tuple[_T, Beside | None]:
+    """The first run that was left alone, or the one that was most.
+
+    run: gives what it measured, and what was beside it; None where that does not matter. What it measured
+    plays no part.
+    """
+    found: list[tuple[float, tuple[_T, Beside | None]]] = []
+    while not found or (found[-1][0] < 1 and len(found) < tries):
+        one = run()
+        found.append((1.0 if one[1] is None else one[1].quietness, one))
+    return max(found, key=lambda pair: pair[0])[1]
+
+
+class CoreControl:
+    """A process on every core, which takes nothing of it until it is asked."""
+
+    def __enter__(self) -> CoreControl:
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        self._running = [
+            subprocess.Popen(
+                on_core(index, [sys.executable, __file__]),
+                env=environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            for index in range(os.cpu_count() or 1)
+        ]
+        self._told()
+        return self
+
+    def rates(self) -> StepRates:
+        """All cores at once; as many times what the slowest gets, since a step waits for it."""
+        for process in self._running:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        told = self._told()
+        slowest = max(told, key=lambda one: one["step_s"])
+        return StepRates(
+            **{name: value * (1 if name == "step_s" else len(told)) for name, value in slowest.items()}
+        )
+
+    def _told(self) -> list[dict[str, float]]:
+        lines = [process.stdout.readline() for process in self._running if process.stdout is not None]
+        return [json.loads(line) for line in lines]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._running:
+            process.kill()
+            process.communicate()
+
+
+def main() -> None:
+    """Say what a step takes, once compiled and then for every line that comes."""
+    step = OneDeviceStep()
+    print(json.dumps(asdict(step.rates())), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(asdict(step.rates())), flush=True)
+
+
+if __name__ == "__main__":
+    main()
