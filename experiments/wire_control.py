@@ -19,17 +19,19 @@ from sites import EFFICIENCY, on_core
 from wire_cores import OneDeviceStep, StepRates
 
 QUIET_SHARE = 0.95 * EFFICIENCY  # of a link's rate
-STEADY = 1.1  # how much longer a step may take after a run, or before it
+STEADY = 0.1  # of a run's own step, by which the step of one device may change
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beside:
-    """link_share: what a stream had of the rate, the least; before and after: the cores."""
+    """link_share: what a stream had of the rate, the least; before and after: the cores; run_step_s: what a
+    step of the run took, to which a change of theirs is much or little."""
 
     link_share: float
     before: StepRates
     after: StepRates
+    run_step_s: float
 
     @property
     def cores(self) -> StepRates:
@@ -40,14 +42,13 @@ class Beside:
 
     @property
     def cores_change(self) -> float:
-        """How many times as long a step took after the run as before it, or before as after."""
-        steps_s = (self.before.step_s, self.after.step_s)
-        return max(steps_s) / min(steps_s)
+        """By how much the step of one device changed, as a share of the run's."""
+        return abs(self.after.step_s - self.before.step_s) / self.run_step_s
 
     @property
     def quietness(self) -> float:
         """1 and more: links and cores were left alone."""
-        return min(self.link_share / QUIET_SHARE, STEADY / self.cores_change)
+        return min(self.link_share / QUIET_SHARE, STEADY / max(self.cores_change, STEADY))
 
 
 def first_quiet(run: Callable[[], tuple[_T, Beside | None]], tries: int) -> tuple[_T, Beside | None]:

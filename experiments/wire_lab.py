@@ -202,8 +202,10 @@ class Lab:
             after = near()
         if before is None or after is None:
             return measured, None
-        share = min(before[0], after[0])
-        return measured, Beside(link_share=share, before=before[1], after=after[1])
+        (share, cores), (share_after, cores_after) = before, after
+        return measured, Beside(
+            link_share=min(share, share_after), before=cores, after=cores_after, run_step_s=measured.step_s
+        )
 
     def again(self, row: Row) -> Row:
         """A row of before with the step that is predicted now."""

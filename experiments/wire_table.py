@@ -21,10 +21,10 @@ class Row:
     is unknown; predicted_communication_s: the part of it in which nothing is computed; predicted_turns_s: how
     much shorter or longer it is when gloo's ranks never or always take turns. measured_step_s: the median of
     the runs, each the median of its steps; the least and the most of them beside it. link_share: the least
-    that a plain stream had of the rate before or after one of them; cores_change: how much longer the step of
-    one device took after one of them than before, or before than after, the most; cores_…: that step beside
-    the run that the row is of, and what the prediction takes for all cores together (`wire_control.py`). None
-    where only bytes matter.
+    that a plain stream had of the rate before or after one of them; cores_change: by how much the step of one
+    device changed over one of them, as a share of the run's step, the most; cores_…: that step beside the run
+    that the row is of, and what the prediction takes for all cores together (`wire_control.py`). None where
+    only bytes matter.
     loopback: of that site, between its own devices. startup_bytes: sent before the first step.
     idle_bytes_per_s: sent while nothing is computed. frame_bytes: what crossed the link, headers and
     acknowledgements included. measured_cpu_s: of all processes.
@@ -73,7 +73,7 @@ def say(row: Row) -> None:
     near = ""
     if row.link_share is not None and row.cores_step_s is not None:
         near = f", a stream has {row.link_share:.2f} of the rate, one device {row.cores_step_s:.3f} s"
-        near += f" (changed {row.cores_change:.2f} times)"
+        near += f" (changed by {row.cores_change:.0%} of a step)"
     links = "" if not said or waited is None else f", {waited / said:.0%} of that the link's"
     print(
         f"{row.plan:9} {row.sites} x {row.devices_per_site} at {row.link_mbit_per_s:g} Mbit/s: "

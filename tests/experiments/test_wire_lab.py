@@ -173,9 +173,8 @@ def test_the_plot_has_a_point_for_each_measured_step(tmp_path: Path) -> None:
 
 
 def beside(share: float, before_s: float, after_s: float) -> Beside:
-    return Beside(
-        link_share=share, before=replace(CORES, step_s=before_s), after=replace(CORES, step_s=after_s)
-    )
+    before, after = (replace(CORES, step_s=step_s) for step_s in (before_s, after_s))
+    return Beside(link_share=share, before=before, after=after, run_step_s=0.5)
 
 
 QUIET = beside(QUIET_SHARE, 0.1, 0.1)
@@ -187,7 +186,7 @@ QUIET = beside(QUIET_SHARE, 0.1, 0.1)
         pytest.param([QUIET], 0, 1, id="quiet at once"),
         pytest.param([beside(0.5, 0.1, 0.1), QUIET], 1, 2, id="links slow at first"),
         pytest.param([beside(1.0, 0.1, 0.2), beside(1.0, 0.2, 0.1), QUIET], 2, 3, id="cores change twice"),
-        pytest.param([beside(1.0, 0.1, 0.1 * STEADY * 0.999)], 0, 1, id="cores change a little"),
+        pytest.param([beside(1.0, 0.1, 0.1 + 0.499 * STEADY)], 0, 1, id="cores change a little"),
         pytest.param([beside(s, 0.1, 0.1) for s in (0.5, 0.8, 0.7)], 1, 3, id="links never"),
         pytest.param(
             [beside(0.9, 0.1, 0.2), beside(0.9, 0.1, 0.15), beside(0.2, 0.1, 0.1)], 1, 3, id="worst"
@@ -203,8 +202,9 @@ def test_a_run_beside_other_work_is_done_again(near: list[Beside | None], taken:
 
 def test_cores_beside_a_run_are_those_before_and_after_by_their_times() -> None:
     """A loop at 4 and 2 GB/s takes as long as one at 8/3."""
-    near = Beside(link_share=1.0, before=CORES, after=replace(CORES, step_s=0.2, memory_bytes_per_s=2e10))
-    assert (near.cores.step_s, near.cores_change) == (pytest.approx(0.15), 2.0)
+    after = replace(CORES, step_s=0.2, memory_bytes_per_s=2e10)
+    near = Beside(link_share=1.0, before=CORES, after=after, run_step_s=0.25)
+    assert (near.cores.step_s, near.cores_change) == (pytest.approx(0.15), pytest.approx(0.4))
     assert near.cores.memory_bytes_per_s == pytest.approx(8e10 / 3)
     assert near.cores.bf16_flops_per_s == pytest.approx(CORES.bf16_flops_per_s)
 
@@ -227,7 +227,7 @@ def test_a_row_is_of_the_run_in_the_middle_and_of_the_worst_bytes() -> None:
     row = row_of("data", 2, 1, 100.0, runs)
     assert (row.measured_step_s, row.predicted_step_s, row.predicted_communication_s) == (2.0, 2.25, 1.0)
     assert (row.least_step_s, row.most_step_s, row.measured_wire_bytes) == (1.0, 3.0, 101)
-    assert (row.site_error, row.link_share, row.cores_change) == (0.1, round(QUIET_SHARE, 3), 2.0)
+    assert (row.site_error, row.link_share, row.cores_change) == (0.1, round(QUIET_SHARE, 3), 0.2)
     assert row.cores == StepRates(
         step_s=0.15, bf16_flops_per_s=2e11, dot_bf16_flops_per_s=3e10, memory_bytes_per_s=4e10
     )
