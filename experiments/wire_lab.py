@@ -19,6 +19,7 @@ stream does not have the rate, or the cores changed, the run is done again (up t
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import signal
 import sys
@@ -34,7 +35,7 @@ from absl import app, flags
 from sites import Sites, check_privileges
 from wire_control import Beside, CoreControl, first_quiet
 from wire_cores import StepRates
-from wire_measure import Measured, measure
+from wire_measure import Measured, Running
 from wire_plans import PLANS
 from wire_plot import Point, write_plot
 from wire_stream import reached_share
@@ -56,7 +57,8 @@ _SITES = flags.DEFINE_list("sites", ["2"], "Numbers of sites.")
 _DEVICES = flags.DEFINE_list("devices", ["1"], "Devices per site.")
 _RATES = flags.DEFINE_list("rates", ["100"], "Mbit/s of each site's link, each way.")
 _WARM = flags.DEFINE_integer("warm_steps", 2, "Steps before the first that counts.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("count_steps", 10, "Steps that count.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("count_steps", 10, "Steps that count, at least.", lower_bound=1)
+_SECONDS = flags.DEFINE_float("count_seconds", 5, "How long they take, about, at least.", lower_bound=0)
 _RUNS = flags.DEFINE_integer("runs", 1, "Of each row; its time is the median of theirs.", lower_bound=1)
 _TRIES = flags.DEFINE_integer(
     "tries", 3, "For a run while links or cores beside it are not left alone.", lower_bound=1
@@ -175,42 +177,44 @@ class Lab:
         program = self.cache.compile(self.case(plan, sites, devices, LAB)[1])
         return predict(case, program, load_machine(case.machine))
 
-    def row(self, plan: str, sites: int, devices: int, rate: float, control: CoreControl | None) -> Row:
-        """Measure, and predict with the cores that were there."""
-        mesh, case = self.case(plan, sites, devices, machine_file(self.folder, rate))
-        runs = []
-        for _ in range(_RUNS.value):
-            measured, near = first_quiet(partial(self._run, mesh, case, sites, rate, control), _TRIES.value)
-            cores = None if near is None else near.cores
-            predicted = self.predict(plan, sites, devices, rate, cores)
-            runs.append(Run(predicted=predicted, measured=measured, beside=near))
-        return row_of(plan, sites, devices, rate, runs)
-
-    def _run(
-        self, mesh: Path, case: Case, sites: int, rate: float, control: CoreControl | None
-    ) -> tuple[Measured, Beside | None]:
+    def rows(self, plan: str, sites: int, devices: int, control: CoreControl | None) -> Iterator[Row]:
+        """At each rate measure, and predict with the cores that were there."""
+        rates = [float(rate) for rate in _RATES.value]
+        mesh, case = self.case(plan, sites, devices, machine_file(self.folder, rates[0]))
         compiled = Path(_CACHE.value, "sites") if _CACHE.value else None
-        with Sites(sites, rate) as network:
-
-            def near() -> tuple[float, StepRates] | None:
-                return None if control is None else (reached_share(network, rate), control.rates())
-
-            before = near()
-            measured = measure(
-                network, self.folder, mesh, case, warm=_WARM.value, steps=_STEPS.value, compiled=compiled
-            )
-            after = near()
-        if before is None or after is None:
-            return measured, None
-        (share, cores), (share_after, cores_after) = before, after
-        return measured, Beside(
-            link_share=min(share, share_after), before=cores, after=cores_after, run_step_s=measured.step_s
-        )
+        with Sites(sites, rates[0]) as network:
+            running = Running(network, self.folder, mesh, case, compiled)
+            for rate in rates:
+                for site in range(sites):
+                    network.shape(site, rate)
+                guess_s = running.block(_WARM.value, 1).step_s
+                steps = max(_STEPS.value, math.ceil(_SECONDS.value / guess_s))
+                runs = []
+                for _ in range(_RUNS.value):
+                    once = partial(run_once, running, steps, network, rate, control)
+                    measured, near = first_quiet(once, _TRIES.value)
+                    cores = None if near is None else near.cores
+                    predicted = self.predict(plan, sites, devices, rate, cores)
+                    runs.append(Run(predicted=predicted, measured=measured, beside=near))
+                yield row_of(plan, sites, devices, rate, runs)
 
     def again(self, row: Row) -> Row:
         """A row of before with the step that is predicted now."""
         at = (row.plan, row.sites, row.devices_per_site, row.link_mbit_per_s)
         return replace(row, **predicted_columns(self.predict(*at, row.cores)))
+
+
+def run_once(
+    running: Running, steps: int, network: Sites, rate: float, control: CoreControl | None
+) -> tuple[Measured, Beside | None]:
+    """A block of steps, and what is beside it."""
+    if control is None:
+        return running.block(_WARM.value, steps), None
+    share, before = reached_share(network, rate), control.rates()
+    measured = running.block(_WARM.value, steps)
+    after = control.rates()
+    share = min(share, reached_share(network, rate))
+    return measured, Beside(link_share=share, before=before, after=after, run_step_s=measured.step_s)
 
 
 def run_lab() -> Iterator[Row]:
@@ -223,8 +227,7 @@ def run_lab() -> Iterator[Row]:
         check_privileges()
         with nullcontext() if _QUICK.value else CoreControl() as control:
             for sites, devices, plan in combinations():
-                for rate in map(float, _RATES.value):
-                    yield lab.row(plan, sites, devices, rate, control)
+                yield from lab.rows(plan, sites, devices, control)
 
 
 def combinations() -> Iterator[tuple[int, int, str]]:

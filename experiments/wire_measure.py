@@ -1,4 +1,7 @@
-"""Runs a case in the wire lab, one process of `train.py` per site, and reads what interfaces counted."""
+"""Runs a case in the wire lab, one process of `train.py` per site, and reads what interfaces counted.
+
+The processes wait between blocks of steps, so that one start serves every rate of the links and every run.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +23,7 @@ from shardlab.spec.case import Case
 
 _PORT = 9911
 _TIMEOUT_S = 300
+_MANY = 1_000_000  # steps: as many as all blocks take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,22 +40,54 @@ class Measured:
     losses: tuple[float, ...]
 
 
-def measure(
-    sites: Sites, folder: Path, mesh: Path, case: Case, *, warm: int, steps: int, compiled: Path | None = None
-) -> Measured:
-    """Run the case, one process per site, which keep what they compile in `compiled`.
+class Running:
+    """The processes of a case, one in each site. They end with the sites."""
 
-    Raises UserError when a process fails or does not end.
-    """
-    processes = start(sites, folder, mesh, case, warm + steps, compiled)
-    wait(processes, folder)
-    return read_measured([read_rows(folder, site) for site in range(len(processes))], warm=warm, steps=steps)
+    def __init__(
+        self, sites: Sites, folder: Path, mesh: Path, case: Case, compiled: Path | None = None
+    ) -> None:
+        """They keep what they compile in `compiled`."""
+        self._folder = folder
+        self._processes = start(sites, folder, mesh, case, _MANY, compiled, blocks=True)
+        self._read = 2  # rows: before anything is joined, and before the first step
+        self._wait(self._read)
+
+    def block(self, warm: int, steps: int) -> Measured:
+        """So many steps, of which those after `warm` count.
+
+        Raises UserError when a process fails or does not get there.
+        """
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{warm + steps}\n")
+            process.stdin.flush()
+        start, self._read = self._read, self._read + warm + steps + 2
+        self._wait(self._read)
+        rows = [read_rows(self._folder, site) for site in range(len(self._processes))]
+        startup_bytes = max(payload(one[0], one[1], "eth0") for one in rows)
+        return read_measured([one[start : self._read] for one in rows], warm, startup_bytes)
+
+    def _wait(self, rows: int) -> None:
+        files = [self._folder / f"site{site}.jsonl" for site in range(len(self._processes))]
+        wait(
+            self._processes,
+            self._folder,
+            lambda: all(file.exists() and file.read_bytes().count(b"\n") >= rows for file in files),
+        )
 
 
 def start(
-    sites: Sites, folder: Path, mesh: Path, case: Case, steps: int, compiled: Path | None = None
+    sites: Sites,
+    folder: Path,
+    mesh: Path,
+    case: Case,
+    steps: int,
+    compiled: Path | None = None,
+    *,
+    blocks: bool = False,
 ) -> list[subprocess.Popen[str]]:
-    """One process per site; what they count and say is in `siteN.jsonl` and `siteN.log`."""
+    """One process per site; what they count and say is in `siteN.jsonl` and `siteN.log`. blocks: they wait to
+    be told how many steps to do."""
     count, processes = len(sites.names), []
     for site in range(count):
         counters = folder / f"site{site}.jsonl"
@@ -62,10 +98,10 @@ def start(
             f"--seq={case.seq}", f"--steps={steps}", f"--counters={counters}",
             f"--coordinator={sites.address(0)}:{_PORT}", f"--process_id={site}",
             f"--num_processes={count}", "--max_text_mb=0.2",
-            f"--compile_cache={compiled or folder / 'compiled'}",
+            f"--compile_cache={compiled or folder / 'compiled'}", f"--blocks={blocks}",
         ]  # fmt: skip
         with (folder / f"site{site}.log").open("w") as log:
-            processes.append(sites.start(site, command, stdout=log, stderr=log))
+            processes.append(sites.start(site, command, stdin=subprocess.PIPE, stdout=log, stderr=log))
     return processes
 
 
@@ -76,40 +112,43 @@ def read_rows(folder: Path, site: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def wait(processes: Sequence[subprocess.Popen[str]], folder: Path) -> None:
-    """Until all have ended well. Raises UserError with the last words of the first that did not."""
+def wait(
+    processes: Sequence[subprocess.Popen[str]], folder: Path, there: Callable[[], bool] | None = None
+) -> None:
+    """Until all have ended well, or `there`. Raises UserError with the last words of the first that ended."""
     deadline_s = time.monotonic() + _TIMEOUT_S
-    while any(process.poll() is None for process in processes):
-        failed = [site for site, process in enumerate(processes) if process.poll()]
+    while not there() if there is not None else any(process.poll() is None for process in processes):
+        ended = [process.poll() for process in processes]
+        failed = [site for site, code in enumerate(ended) if code or (there is not None and code == 0)]
         if failed or time.monotonic() > deadline_s:
             site = failed[0] if failed else 0
             said = (folder / f"site{site}.log").read_text().strip().splitlines()[-1:]
-            what = f"ended with {processes[site].poll()}" if failed else f"no end within {_TIMEOUT_S} s"
+            what = f"ended with {ended[site]}" if failed else f"no end within {_TIMEOUT_S} s"
             raise UserError(Problem(f"site {site}", f"{what}: {' '.join(said)}", "see its output"))
         time.sleep(0.1)
 
 
-def read_measured(rows_of_sites: Sequence[list[dict[str, Any]]], *, warm: int, steps: int) -> Measured:
-    """Differences of counters over the steps that count."""
+def read_measured(rows_of_sites: Sequence[list[dict[str, Any]]], warm: int, startup_bytes: int) -> Measured:
+    """Differences of counters over the steps of a block: a reading before them, one after each, and one after
+    some time in which nothing was done."""
+    steps = len(rows_of_sites[0]) - 2 - warm
     out, inside, frames, durations, busy = [], [], [], [], []
     for rows in rows_of_sites:
-        at = {row["step"]: row for row in rows}
-        first, last = at[warm], at[warm + steps]
+        counted = rows[warm:-1]
+        first, last = counted[0], counted[-1]
         out.append(payload(first, last, "eth0") / steps)
         inside.append(payload(first, last, "lo") / steps)
         frames.append((last["eth0"][2] - first["eth0"][2]) / steps)
         busy.append((last["cpu_s"] - first["cpu_s"]) / steps)
-        times = [at[step]["time_s"] for step in range(warm, warm + steps + 1)]
-        durations.append(median(b - a for a, b in pairwise(times)))
-    one = {row["step"]: row for row in rows_of_sites[0]}
-    idle_s = one[-2]["time_s"] - one[warm + steps]["time_s"]
+        durations.append(median(b["time_s"] - a["time_s"] for a, b in pairwise(counted)))
+    *_, last, idle = rows_of_sites[0]
     return Measured(
         out_bytes=tuple(out),
         loopback_bytes=tuple(inside),
         frame_bytes=tuple(frames),
         step_s=max(durations),
-        startup_bytes=max(payload(rows[0], rows[1], "eth0") for rows in rows_of_sites),
-        idle_bytes_per_s=payload(one[warm + steps], one[-2], "eth0") / idle_s,
+        startup_bytes=startup_bytes,
+        idle_bytes_per_s=payload(last, idle, "eth0") / (idle["time_s"] - last["time_s"]),
         cpu_s=sum(busy),
         losses=tuple(row["loss"] for row in rows_of_sites[0] if row["loss"] is not None),
     )

@@ -1,8 +1,9 @@
 """One site of the wire lab: `train.py`, with the interface counters read before and after every step.
 
 Started by `wire_lab.py`; takes train.py's flags, and --counters=FILE for what it writes: one line of JSON per
-reading, step -1 before anything is joined, 0 before the first step, then every step, and -2 after
---idle_seconds of doing nothing.
+reading, step -1 before anything is joined, 0 before the first step, then every step, and `IDLE` after
+--idle_seconds of doing nothing. With --blocks it does as many steps as a line of standard input says, and
+waits for the next, after a reading before the first of them and an idle one after the last.
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 import train
 from absl import app, flags
-from metrics import Report
+from metrics import Record, Report
 from processes import asked_for, leave
 from windows import read_text
 
 from shardlab.errors import ShardlabError
 
+IDLE = -2
 COUNTERS = flags.DEFINE_string("counters", None, "File to write.", required=True)
+BLOCKS = flags.DEFINE_bool("blocks", False, "Wait to be told how many steps, and again.")
 IDLE_SECONDS = flags.DEFINE_float("idle_seconds", 2.0, "How long to listen to coordination at the end.")
 
 
@@ -45,10 +48,35 @@ def note(file: TextIO, step: int, loss: float | None = None) -> None:
     file.flush()
 
 
-def counted(file: TextIO, done: int) -> AbstractContextManager[Report]:
+@contextmanager
+def counted(file: TextIO, done: int) -> Iterator[Report]:
     """A reading now that everything is compiled and in its place, and one after every step."""
     note(file, done)
-    return nullcontext(lambda record: note(file, record.step, record.loss))
+    until = await_block(file, done) if BLOCKS.value else None
+
+    def report(record: Record) -> None:
+        nonlocal until
+        note(file, record.step, record.loss)
+        if record.step == until:
+            idle(file)
+            until = await_block(file, record.step)
+
+    yield report
+
+
+def await_block(file: TextIO, done: int) -> int:
+    """The last step of the next block; ends the process where there is none."""
+    line = sys.stdin.readline()
+    if not line.strip():
+        leave(0)
+    note(file, done)
+    return done + int(line)
+
+
+def idle(file: TextIO) -> None:
+    """A reading after a while in which nothing is computed."""
+    time.sleep(IDLE_SECONDS.value)
+    note(file, IDLE)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,8 +92,7 @@ def main(argv: Sequence[str]) -> None:
             note(file, -1)
             train.prepare_environment(case, processes)
             train.train(case, text, lambda first: counted(file, first - 1))
-            time.sleep(IDLE_SECONDS.value)
-            note(file, -2)
+            idle(file)
         except ShardlabError as error:
             sys.stderr.write(f"{error}\n")
             leave(error.exit_code)

@@ -83,19 +83,18 @@ def test_counters_become_bytes_per_step() -> None:
         }
 
     rows = [
-        reading(-1, 0, 0, None),
         reading(0, 300, 5, None),
         reading(1, 700, 9),
         reading(2, 1700, 10),
         reading(3, 4700, 20),
     ]
     rows.append(reading(-2, 4800, 21, None) | {"time_s": 8.0})
-    found = read_measured([rows], warm=1, steps=2)
+    found = read_measured([rows], 1, 300)
     assert found.out_bytes == (2000,)
     assert (found.step_s, found.cpu_s) == (1.0, 0.5)
     assert found.startup_bytes == 300
     assert found.idle_bytes_per_s == 20
-    assert payload(rows[2], rows[3], "eth0") == 1000
+    assert payload(rows[1], rows[2], "eth0") == 1000
 
 
 def test_a_profile_becomes_rates() -> None:
@@ -277,7 +276,7 @@ def test_measured_bytes_are_the_predicted_ones(tmp_path: Path) -> None:
     ]
     started_s = time.monotonic()
     done = subprocess.run(
-        [*command, f"--csv={table}", "--warm_steps=1", "--count_steps=2"],
+        [*command, f"--csv={table}", "--warm_steps=1", "--count_steps=2", "--count_seconds=0"],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
