@@ -10,8 +10,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from types import TracebackType
 from typing import TypeVar
 
@@ -51,16 +52,16 @@ class Beside:
         return min(self.link_share / QUIET_SHARE, STEADY / max(self.cores_change, STEADY))
 
 
-def first_quiet(run: Callable[[], tuple[_T, Beside | None]], tries: int) -> tuple[_T, Beside | None]:
-    """The first run that was left alone, or the one that was most.
+def first_quiet(runs: Iterator[tuple[_T, Beside | None]], tries: int) -> tuple[_T, Beside | None]:
+    """The first run that was left alone, or of so many the one that was most.
 
-    run: gives what it measured, and what was beside it; None where that does not matter. What it measured
-    plays no part.
+    runs: what each measured, which plays no part, and what was beside it; None where that does not matter.
     """
     found: list[tuple[float, tuple[_T, Beside | None]]] = []
-    while not found or (found[-1][0] < 1 and len(found) < tries):
-        one = run()
+    for one in islice(runs, tries):
         found.append((1.0 if one[1] is None else one[1].quietness, one))
+        if found[-1][0] >= 1:
+            break
     return max(found, key=lambda pair: pair[0])[1]
 
 

@@ -28,7 +28,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 from absl import app, flags
@@ -87,13 +86,7 @@ class Predicted:
     turns_s: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One run of a row, and its prediction. beside: None where only bytes matter."""
-
-    predicted: Predicted
-    measured: Measured
-    beside: Beside | None
+Run = tuple[Measured, Beside | None]  # None where only bytes matter
 
 
 def machine_file(folder: Path, rate_mbit_per_s: float, cores: StepRates | None = None) -> Path:
@@ -189,14 +182,12 @@ class Lab:
                     network.shape(site, rate)
                 guess_s = running.block(_WARM.value, 1).step_s
                 steps = max(_STEPS.value, math.ceil(_SECONDS.value / guess_s))
-                runs = []
-                for _ in range(_RUNS.value):
-                    once = partial(run_once, running, steps, network, rate, control)
-                    measured, near = first_quiet(once, _TRIES.value)
-                    cores = None if near is None else near.cores
-                    predicted = self.predict(plan, sites, devices, rate, cores)
-                    runs.append(Run(predicted=predicted, measured=measured, beside=near))
-                yield row_of(plan, sites, devices, rate, runs)
+                blocks = watched(running, steps, network, control)
+                runs = [first_quiet(blocks, _TRIES.value) for _ in range(_RUNS.value)]
+                _, near = middle(runs)
+                cores = None if near is None else near.cores
+                predicted = self.predict(plan, sites, devices, rate, cores)
+                yield row_of(plan, sites, devices, rate, predicted, runs)
 
     def again(self, row: Row) -> Row:
         """A row of before with the step that is predicted now."""
@@ -204,17 +195,22 @@ class Lab:
         return replace(row, **predicted_columns(self.predict(*at, row.cores)))
 
 
-def run_once(
-    running: Running, steps: int, network: Sites, rate: float, control: CoreControl | None
-) -> tuple[Measured, Beside | None]:
-    """A block of steps, and what is beside it."""
-    if control is None:
-        return running.block(_WARM.value, steps), None
-    share, before = reached_share(network, rate), control.rates()
-    measured = running.block(_WARM.value, steps)
-    after = control.rates()
-    share = min(share, reached_share(network, rate))
-    return measured, Beside(link_share=share, before=before, after=after, run_step_s=measured.step_s)
+def watched(running: Running, steps: int, network: Sites, control: CoreControl | None) -> Iterator[Run]:
+    """Blocks of steps, and what is beside them; between two of them links and cores are looked at once."""
+
+    def look() -> tuple[float, StepRates] | None:
+        return None if control is None else (reached_share(network), control.rates())
+
+    before = look()
+    while True:
+        measured, after = running.block(_WARM.value, steps), look()
+        near = None
+        if before is not None and after is not None:
+            (share, cores), (share_after, cores_after) = before, after
+            share, taken_s = min(share, share_after), measured.step_s
+            near = Beside(link_share=share, before=cores, after=cores_after, run_step_s=taken_s)
+        yield measured, near
+        before = after
 
 
 def run_lab() -> Iterator[Row]:
@@ -255,23 +251,26 @@ def predicted_columns(predicted: Predicted) -> dict[str, float | None]:
     }
 
 
-def row_of(plan: str, sites: int, devices: int, rate: float, runs: Sequence[Run]) -> Row:
-    """Predictions and measurements as a row of the table: of the runs the one in the middle by its time, with
-    the prediction for its cores, and the worst of their bytes."""
-    by_time = sorted(runs, key=lambda run: run.measured.step_s)
-    middle = by_time[len(by_time) // 2]
-    predicted, measured = middle.predicted, middle.measured
+def middle(runs: Sequence[Run]) -> Run:
+    """The run in the middle by its time."""
+    return sorted(runs, key=lambda run: run[0].step_s)[len(runs) // 2]
+
+
+def row_of(
+    plan: str, sites: int, devices: int, rate: float, predicted: Predicted, runs: Sequence[Run]
+) -> Row:
+    """Prediction and measurement as a row of the table: of the runs the one in the middle, for whose cores
+    the prediction is, and the worst of their bytes."""
+    measured, chosen = middle(runs)
     errors = [
         abs(found / float(said + headers) - 1)
-        for run in runs
-        for said, headers, found in zip(
-            run.predicted.out_bytes, run.predicted.gloo_bytes, run.measured.out_bytes, strict=True
-        )
+        for run, _ in runs
+        for said, headers, found in zip(predicted.out_bytes, predicted.gloo_bytes, run.out_bytes, strict=True)
         if said
     ]
     most = max(range(sites), key=lambda site: predicted.out_bytes[site])
-    near = [run.beside for run in runs if run.beside is not None]
-    cores = asdict(middle.beside.cores) if middle.beside is not None else {}
+    near = [one for _, one in runs if one is not None]
+    cores = asdict(chosen.cores) if chosen is not None else {}
     return Row(
         plan=plan,
         sites=sites,
@@ -288,8 +287,8 @@ def row_of(plan: str, sites: int, devices: int, rate: float, runs: Sequence[Run]
         startup_bytes=measured.startup_bytes,
         idle_bytes_per_s=round(measured.idle_bytes_per_s),
         measured_cpu_s=round(measured.cpu_s, 4),
-        least_step_s=round(by_time[0].measured.step_s, 4),
-        most_step_s=round(by_time[-1].measured.step_s, 4),
+        least_step_s=round(min(run.step_s for run, _ in runs), 4),
+        most_step_s=round(max(run.step_s for run, _ in runs), 4),
         link_share=min((round(one.link_share, 3) for one in near), default=None),
         cores_change=max((round(one.cores_change, 3) for one in near), default=None),
         **{f"cores_{name}": float(f"{value:.4g}") for name, value in cores.items()},

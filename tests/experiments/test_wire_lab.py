@@ -18,7 +18,7 @@ import sites
 from sites import HEADER_BYTES, Sites, check_privileges, remove_leftovers
 from wire_control import QUIET_SHARE, STEADY, Beside, first_quiet
 from wire_cores import StepRates, rates_of, work_of
-from wire_lab import Predicted, Run, machine_file, row_of
+from wire_lab import Predicted, machine_file, middle, row_of
 from wire_measure import Measured, payload, read_measured
 from wire_plans import PLANS
 from wire_plot import Point, write_plot
@@ -195,7 +195,7 @@ QUIET = beside(QUIET_SHARE, 0.1, 0.1)
 )
 def test_a_run_beside_other_work_is_done_again(near: list[Beside | None], taken: int, runs: int) -> None:
     left = iter(enumerate([*near, *[QUIET] * (3 - len(near))]))
-    assert first_quiet(lambda: next(left), 3) == (taken, near[taken])
+    assert first_quiet(left, 3) == (taken, near[taken])
     assert len(list(left)) == 3 - runs
 
 
@@ -209,22 +209,23 @@ def test_cores_beside_a_run_are_those_before_and_after_by_their_times() -> None:
 
 
 def test_a_row_is_of_the_run_in_the_middle_and_of_the_worst_bytes() -> None:
-    """Three runs, of 3, 1 and 2 s; each has a prediction of its own; one sent 110 bytes for 100."""
+    """Three runs, of 3, 1 and 2 s, one of which sent 110 bytes for 100."""
 
-    def run(step_s: float, sent: float, near: Beside) -> Run:
-        predicted = Predicted(
-            out_bytes=(Fraction(96), Fraction(96)), loopback_bytes=(Fraction(0),) * 2, gloo_bytes=(4, 4),
-            step_s=step_s + 0.25, communication_s=step_s / 2, turns_s=0.0,
-        )  # fmt: skip
+    def run(step_s: float, sent: float, near: Beside) -> tuple[Measured, Beside]:
         measured = Measured(
             out_bytes=(sent, 100.0), loopback_bytes=(0.0, 0.0), frame_bytes=(120.0, 120.0), step_s=step_s,
             startup_bytes=7, idle_bytes_per_s=0.0, cpu_s=0.5, losses=(1.0,),
         )  # fmt: skip
-        return Run(predicted=predicted, measured=measured, beside=near)
+        return measured, near
 
+    predicted = Predicted(
+        out_bytes=(Fraction(96), Fraction(96)), loopback_bytes=(Fraction(0),) * 2, gloo_bytes=(4, 4),
+        step_s=2.25, communication_s=1.5, turns_s=0.0,
+    )  # fmt: skip
     runs = [run(3.0, 110, beside(0.93, 0.1, 0.1)), run(1.0, 100, QUIET), run(2.0, 101, beside(1, 0.2, 0.1))]
-    row = row_of("data", 2, 1, 100.0, runs)
-    assert (row.measured_step_s, row.predicted_step_s, row.predicted_communication_s) == (2.0, 2.25, 1.0)
+    assert middle(runs) == runs[2]
+    row = row_of("data", 2, 1, 100.0, predicted, runs)
+    assert (row.measured_step_s, row.predicted_step_s, row.predicted_communication_s) == (2.0, 2.25, 1.5)
     assert (row.least_step_s, row.most_step_s, row.measured_wire_bytes) == (1.0, 3.0, 101)
     assert (row.site_error, row.link_share, row.cores_change) == (0.1, round(QUIET_SHARE, 3), 0.2)
     assert row.cores == StepRates(
