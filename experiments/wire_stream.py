@@ -84,8 +84,8 @@ def stream(sites: Sites, size: int, *, both: bool = False, local: bool = False) 
 
 
 def reached_share(sites: Sites) -> float:
-    """How much of the first site's rate a short stream has as payload, one way or both ways at once, whichever
-    is less."""
+    """How much of the first site's rate a short stream has as payload, one way or both ways at once, the
+    less of these."""
     rate_mbit_per_s = sites.rates[0]
     assert rate_mbit_per_s is not None
     size = int(rate_mbit_per_s * 125_000 * _CONTROL_S)
