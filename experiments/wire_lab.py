@@ -170,24 +170,19 @@ class Lab:
         program = self.cache.compile(self.case(plan, sites, devices, LAB)[1])
         return predict(case, program, load_machine(case.machine))
 
-    def rows(self, plan: str, sites: int, devices: int, control: CoreControl | None) -> Iterator[Row]:
-        """At each rate measure, and predict with the cores that were there."""
-        rates = [float(rate) for rate in _RATES.value]
-        mesh, case = self.case(plan, sites, devices, machine_file(self.folder, rates[0]))
+    def row(self, plan: str, sites: int, devices: int, rate: float, control: CoreControl | None) -> Row:
+        """Measure, and predict with the cores that were there."""
+        mesh, case = self.case(plan, sites, devices, machine_file(self.folder, rate))
         compiled = Path(_CACHE.value, "sites") if _CACHE.value else None
-        with Sites(sites, rates[0]) as network:
+        with Sites(sites, rate) as network:
             running = Running(network, self.folder, mesh, case, compiled)
-            for rate in rates:
-                for site in range(sites):
-                    network.shape(site, rate)
-                guess_s = running.block(_WARM.value, 1).step_s
-                steps = max(_STEPS.value, math.ceil(_SECONDS.value / guess_s))
-                blocks = watched(running, steps, network, control)
-                runs = [first_quiet(blocks, _TRIES.value) for _ in range(_RUNS.value)]
-                _, near = middle(runs)
-                cores = None if near is None else near.cores
-                predicted = self.predict(plan, sites, devices, rate, cores)
-                yield row_of(plan, sites, devices, rate, predicted, runs)
+            guess_s = running.block(_WARM.value, 1).step_s
+            steps = max(_STEPS.value, math.ceil(_SECONDS.value / guess_s))
+            blocks = watched(running, steps, network, control)
+            runs = [first_quiet(blocks, _TRIES.value) for _ in range(_RUNS.value)]
+        _, near = middle(runs)
+        predicted = self.predict(plan, sites, devices, rate, None if near is None else near.cores)
+        return row_of(plan, sites, devices, rate, predicted, runs)
 
     def again(self, row: Row) -> Row:
         """A row of before with the step that is predicted now."""
@@ -223,7 +218,8 @@ def run_lab() -> Iterator[Row]:
         check_privileges()
         with nullcontext() if _QUICK.value else CoreControl() as control:
             for sites, devices, plan in combinations():
-                yield from lab.rows(plan, sites, devices, control)
+                for rate in map(float, _RATES.value):
+                    yield lab.row(plan, sites, devices, rate, control)
 
 
 def combinations() -> Iterator[tuple[int, int, str]]:

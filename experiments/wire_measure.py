@@ -1,6 +1,7 @@
 """Runs a case in the wire lab, one process of `train.py` per site, and reads what interfaces counted.
 
-The processes wait between blocks of steps, so that one start serves every rate of the links and every run.
+The processes wait between blocks of steps, so that one start serves every run of a row. It does not serve
+other rates: a connection keeps how many segments it hands to the interface at once (`sites.py`).
 """
 
 from __future__ import annotations
