@@ -49,14 +49,32 @@ wire_tests() {
   "${root[@]}" "$1/bin/pytest" -p no:cacheprovider -m wire
 }
 
-# readme_test_command VENV [pytest arguments]: runs the command that the README gives, in VENV instead of .venv.
-readme_test_command() {
-  local venv=$1 command
-  shift
+# readme_command VENV: the command that the README gives, in VENV instead of .venv.
+readme_command() {
+  local command
   command=$(sed -n 's/^\(python3 -m venv .*pytest.*\)$/\1/p' README.md | head -n 1)
   [ -n "$command" ] || { echo "README.md has no line that sets up and runs pytest" >&2; return 1; }
   command=${command//python3 -m venv .venv/true}
-  command=${command//.venv/$venv}
+  echo "${command//.venv/$1}"
+}
+
+# set_up_beside X.Y: an environment with what the README's command installs, while another is set up; from a copy of
+# the tree, so that two builds do not meet in one.
+set_up_beside() {
+  local copy command
+  copy=$(mktemp -d)
+  cp -r pyproject.toml README.md LICENSE shardlab .ci "$copy"
+  make_venv "$1"
+  command=$(readme_command "$venv")
+  (cd "$copy" && eval "${command%% && "$venv"/bin/pytest*}")
+  rm -rf "$copy"
+}
+
+# readme_test_command VENV [pytest arguments]: all of it.
+readme_test_command() {
+  local venv=$1 command
+  shift
+  command=$(readme_command "$venv")
   [ $# -eq 0 ] || command+=$(printf ' %q' "$@")
   echo "+ $command"
   eval "$command"

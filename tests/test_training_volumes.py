@@ -138,11 +138,9 @@ products = "{products}"
 """
 
 
-@pytest.mark.matrix
+@pytest.mark.full
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("products", "gathered_bytes"), [("fp8", 1), pytest.param("fp8-rowwise", 2, marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize(("products", "gathered_bytes"), [("fp8", 1), ("fp8-rowwise", 2)])
 def test_fp8_partial_sums_add_up_before_they_are_scattered(products: str, gathered_bytes: int) -> None:
     """Megatron's sequence parallelism under full remat: a layer gathers tokens before its two halves, forward
     and again, and the gradients of the two results; it scatters the two results, one of them again (the
@@ -215,7 +213,7 @@ def test_an_unfused_loss_has_its_f32_arrays_in_memory(loss: str, arrays: int) ->
     assert sum(row.layer in ("head", "loss") for row in large) == arrays
 
 
-@pytest.mark.matrix
+@pytest.mark.full
 @pytest.mark.gpu
 def test_cudnn_attends_within_the_window() -> None:
     """Flash attention: 2 products forward and again under full remat, 5 backward, of the pairs that meet."""

@@ -284,7 +284,7 @@ WIDE = replace(MIXTURE, name="wide", embed=128, head_dim=16, mlp=256, vocab=512)
 @pytest.mark.parametrize(
     "machine",
     [
-        pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.matrix]),
+        pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.full]),
         pytest.param("v5e:2x4", marks=[pytest.mark.tpu, pytest.mark.matrix]),
     ],
 )

@@ -78,7 +78,6 @@ MARKS = {
     ("1f1b", "zero1-tensor-sequence"): (),
     ("zb-h1", "hybrid-zero1"): (),
     ("gpipe", "fsdp-tensor"): pytest.mark.matrix,
-    ("1f1b", "data"): pytest.mark.matrix,
 }
 
 
