@@ -3,7 +3,8 @@
 sudo python experiments/wire_failures.py --plan=data --rate=50
 
 straggler: one site's link at a tenth of the rate; the prediction is that of links which are all that slow,
-since a ring waits for its slowest. link: down for --down_seconds in the middle of a step; TCP sends again,
+since a ring waits for its slowest; it takes longer by what queues in front of that link, where
+acknowledgements wait behind data. link: down for --down_seconds in the middle of a step; TCP sends again,
 and the losses are those of an undisturbed run. site: its process is killed; the others end with a message.
 """
 
