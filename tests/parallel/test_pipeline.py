@@ -108,7 +108,7 @@ NAMED = {"keep": ["query", "attention", "up"]}
     ("schedule", "grid", "remat"),
     [
         pytest.param("1f1b", "zero1-tensor-sequence", "selective"),
-        pytest.param("zb-h1", "data", "selective", marks=pytest.mark.matrix),
+        pytest.param("zb-h1", "data", "selective", marks=pytest.mark.full),
         pytest.param("interleaved", "fsdp-tensor", "selective", marks=pytest.mark.full),
         pytest.param("1f1b", "fsdp", "none", marks=pytest.mark.full),
         pytest.param("zb-h1", "hybrid-zero1", "none", marks=pytest.mark.full),
