@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from types import TracebackType
@@ -18,6 +19,8 @@ from typing import TypeVar
 
 from sites import EFFICIENCY, on_core
 from wire_cores import OneDeviceStep, StepRates
+
+from shardlab.errors import Problem, UserError
 
 QUIET_SHARE = 0.95 * EFFICIENCY  # of a link's rate
 STEADY = 0.1  # of a run's own step, by which the step of one device may change
@@ -80,15 +83,23 @@ class CoreControl:
             )
             for index in range(os.cpu_count() or 1)
         ]
-        self._told()
+        try:
+            self._told()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def rates(self) -> StepRates:
-        """All cores at once; as many times what the slowest gets, since a step waits for it."""
+        """All cores at once; as many times what the slowest gets, since a step waits for it.
+
+        Raises UserError when one of the processes has ended.
+        """
         for process in self._running:
             assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
+            with suppress(BrokenPipeError):  # it has ended: `_told` says so
+                process.stdin.write("\n")
+                process.stdin.flush()
         told = self._told()
         slowest = max(told, key=lambda one: one["step_s"])
         return StepRates(
@@ -97,6 +108,11 @@ class CoreControl:
 
     def _told(self) -> list[dict[str, float]]:
         lines = [process.stdout.readline() for process in self._running if process.stdout is not None]
+        if not all(lines):
+            core = lines.index("")
+            raise UserError(
+                Problem(f"core {core}", "its control ended", "see what it said; pip install '.[train]'")
+            )
         return [json.loads(line) for line in lines]
 
     def __exit__(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +39,6 @@ class Measured:
     startup_bytes: int
     idle_bytes_per_s: float
     cpu_s: float
-    losses: tuple[float, ...]
 
 
 class Running:
@@ -60,8 +60,9 @@ class Running:
         """
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.write(f"{warm + steps}\n")
-            process.stdin.flush()
+            with suppress(BrokenPipeError):  # it has ended: `wait` says of what
+                process.stdin.write(f"{warm + steps}\n")
+                process.stdin.flush()
         start, self._read = self._read, self._read + warm + steps + 2
         self._wait(self._read)
         rows = [read_rows(self._folder, site) for site in range(len(self._processes))]
@@ -151,7 +152,6 @@ def read_measured(rows_of_sites: Sequence[list[dict[str, Any]]], warm: int, star
         startup_bytes=startup_bytes,
         idle_bytes_per_s=payload(last, idle, "eth0") / (idle["time_s"] - last["time_s"]),
         cpu_s=sum(busy),
-        losses=tuple(row["loss"] for row in rows_of_sites[0] if row["loss"] is not None),
     )
 
 

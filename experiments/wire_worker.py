@@ -28,7 +28,7 @@ from shardlab.errors import ShardlabError
 IDLE = -2
 COUNTERS = flags.DEFINE_string("counters", None, "File to write.", required=True)
 BLOCKS = flags.DEFINE_bool("blocks", False, "Wait to be told how many steps, and again.")
-IDLE_SECONDS = flags.DEFINE_float("idle_seconds", 1.0, "How long to listen to coordination at the end.")
+IDLE_SECONDS = flags.DEFINE_float("idle_seconds", 1.0, "How long to listen to coordination after steps.")
 
 
 def read_counters() -> dict[str, list[int]]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import sites
+import wire_control
 from sites import HEADER_BYTES, Sites, check_privileges, remove_leftovers
-from wire_control import QUIET_SHARE, STEADY, Beside, first_quiet
+from wire_control import QUIET_SHARE, STEADY, Beside, CoreControl, first_quiet
 from wire_cores import StepRates, rates_of, work_of
 from wire_lab import Predicted, machine_file, middle, row_of
 from wire_measure import Measured, payload, read_measured
@@ -199,6 +201,30 @@ def test_a_run_beside_other_work_is_done_again(near: list[Beside | None], taken:
     assert len(list(left)) == 3 - runs
 
 
+def test_says_when_a_control_of_the_cores_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, as without jax, and later; nothing of it goes on."""
+    monkeypatch.setattr(wire_control, "on_core", lambda index, command: ["sh", "-c", f"exit {index}"])
+    with pytest.raises(UserError, match="core 0: its control ended"), CoreControl():
+        pass
+    told = json.dumps(asdict(CORES))
+    monkeypatch.setattr(wire_control, "on_core", lambda index, command: ["echo", told])
+    with CoreControl() as control, pytest.raises(UserError, match="core 0: its control ended"):
+        control.rates()
+    assert all(process.poll() is not None for process in control._running)
+
+
+def test_the_slowest_core_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores: of the slower one, twice."""
+    told = [json.dumps(asdict(replace(CORES, step_s=s, memory_bytes_per_s=1e9 / s))) for s in (0.1, 0.2)]
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    script = 'echo "$0"; read line; echo "$0"'
+    monkeypatch.setattr(wire_control, "on_core", lambda index, command: ["sh", "-c", script, told[index]])
+    with CoreControl() as control:
+        assert control.rates() == StepRates(
+            step_s=0.2, bf16_flops_per_s=4e11, dot_bf16_flops_per_s=6e10, memory_bytes_per_s=1e10
+        )
+
+
 def test_cores_beside_a_run_are_those_before_and_after_by_their_times() -> None:
     """A loop at 4 and 2 GB/s takes as long as one at 8/3."""
     after = replace(CORES, step_s=0.2, memory_bytes_per_s=2e10)
@@ -214,7 +240,7 @@ def test_a_row_is_of_the_run_in_the_middle_and_of_the_worst_bytes() -> None:
     def run(step_s: float, sent: float, near: Beside) -> tuple[Measured, Beside]:
         measured = Measured(
             out_bytes=(sent, 100.0), loopback_bytes=(0.0, 0.0), frame_bytes=(120.0, 120.0), step_s=step_s,
-            startup_bytes=7, idle_bytes_per_s=0.0, cpu_s=0.5, losses=(1.0,),
+            startup_bytes=7, idle_bytes_per_s=0.0, cpu_s=0.5,
         )  # fmt: skip
         return measured, near
 
