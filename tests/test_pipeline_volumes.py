@@ -10,6 +10,7 @@ from functools import cache
 import published_schedules as published
 import pytest
 from compiled_plans import compiled_case
+from compilers import otherwise_in_jax_0_10
 from second_counter.literature import (
     REMAT_ALL_REDUCES,
     REMAT_SEQUENCE_GATHERS,
@@ -268,6 +269,7 @@ def test_stages_need_nothing_else_of_each_other() -> None:
 
 
 @pytest.mark.gpu
+@otherwise_in_jax_0_10("casts a layer's weights at every tick")
 def test_weights_are_cast_once_and_gradients_added_in_place() -> None:
     """Of a stage's two layers, the MLP's kernels: no layer's f32 weight is cast to bf16 in the loops, and no
     layer's f32 sum is taken out of its stack; both were, and were a quarter of Megatron 175B's HBM

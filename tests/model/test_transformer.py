@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import otherwise_in_jax_0_10
 
 from shardlab.model.cache import Slots
 from shardlab.model.loss import Loss, cross_entropy, in_parts, unfused_cross_entropy
@@ -207,7 +208,8 @@ def most_operands_of_a_fusion(layers: int) -> int:
     return max(line.split(" fusion(")[1].split(")")[0].count("%") for line in fusions)
 
 
-@pytest.mark.matrix  # XLA of JAX 0.10 removes the barriers before it fuses: 3.12 only
+@pytest.mark.matrix
+@otherwise_in_jax_0_10("removes the barriers before it fuses")
 def test_unrolled_layers_do_not_add_up_the_gradients_of_all_later_ones() -> None:
     """What enters a layer is an array in memory, so no fusion grows with the number of layers."""
     assert most_operands_of_a_fusion(6) == most_operands_of_a_fusion(3)

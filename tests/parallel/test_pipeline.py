@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import pytest
+from compilers import otherwise_in_jax_0_10
 from emulated import (
     FSDP,
     SMALL,
@@ -101,6 +102,7 @@ def test_every_schedule_trains_as_one_device(schedule: str, grid: str) -> None:
     check_equal(case_of(piped(schedule, grid, **fewer), SIX))
 
 
+COPIES = "copies the stash on CPU devices"
 NAMED = {"keep": ["query", "attention", "up"]}
 
 
@@ -193,6 +195,7 @@ def test_temporary_memory_over_microbatches(counts: tuple[int, ...]) -> None:
 
 
 @pytest.mark.matrix
+@otherwise_in_jax_0_10(COPIES)
 def test_selective_keeps_what_goes_into_products_and_attention() -> None:
     """Of each layer and microbatch in flight: its input and attention's output (E numbers per token each),
     queries, keys, values and what attention gives, and the MLP's two results before its activation. In
@@ -210,10 +213,10 @@ def test_selective_keeps_what_goes_into_products_and_attention() -> None:
     assert grown["selective"] - grown["full"] == pytest.approx(difference, rel=1e-3)
 
 
+@otherwise_in_jax_0_10(COPIES)
 @pytest.mark.parametrize(
     ("remat", "stash"),
     [
-        # XLA of JAX 0.10 copies it on CPU devices even so: 3.12 only.
         pytest.param("full", f"f32[2,3,2,32,{SMALL.embed}]", marks=pytest.mark.matrix),
         pytest.param("selective", f"f32[2,3,2,32,{SMALL.mlp}]", marks=pytest.mark.matrix),
     ],

@@ -12,13 +12,14 @@ What XLA:TPU does otherwise: `strategy_volumes.SummedWhole`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import pytest
 import strategy_volumes as closed
+from compilers import otherwise_in_jax_0_10
 from emulated import SMALL, asked, case_of, step_of
 from strategy_volumes import F32, SummedWhole, Volumes, together
 
@@ -253,6 +254,7 @@ def forbid(name: str, figures: Figures, rows: list[CollectiveRow]) -> None:
             assert row.executions == (1, 1), row  # once per step
 
 
+NONE: Mapping[str, pytest.MarkDecorator] = {}
 ALWAYS = ("fsdp-accumulate", "tensor", "sequence-zero1-accumulate")
 
 
@@ -265,14 +267,22 @@ def test_bytes_on_emulated_devices(name: str) -> None:
     forbid(name, figures, rows)
 
 
-def compiled_for(*often: str) -> Any:
-    """All cases as parameters; in the full set only, but for these."""
+def compiled_for(*often: str, marks: Mapping[str, pytest.MarkDecorator] = NONE) -> Any:
+    """All cases as parameters; in the full set only, but for these. marks: more of some cases."""
     sets = {True: pytest.mark.matrix, False: pytest.mark.full}
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=sets[n in often]) for n in CASES])
+    params = [pytest.param(n, marks=[sets[n in often], *([marks[n]] if n in marks else [])]) for n in CASES]
+    return pytest.mark.parametrize("name", params)
 
 
 @pytest.mark.gpu
-@compiled_for("sequence-zero1-accumulate")
+@compiled_for(
+    "sequence-zero1-accumulate",
+    marks={
+        "sequence-zero1-accumulate": otherwise_in_jax_0_10(
+            "all-reduces the norms' gradients over `tensor` for each microbatch"
+        )
+    },
+)
 def test_bytes_on_gpus(name: str) -> None:
     figures, rows = compiled(name, "gpu")
     assert differences(figures, name, rows) == {}
