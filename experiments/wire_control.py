@@ -1,6 +1,7 @@
 """What the links and the cores do beside a run of the wire lab, whatever the run itself takes.
 
-Before and after it a plain stream, one way and both ways at once, and a step of one device on every core.
+Before and after it a plain stream, one way and both ways at once, and on every core a step of one device of
+the run's own model: a mixture's masks and transposed copies are slower than other loops.
 Where the stream has not the rate, or the cores have changed, other work holds them: the run is done again.
 """
 
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import islice
 from types import TracebackType
 from typing import TypeVar
@@ -84,36 +86,34 @@ class CoreControl:
             for index in range(os.cpu_count() or 1)
         ]
         try:
-            self._told()
+            self.rates("data")
         except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
 
-    def rates(self) -> StepRates:
-        """All cores at once; as many times what the slowest gets, since a step waits for it.
+    def rates(self, plan: str) -> StepRates:
+        """Of this plan on one device, all cores at once; as many times what the slowest gets, since a step
+        waits for it.
 
         Raises UserError when one of the processes has ended.
         """
         for process in self._running:
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # it has ended: `_told` says so
-                process.stdin.write("\n")
+                process.stdin.write(f"{plan}\n")
                 process.stdin.flush()
-        told = self._told()
-        slowest = max(told, key=lambda one: one["step_s"])
-        return StepRates(
-            **{name: value * (1 if name == "step_s" else len(told)) for name, value in slowest.items()}
-        )
-
-    def _told(self) -> list[dict[str, float]]:
         lines = [process.stdout.readline() for process in self._running if process.stdout is not None]
         if not all(lines):
             core = lines.index("")
             raise UserError(
                 Problem(f"core {core}", "its control ended", "see what it said; pip install '.[train]'")
             )
-        return [json.loads(line) for line in lines]
+        told = [json.loads(line) for line in lines]
+        slowest = max(told, key=lambda one: one["step_s"])
+        return StepRates(
+            **{name: value * (1 if name == "step_s" else len(told)) for name, value in slowest.items()}
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -124,11 +124,10 @@ class CoreControl:
 
 
 def main() -> None:
-    """Say what a step takes, once compiled and then for every line that comes."""
-    step = OneDeviceStep()
-    print(json.dumps(asdict(step.rates())), flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(asdict(step.rates())), flush=True)
+    """For every line that comes, a plan's name, say what its step takes; each is compiled once."""
+    compiled = cache(OneDeviceStep)
+    for line in sys.stdin:
+        print(json.dumps(asdict(compiled(line.strip()).rates())), flush=True)
 
 
 if __name__ == "__main__":

@@ -68,13 +68,13 @@ def core_rates() -> dict[str, float]:
     for name, (one, touched) in loops.items():
         array = jnp.ones((512, 512), jnp.bfloat16 if name.endswith("bf16") else jnp.float32)
         found[f"loop {name}"] = touched * array.nbytes / each_s(one, array, 50)
-    return found | asdict(OneDeviceStep().rates())
+    return found | asdict(OneDeviceStep("data").rates())
 
 
 class OneDeviceStep:
-    """The plan `data` on one device, which no link joins to others."""
+    """One of the lab's plans on one device, which no link joins to others."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: str) -> None:
         import jax
         import jax.numpy as jnp
         import numpy as np
@@ -83,9 +83,10 @@ class OneDeviceStep:
         from shardlab.spec.case import make_case
         from shardlab.spec.plan import plan_from_text
 
-        made = PLANS["data"]
+        made = PLANS[plan]
         case = make_case(plan_from_text(made.text(1)), made.model, "cpu:1", made.batch, made.seq)
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+        axes = tuple(case.plan.axes)
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape([1] * len(axes)), axes)
         step = build_step(case, mesh, target="cpu", compute_dtype=jnp.bfloat16)
         self._compiled = step.function.lower(*step.arguments).compile()
         self._state = init_state(case, mesh, 0)

@@ -178,7 +178,7 @@ class Lab:
             running = Running(network, self.folder, mesh, case, compiled)
             guess_s = running.block(_WARM.value, 1).step_s
             steps = max(_STEPS.value, math.ceil(_SECONDS.value / guess_s))
-            blocks = watched(running, steps, network, control)
+            blocks = watched(running, steps, network, control, PLANS[plan].alone)
             runs = [first_quiet(blocks, _TRIES.value) for _ in range(_RUNS.value)]
         _, near = middle(runs)
         predicted = self.predict(plan, sites, devices, rate, None if near is None else near.cores)
@@ -190,11 +190,14 @@ class Lab:
         return replace(row, **predicted_columns(self.predict(*at, row.cores)))
 
 
-def watched(running: Running, steps: int, network: Sites, control: CoreControl | None) -> Iterator[Run]:
-    """Blocks of steps, and what is beside them; between two of them links and cores are looked at once."""
+def watched(
+    running: Running, steps: int, network: Sites, control: CoreControl | None, alone: str
+) -> Iterator[Run]:
+    """Blocks of steps, and what is beside them; between two of them links and cores, by the step of the plan
+    `alone`, are looked at once."""
 
     def look() -> tuple[float, StepRates] | None:
-        return None if control is None else (reached_share(network), control.rates())
+        return None if control is None else (reached_share(network), control.rates(alone))
 
     before = look()
     while True:

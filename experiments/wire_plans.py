@@ -11,13 +11,15 @@ _QUICK = '[compiler]\nflags = ["--xla_backend_optimization_level=0"]\n'
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WirePlan:
-    """axes: `NAME = N`, or several; batch: sequences per device that splits the batch, or in all."""
+    """axes: `NAME = N`, or several; batch: sequences per device that splits the batch, or in all; alone: the
+    plan of the same model whose step of one device says what cores are worth to this one."""
 
     axes: str
     rules: str
     model: str = "tiny"
     batch: int = 8
     seq: int = 64
+    alone: str = "data"
 
     def text(self, devices: int, *, quick: bool = False) -> str:
         """The mesh file for this many devices. quick: compiles in less time, and computes in more."""
@@ -51,5 +53,6 @@ PLANS = {
         axes="expert = N",
         rules='[params]\nexpert = ["expert"]\n[activations]\nbatch = ["expert"]',
         model="tiny-deepseek",
+        alone="expert",
     ),
 }

@@ -30,7 +30,7 @@ from wire_table import Row, read_csv, write_csv
 from shardlab.errors import UserError
 from shardlab.hardware.catalog import load_machine
 from shardlab.spec.case import make_case
-from shardlab.spec.plan import load_plan
+from shardlab.spec.plan import load_plan, plan_from_text
 
 ROOT = Path(__file__).parents[2]
 LAB = ROOT / "experiments" / "lab.toml"
@@ -209,7 +209,7 @@ def test_says_when_a_control_of_the_cores_ends(monkeypatch: pytest.MonkeyPatch) 
     told = json.dumps(asdict(CORES))
     monkeypatch.setattr(wire_control, "on_core", lambda index, command: ["echo", told])
     with CoreControl() as control, pytest.raises(UserError, match="core 0: its control ended"):
-        control.rates()
+        control.rates("data")
     assert all(process.poll() is not None for process in control._running)
 
 
@@ -217,12 +217,41 @@ def test_the_slowest_core_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cores: of the slower one, twice."""
     told = [json.dumps(asdict(replace(CORES, step_s=s, memory_bytes_per_s=1e9 / s))) for s in (0.1, 0.2)]
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    script = 'echo "$0"; read line; echo "$0"'
+    script = 'read plan; echo "$0"; read plan; echo "$0"'
     monkeypatch.setattr(wire_control, "on_core", lambda index, command: ["sh", "-c", script, told[index]])
     with CoreControl() as control:
-        assert control.rates() == StepRates(
+        assert control.rates("data") == StepRates(
             step_s=0.2, bf16_flops_per_s=4e11, dot_bf16_flops_per_s=6e10, memory_bytes_per_s=1e10
         )
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_cores_are_measured_by_a_step_of_the_same_model(plan: str) -> None:
+    """Of a plan that one device can have."""
+    alone = PLANS[PLANS[plan].alone]
+    assert alone.model == PLANS[plan].model
+    assert plan_from_text(alone.text(1)).num_devices == 1
+
+
+def test_a_control_compiles_each_plan_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is asked for experts, then for `data`, then for experts."""
+    compiled = []
+
+    class Step:
+        def __init__(self, plan: str) -> None:
+            compiled.append(plan)
+            self._step_s = len(plan)
+
+        def rates(self) -> StepRates:
+            return replace(CORES, step_s=self._step_s)
+
+    monkeypatch.setattr(wire_control, "OneDeviceStep", Step)
+    monkeypatch.setattr(sys, "stdin", ["expert\n", "data\n", "expert\n"])
+    wire_control.main()
+    assert compiled == ["expert", "data"]
+    assert [json.loads(line)["step_s"] for line in capsys.readouterr().out.splitlines()] == [6, 4, 6]
 
 
 def test_cores_beside_a_run_are_those_before_and_after_by_their_times() -> None:
