@@ -1,4 +1,4 @@
-"""Shipped plans compiled for their own targets, once per test process: a compile takes half a minute."""
+"""Cases compiled for their own targets, without what takes long and comes after all that the tests read."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Literal
 
 from shardlab.compile import compile_case
+from shardlab.hardware.catalog import load_machine
 from shardlab.program import Program
 from shardlab.spec.case import Case, make_case
 from shardlab.spec.plan import load_plan
+from shardlab.spec.step import AnyCase
 
 Remat = Literal["none", "full"]
+# Neither changes an instruction; `test_compile_case.py` and the commands' tests compile without them.
+QUICK = {
+    "cpu": ("--xla_backend_optimization_level=0",),  # of LLVM
+    "gpu": ("--xla_gpu_autotune_level=0",),  # candidates for each fusion, none of which can be timed here
+}
 MESHES = Path(__file__).parents[1] / "meshes"
 
 
@@ -34,9 +41,22 @@ def _compiled(
     return case, *compiled_case(case)
 
 
+def quick(case: AnyCase) -> AnyCase:
+    """The case with flags for its target that save time."""
+    flags = QUICK.get(load_machine(case.machine).family, ())
+    return case.model_copy(
+        update={"plan": case.plan.model_copy(update={"flags": (*case.plan.flags, *flags)})}
+    )
+
+
+def scheduled_case(case: AnyCase) -> Program:
+    """The program; of a TPU's no more than its schedule, and so without memory."""
+    return compile_case(quick(case), find_largest_batch=False, scheduled_only=True)
+
+
 def compiled_case(case: Case) -> tuple[Program, bytes]:
     """The program and its serialized module, which is empty where the compiler refused."""
     with tempfile.TemporaryDirectory() as folder:
         proto = Path(folder) / "module.pb"
-        program = compile_case(case, proto_to=proto, find_largest_batch=False)
+        program = compile_case(quick(case), proto_to=proto, find_largest_batch=False)
         return program, proto.read_bytes() if proto.exists() else b""

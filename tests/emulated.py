@@ -1,8 +1,8 @@
 """A small model, eight emulated devices, and plans on them, for the tests of this folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -19,7 +19,7 @@ from shardlab.model.quantise import Quantised
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import abstract_model, with_params
 from shardlab.parallel.context import in_step_order
-from shardlab.parallel.optimizer import OptimizerConfig, global_norm, make_optimizer
+from shardlab.parallel.optimizer import OptimizerConfig, make_optimizer
 from shardlab.parallel.pipeline import from_stages
 from shardlab.parallel.step import Batch, Step, TrainState, build_step, init_state
 from shardlab.parallel.weights import TYPES, quantise_weights
@@ -129,7 +129,13 @@ def mesh_of(plan: Plan) -> Mesh:
 
 
 def step_of(case: Case) -> Step:
-    """The case's step in f32, so that plans differ by rounding only."""
+    """The case's step in f32, so that plans differ by rounding only; the last ones are compiled once."""
+    return _step_of(case.model_dump_json())
+
+
+@lru_cache(maxsize=16)
+def _step_of(text: str) -> Step:
+    case = Case.model_validate_json(text)
     return build_step(case, mesh_of(case.plan), target="cpu", compute_dtype=jnp.float32, optimizer=OPTIMIZER)
 
 
@@ -255,17 +261,36 @@ def _mixture_alone(
     dispatch = dropless if factor is None else with_capacity(factor)
     run = Runtime(compute_dtype=jnp.float32, experts=grouped_experts(dispatch, groups))
     gradients_of = jax.jit(jax.value_and_grad(partial(_mixture_loss, model=model, run=run)))
-    params, batch = dict(state_of(case).params), batch_for(step_of(case), case)
-    micro = [jax.tree.map(lambda a, i=i: a[i::count], batch) for i in range(count)]
+
+    @jax.jit
+    def mean_of(found: Sequence[Any]) -> Any:
+        return jax.tree.map(lambda *parts: sum(parts) / count, *found)
+
+    def mean_of_microbatches(params: dict[str, jax.Array], batch: Batch) -> Any:
+        micro = [jax.tree.map(lambda a, i=i: a[i::count], batch) for i in range(count)]
+        return mean_of([gradients_of(params, one) for one in micro])
+
+    return steps_alone(case, mean_of_microbatches)
+
+
+def steps_alone(
+    case: Case, gradients_of: Callable[[dict[str, jax.Array], Batch], tuple[jax.Array, dict[str, jax.Array]]]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What `trained` gives, of a loss and its gradients on one device."""
     optimizer = make_optimizer(OPTIMIZER, case.parameters())
+    params, batch = dict(state_of(case).params), batch_for(step_of(case), case)
     state, points, first = optimizer.init(params), [], {}
-    for _ in range(5):
-        found = [gradients_of(params, one) for one in micro]
-        loss, gradients = jax.tree.map(lambda *parts: sum(parts) / count, *found)
-        norm = global_norm(gradients)
-        points.append((float(loss), float(norm)))
+
+    @jax.jit
+    def updated(gradients: dict[str, jax.Array], state: Any, params: dict[str, jax.Array]) -> tuple[Any, Any]:
         updates, state = optimizer.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
+        return state, optax.apply_updates(params, updates)
+
+    for _ in range(5):
+        loss, gradients = gradients_of(params, batch)
+        learned = [a for path, a in gradients.items() if not path.endswith("router/bias")]  # that has a rule
+        points.append((float(loss), np.sqrt(sum(np.sum(np.square(np.asarray(a))) for a in learned))))
+        state, params = updated(gradients, state, params)
         first = first or {path: np.array(a) for path, a in state[1][0].mu.items()}
     return np.array(points), first
 

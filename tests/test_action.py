@@ -25,6 +25,8 @@ fsdp = {fsdp}
 embed = ["fsdp"]
 [activations]
 batch = ["data", "fsdp"]
+[compiler]
+flags = ["--xla_backend_optimization_level=0"]
 [check]
 model = "tiny"
 batch = 8

@@ -14,7 +14,7 @@ import itertools
 from fractions import Fraction
 
 import pytest
-from compiled_plans import MESHES, Remat, compiled_case
+from compiled_plans import MESHES, Remat, scheduled_case
 
 from shardlab.cost.instructions import StepCost, step_cost
 from shardlab.hlo.reader import parse
@@ -109,7 +109,7 @@ def compiled_cost(target: str, model: str, remat: Remat, mesh: str = "h100x8-fsd
     plan = plan.model_copy(update={"method": plan.method.model_copy(update={"remat": remat})})
     config = dataclasses.replace(find_model(model), layers=LAYERS)
     case = make_case(plan, model=config, machine=MACHINES[target], batch=BATCH, seq=DIMS[model].seq)
-    program, _ = compiled_case(case)
+    program = scheduled_case(case)
     (module,) = parse(program.hlo_text)
     return step_cost(module, program.backend)
 
@@ -179,7 +179,7 @@ def test_a_stage_does_again_what_its_remat_says(remat: str) -> None:
     dims = DIMS["tiny"]
     config = dataclasses.replace(find_model("tiny"), layers=2 * LAYERS)
     plan = plan_from_text(PIPELINE.format(remat=remat))
-    program, _ = compiled_case(make_case(plan, config, MACHINES["cpu"], BATCH, dims.seq))
+    program = scheduled_case(make_case(plan, config, MACHINES["cpu"], BATCH, dims.seq))
     cost = step_cost(parse(program.hlo_text)[0], program.backend)
     scores = attention_flops(dims, "cpu", 1)
     again = {"none": 0, "selective": scores, "full": remat_flops(dims, "cpu")}[remat]

@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cache
 
 import pytest
-from compiled_plans import compiled_case, compiled_plan
+from compiled_plans import compiled_plan, scheduled_case
 
 from shardlab.analysis import Analysis, CollectiveRow, analyze
 from shardlab.program import Program
@@ -114,7 +114,7 @@ def program(on: str, kind: str, axes: Axes, remat: str) -> Program:
         remat=remat,
     )
     case = make_case(plan_from_text(text), MODEL, on, BATCH, SEQ)
-    return compiled_case(case)[0]
+    return scheduled_case(case)
 
 
 @cache

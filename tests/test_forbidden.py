@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from compiled_plans import compiled_case
+from compiled_plans import scheduled_case
 from emulated import asked
 
 from shardlab.analysis import CollectiveRow, analyze
@@ -172,6 +172,6 @@ def test_what_may_not_appear(name: str, target: str) -> None:
         method = method.model_copy(update={"attention": "reference"})
     plan = strategy.plan.model_copy(update={"method": method})
     case = make_case(plan, model, MACHINES[target], BATCH, SEQ)
-    rows = analyze(compiled_case(case)[0]).collectives
+    rows = analyze(scheduled_case(case)).collectives
     assert rows
     assert broken(rows, strategy.forbidden, target) == []

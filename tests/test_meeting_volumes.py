@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any
 
 import pytest
-from compiled_plans import compiled_case
+from compiled_plans import scheduled_case
 from emulated import asked
 
 from shardlab.analysis import Analysis, CollectiveRow, analyze
@@ -47,7 +47,7 @@ ON = pytest.mark.parametrize(
 def compiled(on: str, axis: str, **method: Any) -> Analysis:
     plan = asked({"stage": STAGES, axis: WAYS}, pipeline="1f1b", microbatches=MICROBATCHES, **method)
     case = make_case(plan, MIXTURE if axis == "expert" else MODEL, on, BATCH, SEQ)
-    return analyze(compiled_case(case)[0])
+    return analyze(scheduled_case(case))
 
 
 def element_bytes(on: str) -> int:

@@ -9,7 +9,7 @@ from functools import cache
 
 import published_schedules as published
 import pytest
-from compiled_plans import compiled_case
+from compiled_plans import scheduled_case
 from compilers import otherwise_in_jax_0_10
 from second_counter.literature import (
     REMAT_ALL_REDUCES,
@@ -120,7 +120,7 @@ def program(on: str, schedule: str, zero1: bool) -> Program:
     text = BESIDE_DATA.format(schedule=schedule, zero1='"data"' if zero1 else "")
     if schedule == "interleaved":
         text += f"virtual_stages = {VIRTUAL}\n"
-    return compiled_case(make_case(plan_from_text(text), MODEL, on, BATCH, SEQ))[0]
+    return scheduled_case(make_case(plan_from_text(text), MODEL, on, BATCH, SEQ))
 
 
 @cache
@@ -224,7 +224,7 @@ def test_tensor_parallel_in_stages(sequence: bool) -> None:
     """
     plan = plan_from_text(BESIDE_TENSOR.format(sequence='"tensor"' if sequence else ""))
     case = make_case(plan, MODEL, "h100:1x8", MICROBATCHES, SEQ)
-    low, high = analyze(compiled_case(case)[0]).totals.by_axes["tensor"]["wire_bytes"]
+    low, high = analyze(scheduled_case(case)).totals.by_axes["tensor"]["wire_bytes"]
     one = activation_all_reduce(1, SEQ, MODEL.embed, 2)
     times = MICROBATCHES * MODEL.layers // 4
     halves = REMAT_SEQUENCE_GATHERS + REMAT_SEQUENCE_SCATTERS if sequence else 2 * REMAT_ALL_REDUCES
@@ -247,7 +247,7 @@ def test_hops_that_are_split_and_gathered() -> None:
     for hops in ("", '"tensor"'):
         text = BESIDE_TENSOR.format(sequence="").replace("[method]", f"hop_seq = [{hops}]\n[method]")
         case = make_case(plan_from_text(text), MODEL, "h100:1x8", MICROBATCHES, SEQ)
-        analysis = analyze(compiled_case(case)[0])
+        analysis = analyze(scheduled_case(case))
         permutes = [row for row in analysis.collectives if row.kind == PERMUTE]
         assert all(row.executions[0] == row.executions[1] for row in permutes)
         passed = sum(row.executions[0] * row.wire_bytes for row in permutes)
@@ -292,7 +292,7 @@ def test_layers_that_are_written_out_are_multiplied_where_they_are() -> None:
     text = BESIDE_DATA.format(schedule="1f1b", zero1="") + "scan_layers = false\n"
     model = replace(MODEL, layers=STAGES, embed=1_024, head_dim=128, mlp=4_096)
     case = make_case(plan_from_text(text), model, "h100:1x8", BATCH, SEQ)
-    computations = compiled_case(case)[0].hlo_text.split("\n\n")
+    computations = scheduled_case(case).hlo_text.split("\n\n")
     layer = f"{model.mlp},{model.embed}"
     assert not any(re.search(rf"bf16\[(1,)?{layer}\]\S* dynamic-slice\(", body) for body in computations)
     products = [body for body in computations if re.search(rf"f32\[{layer}\]\S* dot\(", body)]

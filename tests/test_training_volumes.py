@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cache
 
 import pytest
-from compiled_plans import compiled_case
+from compiled_plans import compiled_case, scheduled_case
 
 from shardlab.analysis import CollectiveRow, analyze
 from shardlab.cost.instructions import StepCost, step_cost
@@ -149,7 +149,7 @@ def test_fp8_partial_sums_add_up_before_they_are_scattered(products: str, gather
     summed over shards, 2 results, 1 again and 5 gradients, need the maxima of all shards, and so do as many
     kernels' columns; scalars, of a scale per tensor, are not counted."""
     plan = plan_from_text(TENSOR_PLAN.format(products=products))
-    program, _ = compiled_case(make_case(plan, MODEL, batch=BATCH, seq=SEQ))
+    program = scheduled_case(make_case(plan, MODEL, batch=BATCH, seq=SEQ))
     sent: Counter[str] = Counter()
     for row in analyze(program).collectives:
         if row.axes == ("tensor",) and row.layer.startswith("layers") and row.dtypes != ("f32",):

@@ -13,6 +13,8 @@ on = "cpu:2"
 data = 2
 [activations]
 batch = ["data"]
+[compiler]
+flags = ["--xla_backend_optimization_level=0"]
 """
 
 

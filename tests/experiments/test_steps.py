@@ -10,10 +10,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from compiled_plans import scheduled_case
 from own_steps import compiled
 
 from shardlab.analysis import Analysis, analyze
-from shardlab.compile.launch import compile_case
 from shardlab.spec.plan import Plan, load_plan
 from shardlab.spec.step import make_step_case
 
@@ -141,7 +141,7 @@ def test_one_dropped_constraint_costs_on_a_gpu_what_emulated_devices_do_not_show
         asked = plan.model_copy(update={"axes": {"fsdp": 8}, "on": machine})
         for step, folder in (("experiments.steps.scanned", ROOT), ("dropped", tmp_path)):
             case = make_step_case(asked, f"{step}:make_step", folder=folder)
-            sends[machine, step] = sent(analyze(compile_case(case)))["fsdp"]
+            sends[machine, step] = sent(analyze(scheduled_case(case)))["fsdp"]
     assert sends["cpu:8", "dropped"] == sends["cpu:8", "experiments.steps.scanned"] == scanned()["fsdp"]
     once = gathered(weights, 8)
     assert sends["h100:1x8", "experiments.steps.scanned"] == 3 * once + reduced(F32, 8)

@@ -20,6 +20,8 @@ on = "cpu:4"
 {params}
 [activations]
 batch = ["{axis}"]
+[compiler]
+flags = ["--xla_backend_optimization_level=0"]
 """
 
 

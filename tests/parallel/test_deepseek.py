@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled_plans import compiled_case, compiled_plan
+from compiled_plans import compiled_plan, scheduled_case
 from emulated import PLANS, TENSOR, Rules, case_of, check_equal, inference, plan, step_of
 
 from shardlab.analysis import CollectiveRow, analyze
@@ -204,7 +204,7 @@ def test_what_experts_exchange_for_every_microbatch() -> None:
 def test_what_experts_exchange_ahead_of_time(machine: str) -> None:
     """8 sequences of 256 over 8 devices: 256 tokens, 4 · 1.25 · 256 / 8 = 160 slots per expert, bf16."""
     asked = data_and_experts(experts="capacity 1.25")
-    program, _ = compiled_case(make_case(asked, WIDE, machine, batch=8, seq=256))
+    program = scheduled_case(make_case(asked, WIDE, machine, batch=8, seq=256))
     rows = list(analyze(program).collectives)
     assert sent(rows, "bf16") == exchanged(2, 8 * 160, WIDE.embed, 2)
     check_absent(rows)

@@ -9,24 +9,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from compiled_plans import compiled_case
+from compiled_plans import scheduled_case
 from emulated import (
     BATCH,
     FSDP,
-    OPTIMIZER,
     SEQ,
     SMALL,
     TENSOR,
     Rules,
-    batch_for,
     case_of,
     inference,
     mesh_of,
     plan,
-    state_of,
     step_of,
+    steps_alone,
     trained,
 )
 
@@ -40,7 +37,6 @@ from shardlab.model.experts import (
 from shardlab.model.loss import cross_entropy
 from shardlab.model.runtime import Runtime
 from shardlab.model.transformer import abstract_model, with_params
-from shardlab.parallel.optimizer import make_optimizer
 from shardlab.parallel.step import Batch, build_step
 from shardlab.spec.case import make_case
 from shardlab.spec.models import ModelConfig
@@ -163,20 +159,7 @@ def test_accumulated_trains_as_one_device_microbatch_by_microbatch() -> None:
 
 def steps_of(loss: Callable[..., jax.Array]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What `trained` gives, of a loss on one device."""
-    case = case_of(ALONE, MIXTURE)
-    params = dict(state_of(case).params)
-    batch = batch_for(step_of(case), case)
-    optimizer = make_optimizer(OPTIMIZER, case.parameters())
-    state, points, first = optimizer.init(params), [], {}
-    gradients_of = jax.jit(jax.value_and_grad(loss))
-    for _ in range(5):
-        loss, gradients = gradients_of(params, batch)
-        norm = np.sqrt(sum(np.sum(np.square(g)) for g in gradients.values()))
-        points.append((float(loss), float(norm)))
-        updates, state = optimizer.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
-        first = first or {path: np.array(a) for path, a in state[1][0].mu.items()}
-    return np.array(points), first
+    return steps_alone(case_of(ALONE, MIXTURE), jax.jit(jax.value_and_grad(loss)))
 
 
 def loss_of(params: dict[str, jax.Array], batch: Batch, *, run: Runtime) -> jax.Array:
@@ -315,7 +298,7 @@ def test_dropless_is_ragged_ahead_of_time(machine: str) -> None:
 @cache
 def _rows(experts: str, machine: str) -> list[CollectiveRow]:
     asked = of_grid("data-expert", experts=experts)
-    program, _ = compiled_case(make_case(asked, WIDE, machine, batch=8, seq=256))
+    program = scheduled_case(make_case(asked, WIDE, machine, batch=8, seq=256))
     return list(analyze(program).collectives)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from compiled_plans import scheduled_case
 
 from shardlab.analysis import analyze
-from shardlab.compile import compile_case
 from shardlab.spec.case import make_case
 from shardlab.spec.plan import load_plan
 
@@ -21,7 +21,7 @@ MATRICES = {f"attention/{name}" for name in ("query", "key", "value", "output")}
 def test_weights_are_gathered_again(remat: str) -> None:
     plan = load_plan(FSDP)
     plan = plan.model_copy(update={"method": plan.method.model_copy(update={"remat": remat})})
-    program = compile_case(make_case(plan, model="tiny", batch=8, seq=256))
+    program = scheduled_case(make_case(plan, model="tiny", batch=8, seq=256))
     for phase in ("forward", "backward"):
         gathered = {
             row.layer.removeprefix("layers/")

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import pytest
+from compiled_plans import scheduled_case
 from emulated import SMALL, TENSOR, asked, case_of, plan, step_of
 from strategy_volumes import F32, Volumes, all_reduce, gather, together
 
 from shardlab.analysis import CollectiveRow, analyze
-from shardlab.compile import compile_case
 from shardlab.spec.case import Case
 from shardlab.spec.plan import Plan
 
@@ -140,7 +140,7 @@ def compiled(name: str, target: str) -> tuple[Figures, list[CollectiveRow]]:
     plan, _ = CASES[name]
     case = case_of(plan, MODEL, machine=MACHINES[target], batch=BATCH, seq=SEQ, workload="decode")
     if target != "cpu":
-        return Figures(case, target), list(analyze(compile_case(case, find_largest_batch=False)).collectives)
+        return Figures(case, target), list(analyze(scheduled_case(case)).collectives)
     step = step_of(case)
     text = step.function.lower(*step.arguments).compile().as_text()
     return Figures(case, target), list(analyze(text, axes=dict(plan.axes)).collectives)

@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 import strategy_volumes as closed
+from compiled_plans import scheduled_case
 from compilers import otherwise_in_jax_0_10
 from emulated import SMALL, asked, case_of, step_of
 from strategy_volumes import F32, SummedWhole, Volumes, together
 
 from shardlab.analysis import CollectiveRow, analyze
-from shardlab.compile import compile_case
 from shardlab.spec.case import Case
 
 # Large enough for compilers to treat arrays as they treat large ones.
@@ -207,7 +207,7 @@ def compiled(name: str, target: str) -> tuple[Figures, list[CollectiveRow]]:
     method = plan.method.model_copy(update={"attention": "reference"})
     plan = plan.model_copy(update={"method": method})
     case = case_of(plan, LARGER, machine=MACHINES[target], seq=256)
-    return Figures(case, target), list(analyze(compile_case(case, find_largest_batch=False)).collectives)
+    return Figures(case, target), list(analyze(scheduled_case(case)).collectives)
 
 
 def sent(rows: list[CollectiveRow]) -> Volumes:
