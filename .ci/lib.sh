@@ -3,6 +3,8 @@
 venvs=${CI_VENVS:-$(mktemp -d)}
 [ -n "${CI_VENVS:-}" ] || trap 'rm -rf "$venvs"' EXIT
 
+unset PYTHONDONTWRITEBYTECODE  # each process would compile what is tested, and pytest rewrite it, again
+
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 
 # find_python X.Y: a working interpreter of that version, from PATH or from pyenv.
@@ -48,6 +50,9 @@ wire_tests() {
   fi
   "${root[@]}" "$1/bin/pytest" -p no:cacheprovider -m wire
 }
+
+# lint VENV: rules, format, types.
+lint() { "$1/bin/ruff" check . && "$1/bin/ruff" format --check . && "$1/bin/mypy"; }
 
 # readme_command VENV: the command that the README gives, in VENV instead of .venv.
 readme_command() {

@@ -168,6 +168,7 @@ remat = "{remat}"
 """
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "remat", ["selective", *(pytest.param(remat, marks=pytest.mark.full) for remat in ("none", "full"))]
 )
@@ -190,6 +191,7 @@ def test_a_stage_does_again_what_its_remat_says(remat: str) -> None:
     assert cost.flops.unknown == ()
 
 
+@pytest.mark.matrix
 def test_tensor_parallel_devices_share_the_work() -> None:
     check(compiled_cost("cpu", "tiny", "full", "cpu8-fsdp2-tensor4-seq"), "cpu", "tiny", "full")
 

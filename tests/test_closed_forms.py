@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from compiled_plans import QUICK
 from second_counter import count
 from second_counter.counter import Range
 from second_counter.shard_map_programs import NUM_DEVICES, Program, programs, wire_bytes
@@ -33,7 +34,8 @@ every_program = pytest.mark.parametrize("program", programs(), ids=lambda progra
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with NAME.hlo and NAME.pb of every program, compiled in a process of its own."""
     folder = tmp_path_factory.mktemp("shard_map")
-    environment = child_environment(load_machine(request.param), (), os.environ)
+    machine = load_machine(request.param)
+    environment = child_environment(machine, QUICK[machine.family], os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, str(SCRIPT), request.param, str(folder)]
     subprocess.run(command, env=environment, check=True, timeout=600, capture_output=True)

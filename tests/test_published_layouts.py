@@ -57,6 +57,7 @@ def twin() -> Case:
     return make_case(plan, model, batch=MICROBATCHES, seq=SEQ)
 
 
+@pytest.mark.matrix
 def test_a_twin_of_megatron_175b_moves_what_the_papers_say() -> None:
     """Interleaved stages with tensor and sequence parallelism, as compiled for eight A100.
 

@@ -20,8 +20,8 @@ from shardlab.spec.case import make_case
 from shardlab.spec.models import MODELS
 from shardlab.spec.plan import load_plan
 
-ALWAYS = {"cpu8-tensor", "h100x8-fsdp8"}
-SUBSET = {"decode-cpu8-tensor2-cache4", "cpu8-fsdp"}
+ALWAYS = {"cpu8-tensor"}
+SUBSET = {"h100x8-fsdp8", "decode-cpu8-tensor2-cache4", "cpu8-fsdp"}
 NAMES = sorted(path.stem for path in MESHES.glob("*.toml") if path.stem != "budgets")
 ByteRange = tuple[Fraction, Fraction | None]
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 MEASURED = (
     "unrolled Llama: XLA hlo_module_from_text",
@@ -22,6 +24,7 @@ MEASURED = (
 )
 
 
+@pytest.mark.matrix
 def test_a_small_run_measures_everything() -> None:
     script = str(ROOT / "experiments" / "bench_parse.py")
     dump = ROOT / "tests" / "golden" / "hlo" / "printed" / "h100_1x2x8.ppermute_scan6.send_recv.hlo"

@@ -80,8 +80,9 @@ def logits_of(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Arr
     return with_params(abstract_model(config), params)(tokens, F32)
 
 
-def gradients(params: Params, *arguments: Any, **options: Any) -> Params:
-    return jax.jit(jax.grad(lambda params: loss_of(params, *arguments, **options)))(params)
+@partial(jax.jit, static_argnums=(1, 2), static_argnames="scan_layers")
+def gradients(params: Params, config: ModelConfig, run: Runtime, *, scan_layers: bool = True) -> Params:
+    return jax.grad(loss_of)(params, config, run, scan_layers=scan_layers)
 
 
 def assert_same(ours: Params, truth: Params, rtol: float) -> None:

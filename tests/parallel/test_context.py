@@ -66,7 +66,7 @@ TWO_AXES: dict[str, Grid] = {
     ),
 }
 MARKS = {
-    ("ring", "2-data2-tensor2-sequence"): (),
+    ("ring", "2-data2-tensor2-sequence"): pytest.mark.matrix,
     ("ulysses", "4-tensor2"): (),
     ("all-gather", "4-fsdp2"): pytest.mark.matrix,
     ("ring+ulysses", "2x2-tensor2-sequence"): pytest.mark.matrix,
@@ -219,6 +219,7 @@ def temporary_bytes(kind: str, seq: int) -> int:
     return int(step.function.lower(*step.arguments).compile().memory_analysis().temp_size_in_bytes)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["ring", *(pytest.param(k, marks=pytest.mark.full) for k in KINDS[::2])])
 def test_long_sequences_take_linear_memory(kind: str) -> None:
     """65,536 tokens over 8 devices: a device's own scores of one head alone would be 8,192² · 4 = 268 MB."""

@@ -180,6 +180,7 @@ def check_absent(rows: list[CollectiveRow]) -> None:
             assert "shared" not in row.layer and "dense_layers" not in row.layer, row
 
 
+@pytest.mark.matrix
 def test_what_experts_exchange_for_every_microbatch() -> None:
     """16 sequences of 16 over 8 devices in 2 microbatches: 16 tokens, so 4 · 1.25 · 16 / 8 = 10 slots each.
     Over data, gradients are reduced once per step."""

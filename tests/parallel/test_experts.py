@@ -221,6 +221,7 @@ def check_absent(rows: Iterable[CollectiveRow], axis: str) -> None:
             assert row.kind != "all-reduce" or "moe/experts" not in row.layer, row
 
 
+@pytest.mark.matrix
 def test_what_fsdp_and_tensor_parallelism_move_beside() -> None:
     """fsdp 2, expert 2, tensor 2, sequence parallel: kernels of 4 experts, half of their mlp on a device.
 
@@ -242,6 +243,7 @@ def test_what_fsdp_and_tensor_parallelism_move_beside() -> None:
     check_absent(rows, "expert")
 
 
+@pytest.mark.matrix
 def test_gradients_scatter_before_they_are_summed_over_other_groups() -> None:
     """data 2, fsdp 2, expert 2: over data goes a half of each kernel's gradient, not all of it.
 

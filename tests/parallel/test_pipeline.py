@@ -77,7 +77,7 @@ GRIDS: dict[str, tuple[dict[str, int], Rules, Rules, Rules | None]] = {
 HOPS: Rules = {"hop_seq": ("tensor",)}  # what passes between stages is split on the way
 MARKS = {
     ("1f1b", "zero1-tensor-sequence"): (),
-    ("zb-h1", "hybrid-zero1"): (),
+    ("zb-h1", "hybrid-zero1"): pytest.mark.matrix,
     ("gpipe", "fsdp-tensor"): pytest.mark.matrix,
 }
 
@@ -109,7 +109,7 @@ NAMED = {"keep": ["query", "attention", "up"]}
 @pytest.mark.parametrize(
     ("schedule", "grid", "remat"),
     [
-        pytest.param("1f1b", "zero1-tensor-sequence", "selective"),
+        pytest.param("1f1b", "zero1-tensor-sequence", "selective", marks=pytest.mark.matrix),
         pytest.param("zb-h1", "data", "selective", marks=pytest.mark.full),
         pytest.param("interleaved", "fsdp-tensor", "selective", marks=pytest.mark.full),
         pytest.param("1f1b", "fsdp", "none", marks=pytest.mark.full),
@@ -139,6 +139,7 @@ def test_layers_that_are_written_out_train_as_one_device(schedule: str, remat: s
     check_equal(case)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("zb-h1", marks=pytest.mark.full)])
 def test_tied_embeddings_and_biases_train_as_on_one_device(schedule: str) -> None:
     """The table's gradient has a part from the first stage and one from the last."""

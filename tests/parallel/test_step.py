@@ -71,6 +71,7 @@ def test_accumulation_equals_one_big_batch() -> None:
     np.testing.assert_allclose(curve(case_of(accumulating)), truth(), rtol=1e-5)
 
 
+@pytest.mark.matrix
 def test_tied_embeddings_and_biases_train_alike() -> None:
     model = replace(
         SMALL,
@@ -247,7 +248,12 @@ def test_a_small_state_trains_nearly_alike() -> None:
 ALL_REDUCED = re.compile(r"stablehlo\.all_reduce[^\n]*\n(?:.*\n){3,5}?.*: \(tensor<([\dx]*)x(\w+)>\)")
 SUMS = [
     pytest.param({"data": 8}, {"accumulate": 2}, id="accumulated"),
-    pytest.param({"stage": 2, "data": 4}, {"pipeline": "1f1b", "microbatches": 2}, id="pipeline"),
+    pytest.param(
+        {"stage": 2, "data": 4},
+        {"pipeline": "1f1b", "microbatches": 2},
+        id="pipeline",
+        marks=pytest.mark.matrix,
+    ),
 ]
 
 
@@ -267,6 +273,7 @@ def test_sums_of_gradients_have_their_type(axes: dict[str, int], method: dict[st
         assert reduced == {sums: held}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("sums", ["f32", "bf16"])
 def test_small_sums_of_gradients_train_nearly_alike(sums: str) -> None:
     """The loss comes before them; the norm of gradients is off by half a unit of bf16's last place at most,
