@@ -29,7 +29,7 @@ every_program = pytest.mark.parametrize("program", programs(), ids=lambda progra
 
 @pytest.fixture(
     scope="module",
-    params=["cpu:8", pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.matrix])],
+    params=["cpu:8", pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.full])],
 )
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with NAME.hlo and NAME.pb of every program, compiled in a process of its own."""

@@ -39,7 +39,6 @@ remat = "{remat}"
 """
 GPU = pytest.param("h100:1x8", marks=pytest.mark.gpu)
 GPU_FULL = pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.full])
-GPU_MORE = pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.matrix])
 TPU = pytest.param("v5e:2x4", marks=[pytest.mark.tpu, pytest.mark.full])
 TPU_GATE = pytest.param("v5e:2x4", marks=pytest.mark.tpu)  # both kinds of hop in one compile
 

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 from compile.cases import tiny_case
+from compiled_plans import quick
 
+from shardlab.analysis import analyze
 from shardlab.compile import compile_case
+from shardlab.cost.instructions import step_cost
 from shardlab.errors import CompileFailed, Infeasible, ShardlabError, UserError
+from shardlab.hlo.reader import parse
 from shardlab.program import Program, load, save
 from shardlab.spec.case import Case
 
@@ -207,3 +211,27 @@ def test_time_out(scratch: Path) -> None:
         compile_case(tiny_case("cpu:8"), timeout_s=0.3)
     assert [str(path) for path in scratch.iterdir()] == [caught.value.log]
     assert children() == []
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        pytest.param("cpu:8", marks=pytest.mark.matrix),
+        pytest.param("h100:1x8", marks=[pytest.mark.gpu, pytest.mark.full]),
+    ],
+)
+def test_what_other_tests_spare_the_compiler_changes_nothing_that_they_read(machine: str) -> None:
+    """Collectives, what every instruction computes and reads, and memory."""
+    whole = tiny_case(machine, workload="train")
+    programs = [compile_case(case) for case in (whole, quick(whole))]
+    assert [len(program.flags.effective) for program in programs] == [0, 1]
+    collectives, costs, memory = zip(
+        *(
+            (analyze(one).collectives, step_cost(parse(one.hlo_text)[0], one.backend), one.memory)
+            for one in programs
+        ),
+        strict=True,
+    )
+    assert collectives[0] == collectives[1]
+    assert costs[0] == costs[1]
+    assert memory[0] == memory[1]

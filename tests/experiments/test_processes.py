@@ -136,7 +136,7 @@ def test_all_end_when_one_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_all_save_and_leave_when_asked(count: int, tmp_path: Path) -> None:
     """SIGTERM in the middle: kept after that step, and the next run goes on from there."""
     flags = arguments(

@@ -68,7 +68,6 @@ TWO_AXES: dict[str, Grid] = {
 MARKS = {
     ("ring", "2-data2-tensor2-sequence"): pytest.mark.matrix,
     ("ulysses", "4-tensor2"): (),
-    ("all-gather", "4-fsdp2"): pytest.mark.matrix,
     ("ring+ulysses", "2x2-tensor2-sequence"): pytest.mark.matrix,
 }
 GRIDS = {

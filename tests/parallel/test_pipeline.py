@@ -195,7 +195,7 @@ def test_temporary_memory_over_microbatches(counts: tuple[int, ...]) -> None:
     assert temp["1f1b"][-1] < temp["gpipe"][-1]
 
 
-@pytest.mark.matrix
+@pytest.mark.full
 @otherwise_in_jax_0_10(COPIES)
 def test_selective_keeps_what_goes_into_products_and_attention() -> None:
     """Of each layer and microbatch in flight: its input and attention's output (E numbers per token each),
