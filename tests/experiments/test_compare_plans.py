@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PLAN = """\
 on = "cpu:2"
@@ -25,6 +27,7 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.matrix
 def test_it_prints_one_report_of_all_plans(tmp_path: Path) -> None:
     (tmp_path / "data.toml").write_text(PLAN)
     (tmp_path / "fsdp.toml").write_text(PLAN.replace("[act", '[params]\nembed = ["data"]\n[act'))

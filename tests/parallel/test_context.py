@@ -94,6 +94,7 @@ def test_every_form_trains_as_one_device(kind: str, grid: str) -> None:
     check_equal(case_of(asked(kind, grid), GROUPED))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["ring", pytest.param("all-gather", marks=pytest.mark.full)])
 def test_learned_positions_follow_the_tokens(kind: str) -> None:
     check_equal(case_of(asked(kind, "4-data2"), GPT2))

@@ -166,8 +166,7 @@ def rows() -> list[Row]:
         Row(
             asked(SD, "zero2", **ONE_F_ONE_B),
             "data parallel, ZeRO-2, pipeline parallel (1F1B)",
-            "matrix",
-            FOUR,
+            model=FOUR,
         ),
         Row(
             asked(SDT, "seq zero1", **ONE_F_ONE_B),

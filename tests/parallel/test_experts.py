@@ -126,6 +126,7 @@ def groups_of(plan: Plan) -> tuple[int, int]:
     return int(ways[0]), int(ways[1])
 
 
+@pytest.mark.matrix
 @every_grid("data-expert")
 def test_capacity_trains_as_one_device_with_the_same_groups(name: str) -> None:
     asked = of_grid(name, experts=TIGHT)
@@ -142,7 +143,7 @@ def grouped_alone(groups: tuple[int, int]) -> tuple[np.ndarray, dict[str, np.nda
     return steps_of(partial(loss_of, run=run))
 
 
-@pytest.mark.matrix
+@pytest.mark.full
 def test_accumulated_trains_as_one_device_microbatch_by_microbatch() -> None:
     """Data parallel groups reduce once per step; the load of a microbatch is that of all its devices."""
 
