@@ -29,10 +29,12 @@ themselves, again and again, 17 of 18 of the former went in turn; right after an
 throughout. A plain TCP stream both ways over one connection has the full rate each way. Who comes first no
 program says: taken is that half of them go in turn, and a prediction says how much shorter or longer a step
 is with none or all (`turns_s`). An all-reduce posts what it receives first, of four pieces two at a time:
-1.00 to 1.04. Among more ranks the pairs of an all-to-all fill part of each other's gaps: taken as half of
-them. The steps of halving come one after the other, each with its turns: single reduce-scatters of four ranks
-on four links of 100 Mbit/s took 2.16 to 2.35 times the time of (n-1)/n · S (64 KiB to 1 MiB), where their
-bytes say 1.33, with half of the turns 2, and with all 2.67.
+1.00 to 1.04. Ranks that share a link fill part of each other's gaps in an all-to-all: taken as 1/k of what
+waits for k ranks on a link. Single ones of four ranks (16 to 256 KiB to each) took 1.61 to 2.02 times their
+bytes on four links, once 2.48, and 1.19 to 1.61 on two, right after an all-reduce or not. The steps of
+halving come one after the other, each with its turns: single reduce-scatters of four ranks on four links of
+100 Mbit/s took 2.16 to 2.35 times the time of (n-1)/n · S (64 KiB to 1 MiB), where their bytes say 1.33,
+with half of the turns 2, and with all 2.67.
 
 Where a rank sends to one and receives from another, as in a ring of more than two, acknowledgements do not
 ride on data: they take 0.0224 of what comes in (`wire_calibrate.py`) from what goes out. Plain TCP streams
@@ -203,12 +205,14 @@ def _phase_loads(
     by_device: list[defaultdict[int, Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
     uplinks: list[defaultdict[tuple[str, int], Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
     words: list[defaultdict[tuple[str, int], Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
+    senders: list[defaultdict[int, set[int]]] = [defaultdict(set) for _ in machine.domains]
     turns: list[Fraction] = [Fraction(0)] * len(machine.domains)
     for (source, target), sent in sends.items():
         a, b = (source, target) if device_ids is None else (device_ids[source], device_ids[target])
         level = next(i for i, domain in enumerate(machine.domains) if a // domain.size == b // domain.size)
         inner = inner_size(machine, level)
         by_device[level][a] += sent
+        senders[level][a // inner].add(a)
         uplinks[level]["out", a // inner] += sent
         uplinks[level]["in", b // inner] += sent
         back = sends.get((target, source), Fraction(0))
@@ -217,11 +221,11 @@ def _phase_loads(
             words[level]["in", a // inner] += sent * ACKNOWLEDGED
         turns[level] = max(turns[level], sent + waits * back)
     loads = []
-    for devices, links, acks, turn in zip(by_device, uplinks, words, turns, strict=True):
+    for devices, links, acks, ranks, turn in zip(by_device, uplinks, words, senders, turns, strict=True):
         most = max(links.values(), default=Fraction(0))
         busy = max(turn, *(sent + acks[link] for link, sent in links.items()), Fraction(0))
         if algorithm == ALL_TO_ALL and busy > turn:
-            busy = most * (1 + waits / 2)
+            busy = most * (1 + waits / max(map(len, ranks.values())))
         loads.append(
             Load(device_bytes=max(devices.values(), default=Fraction(0)), uplink_bytes=most, busy_bytes=busy)
         )
