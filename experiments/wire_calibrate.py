@@ -6,9 +6,10 @@ python experiments/wire_calibrate.py --parts=cores   # needs no root
 cores: as many processes at once as there are cores, one device on each, compiled as the lab compiles: what an
 instruction costs, products, loops, and the rates that a profile of one step shows (`wire_cores.py`).
 links: a TCP stream one way, and one both ways at once over the same connection, at each rate and unshaped,
-and over loopback. gloo: single collectives between two sites, by kind and size, as multiples of the time of
-their bytes, and their cost in core time. No step of several devices is run: what the lab predicts of those
-is not fitted to them.
+over loopback, and around three and four sites. gloo: single collectives between two sites, over two with two
+devices each, and over four, by kind and size, as multiples of the time of the bytes that a bandwidth-optimal
+one sends over the busiest link, and their cost in core time. No step of several devices is run: what the lab
+predicts of those is not fitted to them.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from absl import app, flags
 from sites import EFFICIENCY, HEADER_BYTES, Sites, check_privileges, on_core
 from timing import timed_s
 from wire_cores import core_rates
-from wire_stream import stream
+from wire_stream import ring_shares, stream
 
 from shardlab.errors import ShardlabError
 
 _PARTS = flags.DEFINE_list("parts", ["cores", "links", "gloo"], "What to measure.")
 _RATES = flags.DEFINE_list("rates", ["20", "100", "500", "2000"], "Mbit/s of the links.")
 _WORKER = flags.DEFINE_string("worker", None, "Internal: what this process measures.")
-_AT = flags.DEFINE_string("at", None, "Internal: coordinator and process number.")
+_AT = flags.DEFINE_string("at", None, "Internal: coordinator, process, processes, devices in each.")
 _SIZES = flags.DEFINE_list("sizes", ["65536", "262144", "1048576"], "Bytes that a rank sends, of gloo.")
 _PORT = 9913
 _TIMEOUT_S = 300
@@ -82,6 +83,10 @@ def links() -> None:
             f"{shares[1]:.3f} each way at once",
             flush=True,
         )
+        for around in (3, 4):
+            with Sites(around, rate) as sites:
+                each = ring_shares(sites, size)
+            print(f"  around {around} sites: {min(each):.3f} to {max(each):.3f}", flush=True)
 
 
 def gloo_times() -> dict[str, list[float]]:
@@ -91,22 +96,28 @@ def gloo_times() -> dict[str, list[float]]:
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
     from processes import Processes, join, let_gloo_wait_its_turn
 
-    coordinator, index = _AT.value.split(",")
-    join(Processes(coordinator=coordinator, index=int(index), count=2), emulated_devices=2)
+    coordinator, *numbers = _AT.value.split(",")
+    index, count, devices = map(int, numbers)
+    join(Processes(coordinator=coordinator, index=index, count=count), emulated_devices=count * devices)
     let_gloo_wait_its_turn()
-    mesh = Mesh(jax.devices(), ("all",))
+    mesh, n = Mesh(jax.devices(), ("all",)), count * devices
     whole, split = PartitionSpec(), PartitionSpec("all")
-    kinds: dict[str, tuple[Callable[[Any], Any], Any, Any, float]] = {  # and the part of S that a rank sends
-        "all-reduce": (lambda a: jax.lax.psum(a, "all"), whole, whole, 1.0),
-        "all-gather": (lambda a: jax.lax.all_gather(a, "all", tiled=True), split, whole, 0.5),
-        "reduce-scatter": (lambda a: jax.lax.psum_scatter(a, "all", tiled=True), whole, split, 0.5),
+    kinds: dict[str, tuple[Callable[[Any], Any], Any, Any, float]] = {  # and the part of S that a site sends
+        "all-reduce": (lambda a: jax.lax.psum(a, "all"), whole, whole, 2 * (n - 1) / n),
+        "all-gather": (lambda a: jax.lax.all_gather(a, "all", tiled=True), split, whole, (n - 1) / n),
+        "reduce-scatter": (lambda a: jax.lax.psum_scatter(a, "all", tiled=True), whole, split, (n - 1) / n),
         "all-to-all": (
-            lambda a: jax.lax.all_to_all(a.reshape(2, -1), "all", 0, 0, tiled=True).reshape(-1),
+            lambda a: jax.lax.all_to_all(a.reshape(n, -1), "all", 0, 0, tiled=True).reshape(-1),
             whole,
             split,
-            0.5,
+            devices * (n - devices) / n,
         ),
-        "collective-permute": (lambda a: jax.lax.ppermute(a, "all", [(0, 1), (1, 0)]), split, split, 0.5),
+        "collective-permute": (
+            lambda a: jax.lax.ppermute(a, "all", [(i, (i + 1) % n) for i in range(n)]),
+            split,
+            split,
+            1 / n,
+        ),
     }
     for kind in ("all-gather", "reduce-scatter", "all-to-all", "collective-permute"):
         inside, *rest = kinds[kind]
@@ -115,11 +126,11 @@ def gloo_times() -> dict[str, list[float]]:
     for kind, (inside, given, got, share) in kinds.items():
         run = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=given, out_specs=got, check_vma=False))
         for size in map(int, _SIZES.value):
-            count = int(size / share) // 4
+            elements = int(size / share) // (4 * n * n) * n * n
             array = jax.make_array_from_callback(
-                (count,),
+                (elements,),
                 NamedSharding(mesh, given),
-                lambda at, n=count: jnp.ones(len(range(*at[0].indices(n)))),
+                lambda at, length=elements: jnp.ones(len(range(*at[0].indices(length)))),
             )
             busy_s = time.process_time()
             took_s = timed_s(partial(run, array), 9)
@@ -136,16 +147,17 @@ def after_all_reduce(inside: Callable[[Any], Any], array: Any) -> Any:
 
 def gloo() -> None:
     """Single collectives at each rate: how many times as long as their bytes on the link."""
-    for rate in [*map(float, _RATES.value), None]:
-        with Sites(2, rate) as sites:
+    networks = [(2, 1, rate) for rate in [*map(float, _RATES.value), None]]
+    for count, devices, rate in [*networks, (2, 2, 100.0), (4, 1, 100.0)]:
+        with Sites(count, rate) as sites:
             running = []
-            for site in (0, 1):
+            for site in range(count):
                 command = [sys.executable, __file__, "--worker=gloo", f"--sizes={','.join(_SIZES.value)}",
-                           f"--at={sites.address(0)}:{_PORT},{site}"]  # fmt: skip
+                           f"--at={sites.address(0)}:{_PORT},{site},{count},{devices}"]  # fmt: skip
                 environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
                 running.append(sites.start(site, command, stdout=subprocess.PIPE, env=environment))
             told = [json.loads(process.communicate(timeout=_TIMEOUT_S)[0]) for process in running]
-        print(f"gloo at {rate:g} Mbit/s" if rate else "gloo, unshaped", flush=True)
+        print(f"gloo {count} x {devices}, {f'{rate:g} Mbit/s' if rate else 'unshaped'}", flush=True)
         for name in told[0]:
             took_s, busy_s = (max(one[name][i] for one in told) for i in (0, 1))
             size = int(name.rpartition(" ")[2])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 from sites import Sites
@@ -81,6 +82,40 @@ def stream(sites: Sites, size: int, *, both: bool = False, local: bool = False) 
         received_bytes=int(told[3]),
         time_s=float(told[4]),
     )
+
+
+_AROUND = """
+import socket, sys, threading, time
+own, peer, size, start = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+server = socket.create_server((own, 5557))
+def take():
+    stream, left = server.accept()[0], size
+    while left:
+        left -= len(stream.recv(min(left, 1 << 20)))
+    stream.send(b"x")
+taking = threading.Thread(target=take)
+taking.start()
+time.sleep(max(0, start - 1 - time.time()))
+stream = socket.create_connection((peer, 5557))
+time.sleep(max(0, start - time.time()))
+started = time.monotonic()
+stream.sendall(bytes(size)), stream.recv(1)
+print(time.monotonic() - started, flush=True)
+taking.join()
+"""
+
+
+def ring_shares(sites: Sites, size: int) -> list[float]:
+    """How much of its rate a stream of `size` bytes has, of each site to the next, all at once: what comes in
+    is acknowledged over another connection than what goes out."""
+    count, start = len(sites.names), str(time.time() + 3)
+    running = []
+    for index in range(count):
+        ends = (sites.address(index), sites.address((index + 1) % count))
+        command = [sys.executable, "-c", _AROUND, *ends, str(size), start]
+        running.append(sites.start(index, command, stdout=subprocess.PIPE))
+    took_s = [float(process.communicate(timeout=_TIMEOUT_S)[0]) for process in running]
+    return [size * 8e-6 / rate / each for rate, each in zip(sites.rates, took_s, strict=True) if rate]
 
 
 def reached_share(sites: Sites) -> float:
