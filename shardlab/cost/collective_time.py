@@ -39,9 +39,8 @@ from shardlab.cost.shapes import (
     pair_shape,
     wire_in,
 )
-from shardlab.hardware.machine import Domain, Machine
+from shardlab.hardware.machine import NETWORKS, Domain, Machine
 
-NETWORKS = frozenset({"infiniband", "ethernet", "wan"})
 # NVIDIA/nccl src/graph/tuning.cc @5067397c: what a tree reaches of what a ring does.
 TREE_EFFICIENCY = 0.92
 # What fits XLA's table of GB200 all-to-alls over 8 to 36 GPUs; 4 and 72 wait longer than that.

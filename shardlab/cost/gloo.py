@@ -50,7 +50,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from shardlab.hardware.machine import Machine
+from shardlab.hardware.machine import NETWORKS, Machine
 
 Sends = Mapping[tuple[int, int], Fraction]
 _Sends = defaultdict[tuple[int, int], Fraction]
@@ -216,7 +216,7 @@ def _phase_loads(
         uplinks[level]["out", a // inner] += sent
         uplinks[level]["in", b // inner] += sent
         back = sends.get((target, source), Fraction(0))
-        if not back:
+        if not back and machine.domains[level].tier in NETWORKS:
             words[level]["out", b // inner] += sent * ACKNOWLEDGED
             words[level]["in", a // inner] += sent * ACKNOWLEDGED
         turns[level] = max(turns[level], sent + waits * back)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+NETWORKS = frozenset({"infiniband", "ethernet", "wan"})  # tiers, over cards and switches
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chip:
