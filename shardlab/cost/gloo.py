@@ -33,7 +33,7 @@ is with none or all (`turns_s`). An all-reduce posts what it receives first, of 
 waits for k ranks on a link. Single ones of four ranks (16 to 256 KiB to each) took 1.61 to 2.02 times their
 bytes on four links, once 2.48, and 1.19 to 1.61 on two, right after an all-reduce or not. The steps of
 halving come one after the other, each with its turns: single reduce-scatters of four ranks on four links of
-100 Mbit/s took 2.16 to 2.35 times the time of (n-1)/n · S (64 KiB to 1 MiB), where their bytes say 1.33,
+100 Mbit/s took 2.16 to 2.46 times the time of (n-1)/n · S (64 KiB to 1 MiB), where their bytes say 1.33,
 with half of the turns 2, and with all 2.67.
 
 Where a rank sends to one and receives from another, as in a ring of more than two, acknowledgements do not
