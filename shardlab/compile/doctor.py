@@ -111,7 +111,7 @@ def _without_compiler() -> tuple[TargetStatus, ...]:
 
 
 def _proved(status: TargetStatus) -> TargetStatus:
-    """The status after a real compile of the tiny model, forward."""
+    """The status after a real compile of the tiny model."""
     from shardlab.compile.launch import compile_case
     from shardlab.spec.case import Case
     from shardlab.spec.models import MODELS
@@ -121,7 +121,7 @@ def _proved(status: TargetStatus) -> TargetStatus:
         return status
     machine, devices = _PROOFS[status.target]
     plan = Plan(name="doctor", axes={"data": devices}, activations={"batch": ("data",)})
-    case = Case(plan=plan, model=MODELS["tiny"], machine=machine, batch=devices, seq=128, workload="prefill")
+    case = Case(plan=plan, model=MODELS["tiny"], machine=machine, batch=devices, seq=128)
     try:
         compiled = compile_case(case, timeout_s=300)
     except ShardlabError as error:
