@@ -45,7 +45,7 @@ Each message also has three headers of 48 bytes: the data's own, and a word of e
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -192,6 +192,8 @@ def level_loads(
     """
     waits = found.waits * in_turn
     phases = [_phase_loads(phase, machine, device_ids, waits, found.algorithm) for phase in found.phases]
+    if len(phases) == 1:
+        return phases[0]
     whole = _phase_loads(found.sends, machine, device_ids, waits, found.algorithm)
     return [
         replace(load, busy_bytes=sum((phase[level].busy_bytes for phase in phases), Fraction(0)))
@@ -202,17 +204,16 @@ def level_loads(
 def _phase_loads(
     sends: Sends, machine: Machine, device_ids: Sequence[int] | None, waits: Fraction, algorithm: str
 ) -> list[Load]:
+    """Of what is sent at once."""
     by_device: list[defaultdict[int, Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
     uplinks: list[defaultdict[tuple[str, int], Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
     words: list[defaultdict[tuple[str, int], Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
-    senders: list[defaultdict[int, set[int]]] = [defaultdict(set) for _ in machine.domains]
     turns: list[Fraction] = [Fraction(0)] * len(machine.domains)
     for (source, target), sent in sends.items():
         a, b = (source, target) if device_ids is None else (device_ids[source], device_ids[target])
         level = next(i for i, domain in enumerate(machine.domains) if a // domain.size == b // domain.size)
         inner = inner_size(machine, level)
         by_device[level][a] += sent
-        senders[level][a // inner].add(a)
         uplinks[level]["out", a // inner] += sent
         uplinks[level]["in", b // inner] += sent
         back = sends.get((target, source), Fraction(0))
@@ -221,11 +222,12 @@ def _phase_loads(
             words[level]["in", a // inner] += sent * ACKNOWLEDGED
         turns[level] = max(turns[level], sent + waits * back)
     loads = []
-    for devices, links, acks, ranks, turn in zip(by_device, uplinks, words, senders, turns, strict=True):
+    for level, (devices, links, acks, turn) in enumerate(zip(by_device, uplinks, words, turns, strict=True)):
         most = max(links.values(), default=Fraction(0))
         busy = max(turn, *(sent + acks[link] for link, sent in links.items()), Fraction(0))
         if algorithm == ALL_TO_ALL and busy > turn:
-            busy = most * (1 + waits / max(map(len, ranks.values())))
+            sharing = Counter(device // inner_size(machine, level) for device in devices)
+            busy = most * (1 + waits / max(sharing.values()))
         loads.append(
             Load(device_bytes=max(devices.values(), default=Fraction(0)), uplink_bytes=most, busy_bytes=busy)
         )
