@@ -6,10 +6,10 @@ python experiments/wire_calibrate.py --parts=cores   # needs no root
 cores: as many processes at once as there are cores, one device on each, compiled as the lab compiles: what an
 instruction costs, products, loops, and the rates that a profile of one step shows (`wire_cores.py`).
 links: a TCP stream one way, and one both ways at once over the same connection, at each rate and unshaped,
-over loopback, and around three and four sites. gloo: single collectives between two sites, over two with two
-devices each, and over four, by kind and size, as multiples of the time of the bytes that a bandwidth-optimal
-one sends over the busiest link, and their cost in core time. No step of several devices is run: what the lab
-predicts of those is not fitted to them.
+over loopback, and around three and four sites. gloo: single collectives between two sites, and at 100 Mbit/s
+over two with two devices each and over four, by kind and size, as multiples of the time of the bytes that a
+bandwidth-optimal one sends over the busiest link, and their cost in core time. No step of several devices is
+run: what the lab predicts of those is not fitted to them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PARTS = flags.DEFINE_list("parts", ["cores", "links", "gloo"], "What to measure
 _RATES = flags.DEFINE_list("rates", ["20", "100", "500", "2000"], "Mbit/s of the links.")
 _WORKER = flags.DEFINE_string("worker", None, "Internal: what this process measures.")
 _AT = flags.DEFINE_string("at", None, "Internal: coordinator, process, processes, devices in each.")
-_SIZES = flags.DEFINE_list("sizes", ["65536", "262144", "1048576"], "Bytes that a rank sends, of gloo.")
+_SIZES = flags.DEFINE_list("sizes", ["65536", "262144", "1048576"], "Bytes that a site sends, of gloo.")
 _PORT = 9913
 _TIMEOUT_S = 300
 _MIB = 1 << 20

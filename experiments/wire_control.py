@@ -100,7 +100,7 @@ class CoreControl:
         """
         for process in self._running:
             assert process.stdin is not None
-            with suppress(BrokenPipeError):  # it has ended: `_told` says so
+            with suppress(BrokenPipeError):  # it has ended: it gives no line
                 process.stdin.write(f"{plan}\n")
                 process.stdin.flush()
         lines = [process.stdout.readline() for process in self._running if process.stdout is not None]

@@ -15,7 +15,8 @@ from shardlab.spec.plan import load_plan
 from shardlab.spec.step import AnyCase
 
 Remat = Literal["none", "full"]
-# Neither changes an instruction; `test_compile_case.py` and the commands' tests compile without them.
+# Neither changes what an instruction computes or moves (`test_compile_case.py`). Tests of the commands and of
+# compiling itself do without.
 QUICK = {
     "cpu": ("--xla_backend_optimization_level=0",),  # of LLVM
     "gpu": ("--xla_gpu_autotune_level=0",),  # candidates for each fusion, none of which can be timed here
