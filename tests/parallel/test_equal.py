@@ -145,7 +145,7 @@ def rows() -> list[Row]:
         Row(asked(D8, accumulate=2), "data parallel"),
         Row(asked(D8, accumulate=2), "data parallel", model=GPT2),
         Row(asked(D8, "zero1", accumulate=2), "data parallel, ZeRO-1"),
-        Row(asked(D8, "zero2", accumulate=2), "data parallel, ZeRO-2"),
+        Row(asked(D8, "zero2", accumulate=2), "data parallel, ZeRO-2", "matrix"),
         Row(asked(F8, accumulate=2), "FSDP"),
         Row(asked(DF, accumulate=2), "HSDP"),
         Row(asked(DF, "zero1", accumulate=2), "HSDP, ZeRO-1", "matrix"),

@@ -78,6 +78,7 @@ HOPS: Rules = {"hop_seq": ("tensor",)}  # what passes between stages is split on
 MARKS = {
     ("1f1b", "zero1-tensor-sequence"): (),
     ("zb-h1", "hybrid-zero1"): pytest.mark.matrix,
+    ("gpipe", "fsdp-tensor"): pytest.mark.matrix,
 }
 
 
@@ -138,8 +139,8 @@ def test_layers_that_are_written_out_train_as_one_device(schedule: str, remat: s
     check_equal(case)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("zb-h1", marks=pytest.mark.full)])
 def test_tied_embeddings_and_biases_train_as_on_one_device(schedule: str) -> None:
     """The table's gradient has a part from the first stage and one from the last."""
     check_equal(case_of(piped(schedule, "data"), GPT2))
