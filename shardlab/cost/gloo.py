@@ -54,14 +54,14 @@ from shardlab.hardware.machine import NETWORKS, Machine
 
 Sends = Mapping[tuple[int, int], Fraction]
 _Sends = defaultdict[tuple[int, int], Fraction]
+_Links = defaultdict[tuple[str, int], Fraction]  # out of, or into, a domain
 HEADER_BYTES = 48
 ALL_TO_ALL = "gloo to each"
 _POINT_TO_POINT = frozenset({"collective-permute", "send"})
-# How much of what a rank sends to a peer waits in turn for what it receives from that peer.
-_WAITS = {"all-reduce": Fraction(1, 32), "all-gather": Fraction(1, 2)}
 HALF = Fraction(1, 2)  # of the collectives, that go in turn
 # Bytes of acknowledgements that ride on no data, over those of the frames that they are for.
 ACKNOWLEDGED = Fraction(224, 10_456)
+QUEUED_S = 0.0075  # what one connection has in front of a link, which words of another wait for
 
 
 def uses_gloo(machine: Machine) -> bool:
@@ -73,15 +73,16 @@ def uses_gloo(machine: Machine) -> bool:
 class GlooCollective:
     """One execution: bytes from a rank to another, and how many messages follow each other.
 
-    phases: by (sending, receiving) mesh position, what is sent at once; one after the other. waits: the part
-    of what a pair of ranks receives from each other that it waits for before it sends, if they go in turn.
-    exact: whether gloo's algorithm is written out above.
+    phases: by (sending, receiving) mesh position, what is sent at once; one after the other. before_own: the
+    part of what a rank sends that may leave before its own word that it is ready; before_others: before that
+    of a rank on the same link. exact: whether gloo's algorithm is written out above.
     """
 
     algorithm: str
     phases: tuple[Sends, ...]
     steps: int
-    waits: Fraction = Fraction(1)
+    before_own: Fraction = Fraction(1)
+    before_others: Fraction = Fraction(1)
     exact: bool = True
 
     @property
@@ -125,11 +126,16 @@ def gloo_collective(
             _to_each(group, full / n, sends)
             steps = max(steps, 1)
     name = {"all-reduce": "ring", "all-gather": "ring", "reduce-scatter": "halving"}.get(kind, "to each")
+    own = others = Fraction(1)
+    if name == "ring":  # two pieces of 2 (n-1) for each of its rounds are under way at once
+        rounds = (2 if kind == "all-reduce" else 1) * max(largest - 1, 1)
+        own, others = Fraction(1, 32) if kind == "all-reduce" else Fraction(1, 2 * rounds), Fraction(1, rounds)
     return GlooCollective(
         algorithm=f"gloo {name}",
         phases=tuple(phases.values()),
         steps=steps,
-        waits=_WAITS.get(kind, Fraction(1)),
+        before_own=own,
+        before_others=others,
         exact=exact,
     )
 
@@ -190,11 +196,10 @@ def level_loads(
 
     in_turn: how often they go in turn, 0 to 1.
     """
-    waits = found.waits * in_turn
-    phases = [_phase_loads(phase, machine, device_ids, waits, found.algorithm) for phase in found.phases]
+    phases = [_phase_loads(phase, found, machine, device_ids, in_turn) for phase in found.phases]
     if len(phases) == 1:
         return phases[0]
-    whole = _phase_loads(found.sends, machine, device_ids, waits, found.algorithm)
+    whole = _phase_loads(found.sends, found, machine, device_ids, in_turn)
     return [
         replace(load, busy_bytes=sum((phase[level].busy_bytes for phase in phases), Fraction(0)))
         for level, load in enumerate(whole)
@@ -202,36 +207,65 @@ def level_loads(
 
 
 def _phase_loads(
-    sends: Sends, machine: Machine, device_ids: Sequence[int] | None, waits: Fraction, algorithm: str
+    sends: Sends, found: GlooCollective, machine: Machine, device_ids: Sequence[int] | None, in_turn: Fraction
 ) -> list[Load]:
     """Of what is sent at once."""
-    by_device: list[defaultdict[int, Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
-    uplinks: list[defaultdict[tuple[str, int], Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
-    words: list[defaultdict[tuple[str, int], Fraction]] = [defaultdict(Fraction) for _ in machine.domains]
-    turns: list[Fraction] = [Fraction(0)] * len(machine.domains)
+    by_level: list[_Sends] = [defaultdict(Fraction) for _ in machine.domains]
     for (source, target), sent in sends.items():
         a, b = (source, target) if device_ids is None else (device_ids[source], device_ids[target])
         level = next(i for i, domain in enumerate(machine.domains) if a // domain.size == b // domain.size)
-        inner = inner_size(machine, level)
-        by_device[level][a] += sent
-        uplinks[level]["out", a // inner] += sent
-        uplinks[level]["in", b // inner] += sent
-        back = sends.get((target, source), Fraction(0))
-        if not back and machine.domains[level].tier in NETWORKS:
-            words[level]["out", b // inner] += sent * ACKNOWLEDGED
-            words[level]["in", a // inner] += sent * ACKNOWLEDGED
-        turns[level] = max(turns[level], sent + waits * back)
-    loads = []
-    for level, (devices, links, acks, turn) in enumerate(zip(by_device, uplinks, words, turns, strict=True)):
-        most = max(links.values(), default=Fraction(0))
-        busy = max(turn, *(sent + acks[link] for link, sent in links.items()), Fraction(0))
-        if algorithm == ALL_TO_ALL and busy > turn:
-            sharing = Counter(device // inner_size(machine, level) for device in devices)
-            busy = most * (1 + waits / max(sharing.values()))
-        loads.append(
-            Load(device_bytes=max(devices.values(), default=Fraction(0)), uplink_bytes=most, busy_bytes=busy)
-        )
-    return loads
+        by_level[level][a, b] += sent
+    return [_load(crossing, found, machine, level, in_turn) for level, crossing in enumerate(by_level)]
+
+
+def _load(
+    crossing: Sends, found: GlooCollective, machine: Machine, level: int, in_turn: Fraction
+) -> Load:
+    """Of what crosses one level at once, by sending and receiving device."""
+    inner, network = inner_size(machine, level), machine.domains[level].tier in NETWORKS
+    devices, links, words = defaultdict[int, Fraction](Fraction), _Links(Fraction), _Links(Fraction)
+    for (source, target), sent in crossing.items():
+        devices[source] += sent
+        links["out", source // inner] += sent
+        links["in", target // inner] += sent
+        if network and (target, source) not in crossing:
+            words["out", target // inner] += sent * ACKNOWLEDGED
+            words["in", source // inner] += sent * ACKNOWLEDGED
+    most = max(links.values(), default=Fraction(0))
+    busy = max((sent + words[link] for link, sent in links.items()), default=Fraction(0))
+    turn = Fraction(0)
+    for (source, target), sent in crossing.items():
+        back = crossing.get((target, source))
+        if back is not None:
+            turn = max(turn, sent + found.before_own * in_turn * back)
+        elif network:
+            link = "out", source // inner
+            ahead = min(_ahead(target, devices, found, inner), _queue(machine, level))
+            busy = max(busy, links[link] + words[link] + in_turn * ahead)
+    if found.algorithm == ALL_TO_ALL and busy > turn:
+        sharing = Counter(device // inner for device in devices)
+        busy = most * (1 + found.before_own * in_turn / max(sharing.values()))
+    return Load(
+        device_bytes=max(devices.values(), default=Fraction(0)),
+        uplink_bytes=most,
+        busy_bytes=max(turn, busy),
+    )
+
+
+def _ahead(device: int, sent: Mapping[int, Fraction], found: GlooCollective, inner: int) -> Fraction:
+    """The most that a device's own message, or that of another one on its link, has of its word to wait for."""
+    waits = [
+        out * (found.before_own if other == device else found.before_others)
+        for other, out in sent.items()
+        if other // inner == device // inner
+    ]
+    return max(waits, default=Fraction(0))
+
+
+def _queue(machine: Machine, level: int) -> Fraction:
+    """Bytes of other connections that a word may find in front of a level's link."""
+    rate = machine.domains[level].bytes_per_s
+    return Fraction(QUEUED_S * rate * inner_size(machine, level)) if rate is not None else Fraction(0)
 
 
 def inner_size(machine: Machine, level: int) -> int:
