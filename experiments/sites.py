@@ -30,6 +30,7 @@ EFFICIENCY = 1448 / 1514  # payload of a full frame
 HOSTS = Path("/etc/netns")
 BURST_SECONDS = 0.00025  # what a link that was idle sends at once is no more than this of its rate
 QUEUE_BYTES = 64 << 20  # what a shaped link holds: nothing is dropped, TCP waits
+TCP = "reno"  # any namespace may have it; a site would have what the computer has, BBR for one
 
 
 def check_privileges() -> None:
@@ -103,7 +104,8 @@ class Sites:
         (HOSTS / name).mkdir(parents=True)
         (HOSTS / name / "hosts").write_text("127.0.0.1 localhost\n" + "\n".join(hosts) + "\n")
         _run("ip", "netns", "add", name)
-        _in(name, "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+        chosen = ["net.ipv6.conf.all.disable_ipv6=1", f"net.ipv4.tcp_congestion_control={TCP}"]
+        _in(name, "sysctl", "-qw", *chosen)
         _in(name, "ip", "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", self._hub)
         _in(name, "ip", "addr", "add", f"{self.address(site)}/24", "dev", "eth0")
         _in(self._hub, "ip", "link", "set", port, "master", "br0", "up")

@@ -21,20 +21,36 @@ sending to the same rank itself (`gloo/transport/tcp/pair.cc`: one queue for eac
 to each other and post their send first, as all but all-reduce do, everything hangs on who comes first: when
 both come within the time of a word, both words pass before any data, and data goes both ways at once; else
 the one that came late sends first, its word behind its data, and they take turns. That lasts until something
-brings them together again, as an all-reduce does. Measured by `experiments/wire_calibrate.py` over 20 to 500
-Mbit/s on quiet cores, 128 and 512 KiB: a permute, an all-to-all or a reduce-scatter between two ranks takes
-1.86 to 2.04 times its bytes' time in turn, and otherwise 1.03 to 1.15 (at 20 Mbit/s up to 1.40, when only
-some of the runs went in turn); an all-gather, which sends two halves, 1.48 to 1.57, and 1.01 to 1.17. By
-themselves, again and again, 17 of 18 of the former went in turn; right after an all-reduce none did
-throughout. A plain TCP stream both ways over one connection has the full rate each way. Who comes first no
-program says: taken is that half of them go in turn, and a prediction says how much shorter or longer a step
-is with none or all (`turns_s`). An all-reduce posts what it receives first, of four pieces two at a time:
-1.00 to 1.04. Ranks that share a link fill part of each other's gaps in an all-to-all: taken as 1/k of what
-waits for k ranks on a link. Single ones of four ranks (16 to 256 KiB to each) took 1.61 to 2.02 times their
-bytes on four links, once 2.48, and 1.19 to 1.61 on two, right after an all-reduce or not. The steps of
-halving come one after the other, each with its turns: single reduce-scatters of four ranks on four links of
-100 Mbit/s took 2.16 to 2.46 times the time of (n-1)/n · S (64 KiB to 1 MiB), where their bytes say 1.33,
-with half of the turns 2, and with all 2.67.
+brings them together again, as an all-reduce does. A plain TCP stream both ways over one connection has the
+full rate each way. Who comes first no program says: taken is that half of them go in turn, and a prediction
+says how much shorter or longer a step is with none or all (`turns_s`).
+
+Measured by `experiments/wire_calibrate.py` over 20 to 500 Mbit/s on quiet cores, 128 and 512 KiB: a permute,
+an all-to-all or a reduce-scatter between two ranks takes 1.86 to 2.04 times its bytes' time in turn, and
+otherwise 1.03 to 1.15 (at 20 Mbit/s up to 1.40, when only some of the runs went in turn); an all-gather,
+which sends two halves, 1.48 to 1.57, and 1.01 to 1.17. By themselves, again and again, 17 of 18 of the former
+went in turn; right after an all-reduce none did throughout. In another hour, 16 to 256 KiB over 100 Mbit/s to
+2 Gbit/s, 15 of 32 did, and none of 12 whose message takes 0.2 to 1 ms: that is how far apart turns leave two
+ranks, and a word's time is not much less. An all-reduce posts what it receives first, of four pieces two at a
+time: 1.00 to 1.07.
+
+Among more than two, a word waits behind data for others, too: behind what the same rank sends on, if it posts
+that first, and behind what another rank of its site sends over the same link. Of a ring two pieces of a chunk
+are under way at once, of a permute the message. All of one or the other wait, unless the ranks come within a
+word's time: of two sites of two devices, that whose data left before its other rank's word was there makes
+the other site wait. Frames on the links show it: an all-reduce of 128 KiB over 2 x 2 has 2.6 ms between its
+first word and its first data in one of the sites, and as much at the end in the other, of 19.7 ms, which is
+14/12 of its bytes' time and acknowledgements (1.19 to 1.20 in all of 64 to 256 KiB, 1.03 to 1.12 on 4 x 1,
+where a rank's word leaves before its data). All-gathers took 1.20 to 1.33 on 4 x 1 (all in turn: 1.19) and
+1.13 to 1.38 on 2 x 2 (1.35); permutes 1.28 to 2.21 on 4 x 1 (2.02). Behind another connection's data a word
+waits no longer than the kernel lets it queue: 6.0 to 10.5 ms of the link, whatever its rate.
+
+Ranks that share a link fill part of each other's gaps in an all-to-all: taken as 1/k of what waits for k
+ranks on a link. Single ones of four ranks (16 to 256 KiB to each) took 1.61 to 2.02 times their bytes on four
+links, once 2.48, and 1.19 to 1.61 on two, right after an all-reduce or not. The steps of halving come one
+after the other, each with its turns: single reduce-scatters of four ranks on four links of 100 Mbit/s took
+2.16 to 2.46 times the time of (n-1)/n · S (64 KiB to 1 MiB), where their bytes say 1.33, with half of the
+turns 2, and with all 2.67.
 
 Where a rank sends to one and receives from another, as in a ring of more than two, acknowledgements do not
 ride on data: they take 0.0224 of what comes in (`wire_calibrate.py`) from what goes out. Plain TCP streams
@@ -62,6 +78,7 @@ HALF = Fraction(1, 2)  # of the collectives, that go in turn
 # Bytes of acknowledgements that ride on no data, over those of the frames that they are for.
 ACKNOWLEDGED = Fraction(224, 10_456)
 QUEUED_S = 0.0075  # what one connection has in front of a link, which words of another wait for
+TOGETHER_S = 0.001  # ranks whose messages to each other are shorter do not take turns for long
 
 
 def uses_gloo(machine: Machine) -> bool:
@@ -129,7 +146,8 @@ def gloo_collective(
     own = others = Fraction(1)
     if name == "ring":  # two pieces of 2 (n-1) for each of its rounds are under way at once
         rounds = (2 if kind == "all-reduce" else 1) * max(largest - 1, 1)
-        own, others = Fraction(1, 32) if kind == "all-reduce" else Fraction(1, 2 * rounds), Fraction(1, rounds)
+        own = Fraction(1, 32) if kind == "all-reduce" else Fraction(1, 2 * rounds)
+        others = Fraction(1, rounds)
     return GlooCollective(
         algorithm=f"gloo {name}",
         phases=tuple(phases.values()),
@@ -218,9 +236,7 @@ def _phase_loads(
     return [_load(crossing, found, machine, level, in_turn) for level, crossing in enumerate(by_level)]
 
 
-def _load(
-    crossing: Sends, found: GlooCollective, machine: Machine, level: int, in_turn: Fraction
-) -> Load:
+def _load(crossing: Sends, found: GlooCollective, machine: Machine, level: int, in_turn: Fraction) -> Load:
     """Of what crosses one level at once, by sending and receiving device."""
     inner, network = inner_size(machine, level), machine.domains[level].tier in NETWORKS
     devices, links, words = defaultdict[int, Fraction](Fraction), _Links(Fraction), _Links(Fraction)
@@ -237,14 +253,15 @@ def _load(
     for (source, target), sent in crossing.items():
         back = crossing.get((target, source))
         if back is not None:
-            turn = max(turn, sent + found.before_own * in_turn * back)
+            lasts = in_turn == 1 or back >= _carried(TOGETHER_S, machine, level)
+            turn = max(turn, sent + (found.before_own * in_turn * back if lasts else 0))
         elif network:
             link = "out", source // inner
-            ahead = min(_ahead(target, devices, found, inner), _queue(machine, level))
-            busy = max(busy, links[link] + words[link] + in_turn * ahead)
+            waits = min(_ahead(target, devices, found, inner), _carried(QUEUED_S, machine, level))
+            busy = max(busy, links[link] + words[link] + in_turn * waits)
     if found.algorithm == ALL_TO_ALL and busy > turn:
         sharing = Counter(device // inner for device in devices)
-        busy = most * (1 + found.before_own * in_turn / max(sharing.values()))
+        busy = most * (1 + in_turn / max(sharing.values()))
     return Load(
         device_bytes=max(devices.values(), default=Fraction(0)),
         uplink_bytes=most,
@@ -253,7 +270,7 @@ def _load(
 
 
 def _ahead(device: int, sent: Mapping[int, Fraction], found: GlooCollective, inner: int) -> Fraction:
-    """The most that a device's own message, or that of another one on its link, has of its word to wait for."""
+    """What a device's word may wait for: the most of its own message, or of another one's on its link."""
     waits = [
         out * (found.before_own if other == device else found.before_others)
         for other, out in sent.items()
@@ -262,10 +279,9 @@ def _ahead(device: int, sent: Mapping[int, Fraction], found: GlooCollective, inn
     return max(waits, default=Fraction(0))
 
 
-def _queue(machine: Machine, level: int) -> Fraction:
-    """Bytes of other connections that a word may find in front of a level's link."""
-    rate = machine.domains[level].bytes_per_s
-    return Fraction(QUEUED_S * rate * inner_size(machine, level)) if rate is not None else Fraction(0)
+def _carried(time_s: float, machine: Machine, level: int) -> Fraction:
+    """Bytes that a domain's link carries in that time; none where its rate is unknown."""
+    return Fraction(time_s * (machine.domains[level].bytes_per_s or 0) * inner_size(machine, level))
 
 
 def inner_size(machine: Machine, level: int) -> int:
