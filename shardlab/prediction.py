@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
@@ -90,6 +91,7 @@ def predict(
         slow_kind=slow_kind,
         unknown=[entry.name for entry in part.analysis.ledger if entry.what in _NOT_TIMED],
         free=free,
+        crowds=crowds_of(part, machine),
     )
     kinds = part.graph.schedule.kinds
     devices = tuple(
@@ -104,6 +106,21 @@ def predict(
         busy_s=_busy_s(cost, times),
         turns_s=turns(part, machine),
     )
+
+
+def crowds_of(part: Attributed, machine: Machine) -> Mapping[int, Sequence[int]]:
+    """The kinds of all devices on the core of each kind of device (of its first), where hosts share cores."""
+    if machine.shared_cores is None:
+        return {}
+    ids = part.device_ids or range(machine.num_devices)
+    per_host = machine.num_devices // machine.hosts
+    by_core = defaultdict[int, list[int]](list)
+    crowds: dict[int, list[int]] = {}
+    for kind, device in zip(part.graph.schedule.kinds, ids, strict=False):
+        core = by_core[device // per_host % machine.shared_cores]
+        core.append(kind)
+        crowds.setdefault(kind, core)
+    return crowds
 
 
 def turns(part: Attributed, machine: Machine) -> float | None:

@@ -62,18 +62,19 @@ def simulate(
     slow_kind: int = 0,
     unknown: Sequence[str] = (),
     free: FreeStages | None = None,
+    crowds: Mapping[int, Sequence[int]] | None = None,
 ) -> Timeline:
     """The timeline of a scheduled module.
 
     kernels, transfers: by the computation and the instruction that the schedule has. slowdown: of the compute
     of one device of this kind (of `graph.schedule.kinds`), the straggler that all others wait for. unknown:
     names of what is neither a kernel nor a transfer and takes its time all the same. free: where stages run
-    free, instead of in one program.
+    free, instead of in one program. crowds: kinds of the devices on the core of each kind, where they share.
     Raises ValueError for a module without a schedule.
     """
     if not module.is_scheduled:
         raise ValueError(f"module {module.name} is not scheduled")
-    walk = Walk(module, graph, kernels, transfers, slowdown, slow_kind, free)
+    walk = Walk(module, graph, kernels, transfers, slowdown, slow_kind, free, crowds or {})
     roots = {kind: walk.on_kind(kind) for kind in walk.kinds}
     root = max(roots.values(), key=lambda block: (block.duration_s, block.compute_s))
     missing = tuple(dict.fromkeys((*unknown, *walk.unknown)))

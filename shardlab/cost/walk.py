@@ -58,8 +58,9 @@ class Transfer:
 class Walk:
     """Simulates each computation once, or once for each set of branches that is taken in it.
 
-    free: how stages wait for each other where they are programs of their own. kind, tick: for whom and when
-    that is done now.
+    free: how stages wait for each other where they are programs of their own. crowds: of a kind, those of all
+    devices on its core, where they share one: when some wait, the others compute faster. kind, tick, share:
+    for whom, when, and at how many times its time that is done now.
     """
 
     module: Module
@@ -69,9 +70,11 @@ class Walk:
     slowdown: float
     slow_kind: int
     free: FreeStages | None = None
+    crowds: Mapping[int, Sequence[int]] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     kind: int = 0
     tick: int | None = None
+    share: float = 1.0
     regions: Regions = field(init=False)
     _blocks: dict[tuple[object, ...], Block] = field(default_factory=dict)
     _loops: dict[Place, Mapping[int, Block]] = field(default_factory=dict)
@@ -87,7 +90,7 @@ class Walk:
     @property
     def slowed(self) -> float:
         """How many times as long compute takes."""
-        return self.slowdown if self.kind == self.slow_kind else 1.0
+        return self.share * (self.slowdown if self.kind == self.slow_kind else 1.0)
 
     def on_kind(self, kind: int) -> Block:
         """The whole step of one kind of device."""
@@ -135,7 +138,7 @@ class Walk:
     def _key(self, name: str) -> tuple[object, ...]:
         """A computation, the branches taken in it, and the kind of device where that matters."""
         taken = tuple(self.regions.branch(key, self.kind, self.tick) for key in self.regions.met[name])
-        return name, taken, self.kind if name in self.regions.staged else self.slowed
+        return name, taken, self.slowed, self.kind if name in self.regions.staged else None
 
     def _entered(self, name: str) -> Iterator[CallSite]:
         """The call sites of a computation that are simulated as blocks: not loops over ticks, whose turn
@@ -154,25 +157,33 @@ class Walk:
         """A loop over ticks, worked out for all kinds of devices at once."""
         place = loop.caller, loop.instruction.name
         if place not in self._loops:
-            kind, tick = self.kind, self.tick
+            now = self.kind, self.tick, self.share
             ticks = self.regions.ticks(loop) or 0
             chosen = {each: self.regions.chosen(loop.callee, each, ticks) for each in self.kinds}
             apart = loop.callee in self.regions.staged
             known: dict[tuple[object, ...], Block] = {}
 
-            def block(of_kind: int, at_tick: int) -> Block:
-                key = chosen[of_kind][at_tick], of_kind if apart else of_kind == self.slow_kind
+            def run(of_kind: int, at_tick: int, share: float = 1.0) -> Block:
+                key = chosen[of_kind][at_tick], of_kind if apart else of_kind == self.slow_kind, share
                 if key not in known:
-                    self.kind, self.tick = of_kind, at_tick
+                    self.kind, self.tick, self.share = of_kind, at_tick, share
                     known[key] = self.block(loop.callee)
                 return known[key]
+
+            def block(of_kind: int, at_tick: int) -> Block:
+                alike = run(of_kind, at_tick)  # as if all on its core computed as long
+                crowd = [run(other, at_tick).compute_s for other in self.crowds.get(of_kind, ())]
+                if not crowd or not alike.compute_s:
+                    return alike
+                taken_s = sum(min(alike.compute_s, other_s) for other_s in crowd)
+                return run(of_kind, at_tick, taken_s / len(crowd) / alike.compute_s)
 
             name = loop.instruction.name
             if self.free is not None and len(self.free.schedule.rows) == ticks:
                 self._loops[place] = free_stages(name, self.free, block)
             else:
                 self._loops[place] = staged(name, ticks, self.kinds, block)
-            self.kind, self.tick = kind, tick
+            self.kind, self.tick, self.share = now
         return self._loops[place][self.kind]
 
     def _branch(self, conditional: Place, sites: Sequence[CallSite]) -> tuple[Block, float]:

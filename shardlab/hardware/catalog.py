@@ -122,6 +122,7 @@ def _host_machine(file: MachineFile, spec: str, size: str) -> Machine:
         num_devices=devices,
         domains=_domains(file, sizes),
         hosts=hosts,
+        shared_cores=file.shares_cores,
         power_static_w=file.power_static_w,
         power_active_w=file.power_active_w,
         price_per_hour_usd=file.price_per_hour_usd,

@@ -106,13 +106,14 @@ class Torus:
 class MachineFile:
     """One machine file: the chip, how hosts hold it, and the rules for its domains, innermost first.
 
-    shares_cores: its hosts are parts of one computer, whose rates the chip has: each device gets its share.
+    shares_cores: its hosts are parts of one computer with so many cores, whose rates the chip has, and each
+    device gets its share.
     """
 
     chip: Chip
     max_chips_per_host: int
     domains: tuple[DomainRule, ...]
-    shares_cores: bool = False
+    shares_cores: int | None = None
     torus: Torus | None = None
     hosts: int | None = None
     chips_per_host: int | None = None

@@ -17,7 +17,7 @@ _MACHINE: _Fields = {
     "chips_per_host": (_COUNT, False), "max_chips_per_host": (_COUNT, True), "source": (_MAP, False),
     "domain": ((list,), True), "torus": (_MAP, False), "power_static_w": (_FIGURE, False),
     "power_active_w": (_FIGURE, False),
-    "price_per_hour_usd": (_FIGURE, False), "shares_cores": ((bool,), False),
+    "price_per_hour_usd": (_FIGURE, False), "shares_cores": (_COUNT, False),
 }  # fmt: skip
 _CHIP: _Fields = {
     "name": (_TEXT, True), "family": (_TEXT, True), "compile_as": (_TEXT, False),

@@ -125,6 +125,7 @@ class Machine:
     other.
 
     spec: as the user wrote it (`h100:64x8`, `v5e:16x16*2`, `cpu:8`).
+    shared_cores: cores that the hosts take in turn where they are parts of one computer; None: they are not.
     torus: TPU torus extents of one slice in chips, () otherwise; wraps: which of them have wraparound links.
     power_static_w, power_active_w, price_per_hour_usd: of one host with its chips, where a source says
     (`cost/energy.py` says what the first two mean).
@@ -140,6 +141,7 @@ class Machine:
     wraps: tuple[bool, ...] = ()
     emulated: bool = False
     attached: bool = False
+    shared_cores: int | None = None
     power_static_w: float | None = None
     power_active_w: float | None = None
     price_per_hour_usd: float | None = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from case_reports import case
@@ -20,7 +21,7 @@ from shardlab.cost.timeline import Timeline, simulate
 from shardlab.cost.walk import Kernel, Transfer
 from shardlab.hardware.catalog import load_machine
 from shardlab.hlo.reader import parse
-from shardlab.prediction import free_stages_of
+from shardlab.prediction import crowds_of, free_stages_of
 from shardlab.program import Program
 from shardlab.report.step import step_facts
 from shardlab.spec.plan import Method, Plan
@@ -258,7 +259,9 @@ ENTRY main {{
 """
 
 
-def walked(joins: Joins, slowdown: float = 1.0, slow_kind: int = 0) -> Timeline:
+def walked(
+    joins: Joins, slowdown: float = 1.0, slow_kind: int = 0, crowds: Mapping[int, Sequence[int]] | None = None
+) -> Timeline:
     (module,) = parse(HLO)
     kernels = {
         (f"b{n}", f"k{n}"): Kernel(name=f"k{n}", kind="fusion", layer="", phase="other", time_s=seconds)
@@ -279,7 +282,7 @@ def walked(joins: Joins, slowdown: float = 1.0, slow_kind: int = 0) -> Timeline:
     graph = call_graph(module)
     assert set(graph.schedule.kinds) == {0, 1}
     moving = {("body", "exchange"): (exchange,)}
-    return simulate(module, graph, kernels, moving, slowdown=slowdown, slow_kind=slow_kind)
+    return simulate(module, graph, kernels, moving, slowdown=slowdown, slow_kind=slow_kind, crowds=crowds)
 
 
 def seconds_of(side: int, slowdown: float = 1.0) -> Sequence[float]:
@@ -322,6 +325,35 @@ def test_a_straggler_on_one_stage_holds_up_the_other() -> None:
     line = walked(frozenset({(0, 1)}), slowdown=2.0, slow_kind=1)
     assert line.step_time_s == sum(map(max, seconds_of(0), seconds_of(1, 2.0))) + 5
     assert [one.compute_s for one in line.stages] == [sum(seconds_of(0)), sum(seconds_of(1, 2.0))]
+
+
+@pytest.mark.parametrize("crowd", [(0, 1), (1, 0, 0, 1)])
+def test_stages_on_one_core_have_it_to_themselves_while_the_others_wait(crowd: Sequence[int]) -> None:
+    """A core that two share gives each the half of it; when the shorter has ended, all of it to the longer,
+    which then takes the mean of both."""
+    line = walked(frozenset({(0, 1)}), crowds={0: crowd, 1: crowd})
+    pairs = list(zip(seconds_of(0), seconds_of(1), strict=True))
+    assert line.step_time_s == sum((a + b) / 2 for a, b in pairs) + 5 == 24.5
+    assert [one.compute_s for one in line.stages] == [
+        sum(min(pair[side], sum(pair) / 2) for pair in pairs) for side in (0, 1)
+    ]
+    assert walked(frozenset({(0, 1)}), crowds={0: (0,), 1: (1,)}) == walked(frozenset({(0, 1)}))
+
+
+@pytest.mark.parametrize(
+    ("size", "crowds"),
+    [
+        pytest.param("8x1", {0: [0, 0, 1, 1], 1: [0, 0, 1, 1]}, id="sites 0, 2, 4, 6 on a core"),
+        pytest.param("2x4", {0: [0] * 4, 1: [1] * 4}, id="a core for each stage"),
+        pytest.param("4x2", {0: [0, 0, 1, 1], 1: [0, 0, 1, 1]}, id="sites 0 and 2 on a core"),
+    ],
+)
+def test_sites_of_the_lab_take_cores_in_turn(size: str, crowds: Mapping[int, Sequence[int]]) -> None:
+    """Two cores; devices 0 to 3 are of one stage."""
+    lab = load_machine(f"{Path(__file__).parents[2]}/experiments/lab.toml:{size}")
+    (part,) = attribute(Program(name="m", backend="cpu", hlo_text=HLO, num_devices=8, mesh={"stage": 8}))
+    assert crowds_of(part, lab) == crowds
+    assert crowds_of(part, load_machine("h100:1x8")) == {}
 
 
 def test_stages_are_found_along_their_axis() -> None:
