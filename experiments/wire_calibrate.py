@@ -6,10 +6,11 @@ python experiments/wire_calibrate.py --parts=cores   # needs no root
 cores: as many processes at once as there are cores, one device on each, compiled as the lab compiles: what an
 instruction costs, products, loops, and the rates that a profile of one step shows (`wire_cores.py`).
 links: a TCP stream one way, and one both ways at once over the same connection, at each rate and unshaped,
-over loopback, and around three and four sites. gloo: single collectives between two sites, and at 100 Mbit/s
-over two with two devices each and over four, by kind and size, as multiples of the time of the bytes that a
-bandwidth-optimal one sends over the busiest link, and their cost in core time. No step of several devices is
-run: what the lab predicts of those is not fitted to them.
+over loopback, and around three and four sites; how long a word waits behind another connection's data. gloo:
+single collectives between two sites, and at 100 Mbit/s over two with two devices each and over four, by kind
+and size, as multiples of the time of the bytes that a bandwidth-optimal one sends over the busiest link, and
+their cost in core time. No step of several devices is run: what the lab predicts of those is not fitted to
+them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from absl import app, flags
 from sites import EFFICIENCY, HEADER_BYTES, Sites, check_privileges, on_core
 from timing import timed_s
 from wire_cores import core_rates
-from wire_stream import ring_shares, stream
+from wire_stream import ring_shares, stream, word_waits_s
 
 from shardlab.errors import ShardlabError
 
@@ -40,6 +41,7 @@ _SIZES = flags.DEFINE_list("sizes", ["65536", "262144", "1048576"], "Bytes that 
 _PORT = 9913
 _TIMEOUT_S = 300
 _MIB = 1 << 20
+_BURST_S = 0.05  # of the link's time
 
 
 def cores() -> None:
@@ -74,13 +76,15 @@ def links() -> None:
         size = int(min(rate * 125_000 * 2, 128 * _MIB))
         with Sites(2, rate) as sites:
             one, two = (stream(sites, size, both=both) for both in (False, True))
+            behind_s = word_waits_s(sites, int(rate * 125_000 * _BURST_S))
         shares = [size * 8 / each.time_s / 1e6 / rate for each in (one, two)]
         left = one.sent_bytes - HEADER_BYTES * one.frames
         print(
             f"{rate:g} Mbit/s: {size:,} bytes left as {one.sent_bytes:,} in {one.frames:,} frames, less "
             f"{HEADER_BYTES} each {left:,}, {one.again_bytes:,} of them again; "
             f"{one.received_bytes / size:.4f} of it came back; {shares[0]:.3f} of the rate one way, "
-            f"{shares[1]:.3f} each way at once",
+            f"{shares[1]:.3f} each way at once; behind {_BURST_S * 1e3:g} ms of another connection's data "
+            f"a word waits {behind_s * 1e3:.1f}",
             flush=True,
         )
         for around in (3, 4):

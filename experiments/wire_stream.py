@@ -118,6 +118,62 @@ def ring_shares(sites: Sites, size: int) -> list[float]:
     return [size * 8e-6 / rate / each for rate, each in zip(sites.rates, took_s, strict=True) if rate]
 
 
+_WORD = """
+import socket, sys, threading, time
+first, peer, size = sys.argv[1] == "0", sys.argv[2], int(sys.argv[3])
+def read(one, left):
+    while left:
+        left -= len(one.recv(min(left, 1 << 16)))
+if first:
+    time.sleep(0.5)
+    data, words = pair = [socket.create_connection((peer, 5558)) for _ in range(2)]
+else:
+    server = socket.create_server(("", 5558))
+    data, words = pair = [server.accept()[0] for _ in range(2)]
+for one in pair:
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+waited = []
+for _ in range(12):
+    if first:
+        words.recv(1)
+        sending = threading.Thread(target=data.sendall, args=(bytes(size),))
+        sending.start()
+        time.sleep(0.0003)
+        words.sendall(bytes(48))
+        sending.join()
+    else:
+        time.sleep(0.05)
+        def take():
+            read(data, 1)
+            begun.append(time.monotonic())
+            read(data, size - 1)
+        begun = []
+        taking = threading.Thread(target=take)
+        taking.start()
+        words.sendall(b"g")
+        read(words, 48)
+        came = time.monotonic()
+        taking.join()
+        waited.append(came - begun[0])
+if not first:
+    print(sorted(waited[2:])[5], flush=True)
+"""
+
+
+def word_waits_s(sites: Sites, size: int) -> float:
+    """How long after the first byte of a burst of `size` bytes a word arrives that left site 0 just after it,
+    over another connection: what the kernel lets the burst's connection queue. The median of ten."""
+    running = [
+        sites.start(
+            index,
+            [sys.executable, "-c", _WORD, str(index), sites.address(1), str(size)],
+            stdout=subprocess.PIPE,
+        )
+        for index in (1, 0)
+    ]
+    return float(next(process.communicate(timeout=_TIMEOUT_S)[0] for process in running))
+
+
 def reached_share(sites: Sites) -> float:
     """How much of the first site's rate a short stream has as payload, one way or both ways at once, the
     less of these."""

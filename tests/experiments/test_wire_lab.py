@@ -294,9 +294,14 @@ def test_headers_are_66_bytes_a_frame_and_the_link_has_no_more_than_its_rate() -
     size = 5_000_000
     with Sites(2, 50) as network:
         found = stream(network, size)
+        chosen = "/proc/sys/net/ipv4/tcp_congestion_control"
+        tcp = [
+            network.start(site, ["cat", chosen], stdout=subprocess.PIPE).communicate()[0] for site in (0, 1)
+        ]
     assert found.sent_bytes - HEADER_BYTES * found.frames - found.again_bytes == size
     assert found.received_bytes < 0.05 * size
     assert size * 8 / found.time_s < 50e6
+    assert tcp == ["reno\n"] * 2
 
 
 @pytest.mark.wire
