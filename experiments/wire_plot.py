@@ -49,7 +49,7 @@ def spec_of(points: Sequence[Point]) -> dict[str, object]:
     log: dict[str, object] = {"type": "quantitative", "scale": {"type": "log", "nice": False}}
     x = {**log, "field": "rate", "title": "Mbit/s", "axis": {"values": rates, "format": "~g"}}
     y = {**log, "field": "step", "title": "s per step", "axis": {"values": _SECONDS, "format": "~g"}}
-    colour = {"field": "where", "scale": {"range": list(_COLOURS)}, "title": "sites x devices"}
+    colour = {"field": "where", "scale": {"range": list(_COLOURS)}, "title": "network"}
     layers = [
         {
             "transform": [{"filter": f"datum.of == '{of}'"}],
