@@ -43,7 +43,8 @@ first word and its first data in one of the sites, and as much at the end in the
 14/12 of its bytes' time and acknowledgements (1.19 to 1.20 in all of 64 to 256 KiB, 1.03 to 1.12 on 4 x 1,
 where a rank's word leaves before its data). All-gathers took 1.20 to 1.33 on 4 x 1 (all in turn: 1.19) and
 1.13 to 1.38 on 2 x 2 (1.35); permutes 1.28 to 2.21 on 4 x 1 (2.02). Behind another connection's data a word
-waits no longer than the kernel lets it queue: 6.0 to 10.5 ms of the link, whatever its rate.
+waits no longer than the kernel lets it queue: 6.0 to 10.5 ms over 20 to 500 Mbit/s, at 500 once 15.2 and, on
+busy cores, 20.1 (`wire_calibrate.py`; taken as 7.5, and most messages here are shorter).
 
 Ranks that share a link fill part of each other's gaps in an all-to-all: taken as 1/k of what waits for k
 ranks on a link. Single ones of four ranks (16 to 256 KiB to each) took 1.61 to 2.02 times their bytes on four
