@@ -249,16 +249,17 @@ def _load(crossing: Sends, found: GlooCollective, machine: Machine, level: int, 
             words["out", target // inner] += sent * ACKNOWLEDGED
             words["in", source // inner] += sent * ACKNOWLEDGED
     most = max(links.values(), default=Fraction(0))
+    lasting, queue = (_carried(time_s, machine, level) for time_s in (TOGETHER_S, QUEUED_S))
     busy = max((sent + words[link] for link, sent in links.items()), default=Fraction(0))
     turn = Fraction(0)
     for (source, target), sent in crossing.items():
         back = crossing.get((target, source))
         if back is not None:
-            lasts = in_turn == 1 or back >= _carried(TOGETHER_S, machine, level)
+            lasts = in_turn == 1 or back >= lasting
             turn = max(turn, sent + (found.before_own * in_turn * back if lasts else 0))
         elif network:
             link = "out", source // inner
-            waits = min(_ahead(target, devices, found, inner), _carried(QUEUED_S, machine, level))
+            waits = min(_ahead(target, devices, found, inner), queue)
             busy = max(busy, links[link] + words[link] + in_turn * waits)
     if found.algorithm == ALL_TO_ALL and busy > turn:
         sharing = Counter(device // inner for device in devices)
