@@ -3,7 +3,6 @@
 venvs=${CI_VENVS:-$(mktemp -d)}
 [ -n "${CI_VENVS:-}" ] || trap 'rm -rf "$venvs"' EXIT
 
-export PIP_NO_COMPILE=1        # most of what is installed is never imported; what is, is compiled then
 unset PYTHONDONTWRITEBYTECODE  # each process would compile what is tested, and pytest rewrite it, again
 
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
